@@ -1,0 +1,50 @@
+"""Convert Wan2.1 weights between layouts: Diffusers, original (Wan-AI), and our own, which loads fastest.
+
+    python scripts/convert_weights.py weights/Wan2.1-T2V-1.3B weights/wan-1.3b --to=tfm_jax --dtype=bfloat16
+
+Streams tensor by tensor: a model of any size converts in little memory. Whatever networks the source has (transformer,
+vae, text_encoder, tokenizer) are converted.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from tfm_jax import cli
+from tfm_jax.errors import InputError
+from tfm_jax.wan import layouts
+from tfm_jax.wan.saving import save_model
+from tfm_jax.wan.tokenizer import find_tokenizer
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="directory of weights in any layout")
+    parser.add_argument("target", type=Path, help="directory to write; must not exist or be empty")
+    parser.add_argument("--to", required=True, choices=["diffusers", "original", "tfm_jax"], help="layout to write")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="type of the kernels (default: bfloat16)")
+    options = parser.parse_args(argv)
+
+    sources = [source for component in layouts.COMPONENTS if (source := layouts.find_any(options.source, component))]
+    tokenizer = find_tokenizer(options.source)
+    if not sources:
+        raise InputError(f"{options.source}: no network of Wan2.1 found; expected a Diffusers or original layout")
+    with tqdm(unit="B", unit_scale=True, desc="written") as bar:
+
+        def progress(name: str, written: int) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(written)
+
+        save_model(sources, tokenizer, options.target, options.to, DTYPES[options.dtype], progress)
+    found = ", ".join(source.component.name for source in sources) + (", tokenizer" if tokenizer else "")
+    print(f"{options.target}: {found} ({options.to} layout, {options.dtype})")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,22 @@
+"""Train a LoRA with temporal-aware flow matching on prepared clips.
+
+    python scripts/train.py --config configs/wan2.1_t2v_1.3b.yaml --train.output=runs/my_run [--resume]
+
+Every field of the configuration can be set on the command line; `--help` lists them. `--resume` goes on from the newest
+checkpoint in train.output.
+"""
+
+from collections.abc import Sequence
+
+from tfm_jax import cli, config
+from tfm_jax.train.loop import TrainRun, train
+
+
+def main(argv: Sequence[str]) -> None:
+    options = [token for token in argv if token != "--resume"]
+    run = config.parse(TrainRun, options, "train.py", __doc__ or "")
+    train(run, resume="--resume" in argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

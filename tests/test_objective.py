@@ -1,0 +1,432 @@
+"""The training objective: noise levels, the TFM path and loss, flow matching, and their use in a training step.
+
+golden/tfm_objective.safetensors holds eight clips run through the official implementation (Euler path, loss,
+gradient) and the exact path in float64.
+"""
+
+from collections import namedtuple
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from safetensors.numpy import load_file
+
+from tfm_jax.config import ObjectiveConfig
+from tfm_jax.errors import InputError
+from tfm_jax.objective import objective_loss, schedule, shift_sigma, temporal_loss, temporal_path
+from tfm_jax.objective.temporal import NEWTON_STEPS, frames, system, unit
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "tfm_objective.safetensors")
+CASES = sorted({name.split("/")[0] for name in GOLDEN})
+SIZE = (3, 4, 6)
+
+path = jax.jit(temporal_path)
+loss = jax.jit(temporal_loss)
+
+
+@pytest.fixture(autouse=True)
+def _strict_types():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@jax.jit
+def loss_gradient(prediction, clean, noise, x_t):
+    return jax.grad(lambda p: sum(jnp.sum(term) for term in temporal_loss(p, clean, noise, x_t)))(prediction)
+
+
+@jax.jit
+def euler_walk(clean, noise, steps):
+    """The official integrator on one clip: `steps` steps of 0.002 from the noise, then the velocity at the end."""
+    direction = unit(clean - noise)
+
+    def speed(x):
+        matrix, change = system(clean, noise, x, 4.0)
+        return frames(jnp.linalg.solve(matrix, change))
+
+    x = jax.lax.fori_loop(0, steps, lambda _, x: x + 0.002 * (speed(x) * direction), noise)
+    return x, -speed(x) * direction
+
+
+def golden(case):
+    arrays = {name.split("/")[1]: array for name, array in GOLDEN.items() if name.startswith(case + "/")}
+    return {k: rearrange(v, "b c f h w -> b f h w c") if v.ndim == 5 else v for k, v in arrays.items()}
+
+
+def distance(actual, expected):
+    """Relative L2 distance, in float64."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def clips(seed, batch, count, kind="drift"):
+    """Clean latents and noise of `batch` different videos of `count` frames."""
+    draw = np.random.default_rng(seed).normal
+    steps = draw(size=(batch, count, *SIZE)) * (0.3 if kind == "drift" else 1.0)
+    steps[:, 0] = draw(size=(batch, *SIZE))
+    clean = np.cumsum(steps, axis=1) if kind == "drift" else steps
+    return jnp.asarray(clean, jnp.float32), jnp.asarray(draw(size=clean.shape), jnp.float32)
+
+
+def phi(clean, x, rho):
+    """[b, f] in float64, straight from its definition."""
+    clean, x = (np.asarray(a, np.float64).reshape(*a.shape[:2], -1) for a in (clean, x))
+    gap = np.linalg.norm(np.diff(x, axis=1), axis=-1)
+    neighbours = np.pad(gap, ((0, 0), (1, 0))) + np.pad(gap, ((0, 0), (0, 1)))
+    return rho * np.linalg.norm(x - clean, axis=-1) + neighbours
+
+
+# --- Noise levels ----------------------------------------------------------------------------------------------------
+
+
+def test_grid_falls_from_noise_and_agrees_with_the_sampling_grid():
+    sigma = schedule.sigmas(5.0)
+    assert sigma.shape == (1000,)
+    assert sigma.dtype == np.float32
+    assert sigma[0] == 1
+    assert np.all(np.diff(sigma) < 0)
+    np.testing.assert_allclose(sigma[-1], 5 / 1004, rtol=1e-6)
+    np.testing.assert_allclose(shift_sigma(jnp.linspace(1, 0, 1001), 5.0)[:-1], sigma, rtol=1e-5)
+    np.testing.assert_allclose(schedule.sigmas(1.0), np.linspace(1, 0, 1001)[:-1], rtol=1e-6)
+
+
+def test_weights_belong_to_the_grid():
+    weight, sigma = schedule.weights(5.0), schedule.sigmas(5.0)
+    assert weight.dtype == np.float32
+    assert weight.min() == 0 == weight[0]
+    np.testing.assert_allclose(weight.astype(np.float64).sum(), 1000, rtol=1e-6)
+    assert abs(sigma[weight.argmax()] - 0.5) < 0.002
+    bell = np.exp(-2 * (sigma.astype(np.float64) - 0.5) ** 2)
+    ratio = (bell[700] - bell[0]) / (bell[900] - bell[0])
+    np.testing.assert_allclose(weight[700] / weight[900], ratio, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_levels_and_weights_are_the_official_ones(case):
+    g = golden(case)
+    np.testing.assert_allclose(schedule.sigmas()[g["timestep_index"]], g["sigma"], rtol=1e-6)
+    # The official table is float32 throughout: near its zero at pure noise only absolute agreement makes sense.
+    np.testing.assert_allclose(schedule.weights()[g["timestep_index"]], g["loss_weight"], rtol=1e-6, atol=1e-6)
+
+
+def test_indices_are_uniform_over_the_part_of_the_grid():
+    index = np.asarray(schedule.sample_index(jax.random.key(0), 20000, 0.25, 0.75))
+    assert (index.min(), index.max()) == (250, 749)
+    counts = np.histogram(index, bins=10, range=(250, 750))[0]
+    assert np.all(np.abs(counts - 2000) < 6 * np.sqrt(2000))
+    np.testing.assert_array_equal(schedule.sample_index(jax.random.key(1), 3, 0.5, 0.501), 500)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.5, 0.5001), (0.6, 0.4), (0.0, 1.1), (-0.1, 1.0)])
+def test_an_empty_or_impossible_part_of_the_grid_is_refused(low, high):
+    with pytest.raises(InputError, match=rf"objective.low={low}, objective.high={high}: expected"):
+        schedule.sample_index(jax.random.key(0), 1, low, high)
+
+
+# --- Golden data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_path_is_the_exact_one(case):
+    g = golden(case)
+    actual = path(g["clean"], g["noise"], g["sigma"])
+    assert distance(actual.x_t, g["exact_x_t"]) < 1e-5
+    assert distance(actual.velocity, g["exact_target"]) < 1e-5
+    np.testing.assert_allclose(actual.remaining[0], g["exact_remaining"], rtol=1e-5)
+    np.testing.assert_allclose(actual.speed[0], g["exact_speed"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_euler_walk_with_our_system_is_the_official_path(case):
+    g = golden(case)
+    levels = np.arange(g["sigma"][0].astype(np.float64), 1, 0.002)[::-1]
+    x_t, velocity = euler_walk(g["clean"][0], g["noise"][0], len(levels) - 1)
+    assert distance(x_t, g["euler_x_t"][0]) < 1e-5
+    assert distance(velocity, g["euler_target"][0]) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_are_the_official_ones(case):
+    g = golden(case)
+    at = g["prediction"], g["clean"], g["noise"], g["euler_x_t"]
+    direction, residual = loss(*at)
+    np.testing.assert_allclose(direction, g["direction_loss"], rtol=1e-5)
+    np.testing.assert_allclose(residual, g["residual_loss"], rtol=1e-5)
+    assert distance(loss_gradient(*at), g["loss_grad"]) < 1e-5
+
+
+# --- The path --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["drift", "independent"])
+@pytest.mark.parametrize("rho", [4.0, 9.0])
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_every_phi_is_linear_in_sigma(count, rho, kind):
+    clean, noise = clips(count, 6, count, kind)
+    sigma = jnp.asarray([0.999, 0.8, 0.5, 0.2, 0.03, 0.005], jnp.float32)
+    level = np.asarray(sigma, np.float64)[:, None]
+    expected = level * phi(clean, noise, rho) + (1 - level) * phi(clean, clean, rho)
+    actual = temporal_path(clean, noise, sigma, rho)
+    np.testing.assert_allclose(phi(clean, actual.x_t, rho), expected, rtol=2e-6)
+    length = np.linalg.norm(np.reshape(actual.x_t - clean, (6, count, -1)), axis=-1)
+    np.testing.assert_allclose(actual.remaining, length, rtol=1e-4)  # of a difference of float32 arrays
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_velocity_is_the_derivative_of_the_path(count):
+    clean, noise = clips(0, 3, count)
+    sigma = jnp.asarray([0.9, 0.4, 0.05], jnp.float32)
+    slope = jax.jvp(lambda s: temporal_path(clean, noise, s).x_t, (sigma,), (jnp.ones_like(sigma),))[1]
+    assert distance(temporal_path(clean, noise, sigma).velocity, slope) < 1e-5
+
+
+def test_one_frame_is_flow_matching():
+    clean, noise = clips(1, 4, 1)
+    sigma = jnp.asarray([1.0, 0.7, 0.01, 0.0], jnp.float32)
+    actual = temporal_path(clean, noise, sigma)
+    level = sigma[:, None, None, None, None]
+    assert distance(actual.x_t, (1 - level) * clean + level * noise) < 1e-6
+    assert distance(actual.velocity, noise - clean) < 1e-6
+
+
+def test_strong_pull_of_the_clean_frame_is_flow_matching():
+    clean, noise = clips(2, 2, 7)
+    sigma = jnp.asarray([0.8, 0.1], jnp.float32)
+    straight = (1 - sigma[:, None, None, None, None]) * clean + sigma[:, None, None, None, None] * noise
+    errors = []
+    for rho in (4.0, 40.0, 400.0, 4e4):
+        actual = temporal_path(clean, noise, sigma, rho)
+        errors.append((distance(actual.x_t, straight), distance(actual.velocity, noise - clean)))
+    assert np.all(np.array(errors[0]) > 5e-3)  # it is another path where the pulls are alike
+    for weak, strong in pairwise(errors[:3]):
+        assert np.all(np.array(strong) < 0.2 * np.array(weak))
+    assert np.all(np.array(errors[3]) < 2e-5)
+
+
+def test_a_batch_is_its_videos_one_by_one():
+    clean, noise = clips(3, 3, 5)
+    clean = clean * jnp.asarray([1.0, 10.0, 0.1], jnp.float32)[:, None, None, None, None]
+    sigma = jnp.asarray([0.9, 0.5, 0.1], jnp.float32)
+    prediction = clips(4, 3, 5)[0]
+    together = path(clean, noise, sigma)
+    terms = loss(prediction, clean, noise, together.x_t)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = path(clean[one], noise[one], sigma[one])
+        for a, b in zip(together, alone, strict=True):
+            assert distance(a[one], b) < 1e-6
+        for a, b in zip(terms, loss(prediction[one], clean[one], noise[one], alone.x_t), strict=True):
+            np.testing.assert_allclose(a[one], b, rtol=1e-5)
+
+
+def test_newton_has_steps_in_reserve(monkeypatch):
+    clean, noise = clips(5, 5, 21, "independent")
+    sigma = jnp.asarray([0.99, 0.7, 0.5, 0.3, 0.01], jnp.float32)
+    usual = temporal_path(clean, noise, sigma).remaining
+    monkeypatch.setattr("tfm_jax.objective.temporal.NEWTON_STEPS", NEWTON_STEPS - 2)
+    assert distance(temporal_path(clean, noise, sigma).remaining, usual) < 1e-6
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    low = [a.astype(jnp.bfloat16) for a in clips(6, 2, 4)]
+    high = [a.astype(jnp.float32) for a in low]
+    sigma = jnp.asarray([0.75, 0.125], jnp.float32)
+    for a, b in zip(path(*low, sigma.astype(jnp.bfloat16)), path(*high, sigma), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+    prediction = (low[1] - low[0]).astype(jnp.bfloat16)
+    x_t = low[0] + (low[1] - low[0]) / 2
+    for a, b in zip(
+        loss(prediction, *low, x_t), loss(prediction.astype(jnp.float32), *high, x_t.astype(jnp.float32)), strict=True
+    ):
+        assert a.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+
+
+# --- Degenerate clips ------------------------------------------------------------------------------------------------
+
+
+DEGENERATE = (
+    "ordinary",
+    "identical frames",
+    "identical noise",
+    "both identical",
+    "clean is noise",
+    "one clean frame is noise",
+    "all zero",
+)
+
+
+def degenerate(kind, count):
+    clean, noise = clips(7, 5, count)
+    if kind == "identical frames":
+        clean = jnp.broadcast_to(clean[:, :1], clean.shape)
+    elif kind == "identical noise":
+        noise = jnp.broadcast_to(noise[:, :1], noise.shape)
+    elif kind == "both identical":
+        clean, noise = jnp.broadcast_to(clean[:, :1], clean.shape), jnp.broadcast_to(noise[:, :1], noise.shape)
+    elif kind == "clean is noise":
+        noise = clean
+    elif kind == "one clean frame is noise":
+        noise = noise.at[:, 0].set(clean[:, 0])
+    elif kind == "all zero":
+        clean = noise = jnp.zeros_like(clean)
+    return clean, noise
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_degenerate_clips_stay_finite(kind, count):
+    clean, noise = degenerate(kind, count)
+    sigma = jnp.asarray([1.0, 0.995, 0.5, 0.005, 0.0], jnp.float32)
+    actual = path(clean, noise, sigma)
+    assert all(np.isfinite(field).all() for field in actual)
+    np.testing.assert_allclose(actual.x_t[0], noise[0], atol=1e-5)
+    np.testing.assert_array_equal(actual.x_t[-1], clean[-1])
+    one_frame_zero = actual.velocity.at[:, 0].set(0.0)
+    for prediction in (actual.velocity, jnp.zeros_like(clean), one_frame_zero, clips(8, 5, count)[0]):
+        assert all(np.isfinite(term).all() for term in loss(prediction, clean, noise, actual.x_t))
+        assert np.isfinite(loss_gradient(prediction, clean, noise, actual.x_t)).all()
+
+
+@pytest.mark.parametrize("kind", ["identical frames", "identical noise"])
+def test_phi_is_linear_for_identical_neighbours_too(kind):
+    clean, noise = degenerate(kind, 6)
+    sigma = jnp.asarray([1.0, 0.999, 0.5, 0.005, 0.0], jnp.float32)
+    level = np.asarray(sigma, np.float64)[:, None]
+    expected = level * phi(clean, noise, 4.0) + (1 - level) * phi(clean, clean, 4.0)
+    np.testing.assert_allclose(phi(clean, path(clean, noise, sigma).x_t, 4.0), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- The loss --------------------------------------------------------------------------------------------------------
+
+
+def test_the_true_velocity_has_no_loss_and_each_term_sees_its_half():
+    clean, noise = clips(9, 4, 5)
+    x_t, velocity, _, _ = path(clean, noise, jnp.asarray([0.95, 0.6, 0.3, 0.02], jnp.float32))
+    at = clean, noise, x_t
+    for term in loss(velocity, *at):
+        np.testing.assert_allclose(term, 0, atol=1e-5)
+    direction, residual = loss(1.5 * velocity, *at)
+    np.testing.assert_allclose(direction, 0, atol=1e-5)
+    np.testing.assert_allclose(residual, 0.5, rtol=1e-4)
+    direction, residual = loss(-velocity, *at)
+    np.testing.assert_allclose(direction, 2, rtol=1e-5)
+    np.testing.assert_allclose(residual, 0, atol=1e-5)
+
+
+def test_only_the_prediction_is_differentiated():
+    clean, noise = clips(10, 2, 3)
+    x_t = path(clean, noise, jnp.asarray([0.5, 0.2], jnp.float32)).x_t
+    gradients = jax.grad(lambda *a: sum(jnp.sum(term) for term in temporal_loss(*a)), argnums=(0, 1, 2, 3))(
+        clips(11, 2, 3)[0], clean, noise, x_t
+    )
+    assert [bool(np.any(g)) for g in gradients] == [True, False, False, False]
+
+
+def test_a_frame_predicted_as_zero_gets_no_gradient():
+    clean, noise = clips(12, 1, 3)
+    x_t, velocity, _, _ = path(clean, noise, jnp.asarray([0.5], jnp.float32))
+    gradient = loss_gradient((velocity + clean).at[:, 1].set(0.0), clean, noise, x_t)
+    assert [bool(np.any(gradient[0, i])) for i in range(3)] == [True, False, True]
+
+
+# --- Training objective ----------------------------------------------------------------------------------------------
+
+Call = namedtuple("Call", "latents timestep text")
+
+
+def run(velocity, clean, seed=0, **config):
+    """objective_loss, and what it passed to the network."""
+    calls = []
+
+    def network(latents, timestep, text):
+        calls.append(Call(latents, timestep, text))
+        return velocity(latents, timestep)
+
+    text = jnp.zeros((clean.shape[0], 2, 3), jnp.float32)
+    total, terms = objective_loss(network, clean, text, jax.random.key(seed), ObjectiveConfig(**config))
+    assert len(calls) == 1
+    assert calls[0].text is text
+    return total, terms, calls[0]
+
+
+def weight_at(timestep):
+    index = np.abs(schedule.sigmas()[:, None] * 1000 - np.asarray(timestep)).argmin(axis=0)
+    np.testing.assert_allclose(schedule.sigmas()[index] * 1000, timestep, rtol=1e-5)
+    return schedule.weights()[index].astype(np.float64)
+
+
+def test_flow_matching_is_mean_squared_error_on_the_straight_path():
+    clean, _ = clips(13, 4, 3)
+
+    def doubled(latents, timestep):  # x_t - clean = sigma (noise - clean)
+        return 2 * (latents - clean) / (timestep / 1000)[:, None, None, None, None]
+
+    total, terms, call = run(doubled, clean, kind="fm")
+    assert set(terms) == {"mse"}
+    straight = np.asarray(doubled(call.latents, call.timestep)) / 2
+    mse = np.mean(straight.astype(np.float64) ** 2, axis=(1, 2, 3, 4))
+    assert np.ptp(weight_at(call.timestep)) > 0.1
+    np.testing.assert_allclose(terms["mse"], mse.mean(), rtol=1e-4)
+    np.testing.assert_allclose(total, np.mean(weight_at(call.timestep) * mse), rtol=1e-4)
+    noise = straight + np.asarray(clean)
+    assert abs(noise.mean()) < 0.1
+    assert abs(noise.std() - 1) < 0.1
+
+
+def test_temporal_flow_matching_uses_the_temporal_path_and_loss():
+    clean, _ = clips(14, 4, 3)
+
+    def straight(latents, timestep):
+        return latents - clean  # every frame in its true direction, at a wrong speed
+
+    total, terms, call = run(straight, clean, beta=0.5)
+    assert set(terms) == {"direction", "residual"}
+    np.testing.assert_allclose(terms["direction"], 0, atol=1e-5)
+    noise = jax.random.normal(jax.random.split(jax.random.key(0))[0], clean.shape)
+    x_t = path(clean, noise, call.timestep / 1000).x_t
+    np.testing.assert_allclose(call.latents, x_t, atol=1e-5)
+    direction, residual = (np.asarray(t, np.float64) for t in loss(straight(x_t, None), clean, noise, x_t))
+    np.testing.assert_allclose(terms["residual"], residual.mean(), rtol=1e-4)
+    np.testing.assert_allclose(total, np.mean(weight_at(call.timestep) * (direction + 0.5 * residual)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "rest"), [("tfm", 2.0), ("fm", None)])
+def test_weights_are_not_normalised_over_the_batch(kind, rest):
+    clean, _ = clips(15, 3, 2)
+    total, terms, call = run(lambda x, t: jnp.zeros_like(x), clean, kind=kind, low=0.5, high=0.501)
+    np.testing.assert_allclose(call.timestep, 1000 * schedule.sigmas()[500], rtol=1e-6)
+    plain = rest if rest is not None else terms["mse"]
+    np.testing.assert_allclose(total, schedule.weights()[500] * plain, rtol=1e-5)
+
+
+def test_objective_is_a_function_of_the_key():
+    clean, _ = clips(16, 2, 3)
+    velocity = partial(lambda scale, x, t: scale * x, 0.5)
+    first, again, other = (run(velocity, clean, seed)[0] for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_objective_differentiates_a_bfloat16_network():
+    clean, _ = clips(17, 2, 3)
+    text = jnp.zeros((2, 2, 3), jnp.float32)
+
+    def total(scale, kind):
+        def network(latents, timestep, text):
+            return latents.astype(jnp.bfloat16) * scale
+
+        return objective_loss(network, clean, text, jax.random.key(0), ObjectiveConfig(kind=kind))[0]
+
+    for kind in ("tfm", "fm"):
+        value, slope = jax.jit(jax.value_and_grad(partial(total, kind=kind)))(jnp.asarray(0.5, jnp.bfloat16))
+        assert value.dtype == jnp.float32
+        assert np.isfinite(value)
+        assert slope != 0

@@ -1,0 +1,336 @@
+"""Video files in and out: the pixels, the choice of frames, and what is refused."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tfm_jax import video
+from tfm_jax.embedded import clips
+from tfm_jax.errors import InputError
+from tfm_jax.video import contact_sheet, from_uint8, read_clip, to_uint8, write_clip
+
+FPS = 16
+
+
+def smooth_clip(frames: int = 17, height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
+    """Coloured blobs that drift: what video codecs are made for, with every region different from the others."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    canvas = np.asarray(Image.fromarray(pixels).resize((width + frames, height + frames), Image.Resampling.BICUBIC))
+    return np.stack([canvas[i : i + height, i : i + width] for i in range(frames)])
+
+
+def grey_clip(frames: int, height: int = 64, width: int = 64) -> np.ndarray:
+    """Frame i is all of the value 10 + 5 i, so that a frame says which one it is."""
+    values = np.arange(10, 10 + 5 * frames, 5, dtype=np.uint8)
+    return np.broadcast_to(values[:, None, None, None], (frames, height, width, 3))
+
+
+def which(clip: np.ndarray) -> list[int]:
+    return [round((float(frame.mean()) - 10) / 5) for frame in clip]
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
+
+
+def encode(
+    path: Path,
+    clip: np.ndarray,
+    *,
+    stamps: list[float] | None = None,
+    rotation: int = 0,
+    codec: str = "libx264",
+    container: str = "mp4",
+    pix_fmt: str = "yuv420p",
+    aspect: Fraction | None = None,
+) -> Path:
+    """A file with the odd properties that `write_clip` never gives one; `stamps` in seconds."""
+    with av.open(path, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=FPS)
+        stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pix_fmt
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if stamps:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, pixels in enumerate(clip):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            if stamps:
+                frame.pts, frame.time_base = round(1000 * stamps[number]), Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path
+
+
+def test_mp4_round_trip(tmp_path):
+    clip = smooth_clip()
+    write_clip(tmp_path / "a b.mp4", clip, FPS)
+    again = read_clip(tmp_path / "a b.mp4", 17, 64, 96, FPS)
+    assert again.shape == clip.shape
+    assert again.dtype == np.uint8
+    assert psnr(again, clip) > 38
+    assert abs(float((again.astype(float) - clip).mean())) < 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a b.mp4"]
+
+
+def test_pure_colours_survive(tmp_path):
+    """A matrix or range that differs between writing and reading shifts colours by 10 and more."""
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 60, 90]], np.uint8)
+    clip = np.broadcast_to(colours[:, None, None], (6, 32, 32, 3))
+    write_clip(tmp_path / "a.mp4", clip, FPS)
+    assert np.abs(read_clip(tmp_path / "a.mp4", 6, 32, 32, FPS).astype(int) - clip).max() <= 5
+
+
+def test_write_replaces_and_leaves_nothing_behind_on_failure(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_text("old")
+    monkeypatch.setattr(video.av.VideoFrame, "from_ndarray", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_clip(path, smooth_clip(), FPS)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_clip(path, smooth_clip(), FPS)
+    assert len(read_clip(path, 17, 64, 96, FPS)) == 17
+
+
+def test_odd_sizes_are_not_written(tmp_path):
+    with pytest.raises(InputError, match=r"63 x 64 pixels; expected an even"):
+        write_clip(tmp_path / "a.mp4", smooth_clip(1, 63, 64), FPS)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("suffix", "container", "codec"), [("mkv", "matroska", "libx264"), ("webm", "webm", "libvpx")])
+def test_other_containers(tmp_path, suffix, container, codec):
+    """Matroska has whole milliseconds only: 1 / 16 s is not one of them, and no frame may be missed for it."""
+    path = encode(tmp_path / f"a.{suffix}", grey_clip(33), container=container, codec=codec)
+    assert which(read_clip(path, 33, 64, 64, FPS)) == list(range(33))
+
+
+@pytest.mark.parametrize(
+    ("fps", "frames", "expected"),
+    [(16, 17, list(range(17))), (8, 9, list(range(0, 18, 2))), (4, 5, list(range(0, 17, 4))), (24, 5, [0, 0, 1, 2, 2])],
+)
+def test_frames_are_picked_by_time(tmp_path, fps, frames, expected):
+    path = encode(tmp_path / "a.mp4", grey_clip(17))
+    assert which(read_clip(path, frames, 64, 64, fps)) == expected
+
+
+def test_variable_frame_rate(tmp_path):
+    path = encode(tmp_path / "a.mp4", grey_clip(6), stamps=[0, 0.1, 0.6, 0.7, 1.5, 1.6])
+    #                            0  .1 .2 .3 .4 .5 .6 .7 .8 .9 1. 1.1 1.2 ...      1.5
+    shown_at_tenths_of_a_second = [0, 1, 1, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 4]
+    assert which(read_clip(path, 16, 64, 64, 10)) == shown_at_tenths_of_a_second
+
+
+def test_a_clip_that_starts_late_starts_at_its_first_frame(tmp_path):
+    path = encode(tmp_path / "a.mkv", grey_clip(5), stamps=[2 + i / 16 for i in range(5)], container="matroska")
+    assert which(read_clip(path, 5, 64, 64, FPS)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_rotation_is_honoured(tmp_path, rotation):
+    clip = smooth_clip(3)
+    path = encode(tmp_path / "a.mp4", clip, rotation=rotation)
+    upright = np.rot90(clip, rotation // 90, axes=(1, 2))
+    assert psnr(read_clip(path, 3, *upright.shape[1:3], FPS), upright) > 30
+
+
+def test_cover_and_centre_crop(tmp_path):
+    clip = np.zeros((1, 64, 128, 3), np.uint8)
+    clip[:, :, 32:96] = 200  # the centred square
+    path = encode(tmp_path / "a.mp4", clip)
+    assert np.abs(read_clip(path, 1, 32, 32, FPS).astype(int) - 200)[:, :, 1:-1].max() <= 5
+    wide = read_clip(path, 1, 32, 128, FPS)  # top and bottom go, the square stays 64 wide
+    assert wide[0, 16, 40:88].min() > 190
+    assert wide[0, 16, :28].max() < 10
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """128 columns stored for a square picture."""
+    clip = smooth_clip(1, 64, 128)
+    path = encode(tmp_path / "a.mp4", clip, aspect=Fraction(1, 2))
+    whole = np.asarray(Image.fromarray(clip[0]).resize((64, 64), Image.Resampling.BICUBIC))
+    assert psnr(read_clip(path, 1, 64, 64, FPS)[0], whole) > 30
+
+
+def test_scaling_is_antialiased(tmp_path):
+    stripes = np.zeros((1, 256, 256, 3), np.uint8)
+    stripes[:, :, ::4] = stripes[:, :, 1::4] = 255
+    small = read_clip(encode(tmp_path / "a.mp4", stripes), 1, 32, 32, FPS)
+    assert np.abs(small.astype(int) - 127).max() < 20
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p10le", "yuv444p"])
+def test_other_pixel_formats(tmp_path, pix_fmt):
+    clip = smooth_clip(3)
+    assert psnr(read_clip(encode(tmp_path / "a.mp4", clip, pix_fmt=pix_fmt), 3, 64, 96, FPS), clip) > 30
+
+
+def test_odd_size_is_read(tmp_path):
+    path = encode(tmp_path / "a.mp4", smooth_clip(3, 63, 97), pix_fmt="yuv444p")
+    assert read_clip(path, 3, 64, 96, FPS).shape == (3, 64, 96, 3)
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(path: Path, match: str, frames: int = 17) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        read_clip(path, frames, 64, 64, FPS)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_too_short(tmp_path, container):
+    suffix = {"mp4": "mp4", "matroska": "mkv"}[container]
+    path = encode(tmp_path / f"a.{suffix}", grey_clip(16), container=container)
+    assert len(read_clip(path, 16, 64, 64, FPS)) == 16
+    refused(path, r"16 frames, 1.00 s long; expected enough for 17 frames, the last one at 1.00 s")
+
+
+def test_one_frame(tmp_path):
+    path = encode(tmp_path / "a.mp4", grey_clip(1))
+    assert which(read_clip(path, 1, 64, 64, FPS)) == [0]
+    refused(path, "1 frames", frames=5)
+
+
+def test_no_file_and_unknown_kind(tmp_path):
+    refused(tmp_path / "none.mp4", "no such file")
+    (tmp_path / "folder.mp4").mkdir()
+    refused(tmp_path / "folder.mp4", "no such file")
+    (tmp_path / "a.avi").write_bytes(b"RIFF")
+    refused(tmp_path / "a.avi", r"unknown kind of file; expected one of \.mp4")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello\n", b"#EXTM3U\n#EXTINF:1\nfile:///etc/passwd\n", b"ffconcat version 1.0"]
+)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_not_a_video(tmp_path, content, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(content)
+    refused(path, "damaged or not a video")
+
+
+def test_audio_only(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(path, "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    refused(path, "no video stream")
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, 0.99])
+def test_truncated(tmp_path, kept):
+    """The index comes first in what `write_clip` writes, so the file opens and even promises all frames."""
+    path = tmp_path / "a.mp4"
+    write_clip(path, smooth_clip(), FPS)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    refused(path, "expected")
+
+
+def test_damaged_data(tmp_path):
+    """Sixteen places are overwritten in turn: what the decoder can notice is an error, never a patched picture."""
+    path = tmp_path / "a.mp4"
+    write_clip(path, smooth_clip(), FPS)
+    content, noticed = path.read_bytes(), []
+    start = content.index(b"mdat") + 1000  # behind the encoder's settings
+    for place in np.linspace(start, len(content) - 400, 16).astype(int):
+        path.write_bytes(content[:place] + bytes(200) + content[place + 200 :])
+        try:
+            read_clip(path, 17, 64, 96, FPS)
+        except InputError as error:
+            noticed.append(str(error))
+    assert all(message.startswith(str(path)) for message in noticed)
+    assert len(noticed) >= 12
+
+
+def test_frames_of_an_absurd_size(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mp4", grey_clip(1, 128, 128))
+    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 128 * 127)
+    refused(path, r"frames of 128 x 128 pixels; expected at most 16,256", frames=1)
+
+
+def test_the_decoder_checks_the_size_too(tmp_path, monkeypatch):
+    """The header may lie: the stream itself says 128 x 128 here, the budget is checked where frames are allocated."""
+    path = encode(tmp_path / "a.mp4", grey_clip(1, 128, 128))
+    real = video._video_stream
+
+    def small_budget(container, path):
+        stream = real(container, path)
+        stream.codec_context.options = {**stream.codec_context.options, "max_pixels": "1000"}
+        return stream
+
+    monkeypatch.setattr(video, "_video_stream", small_budget)
+    refused(path, "damaged or not a video", frames=1)
+
+
+# --- Values and pictures ---------------------------------------------------------------------------------------------
+
+
+def test_value_ranges():
+    values = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
+    assert np.array_equal(to_uint8(from_uint8(values)), values)
+    assert from_uint8(values).min() == -1
+    assert from_uint8(values).max() == 1
+    assert to_uint8(np.array([[-3.0, 0.0, 7.0]], np.float32)).tolist() == [[0, 128, 255]]
+
+
+def test_contact_sheet():
+    red, blue = np.zeros((17, 64, 64, 3), np.uint8), np.zeros((5, 32, 64, 3), np.uint8)
+    red[..., 0], blue[..., 2] = 255, 255
+    sheet = np.asarray(contact_sheet([red, blue], ["one " * 200, "two"], columns=3, cell=100))
+    pure = [(sheet == colour).all(-1).sum() for colour in ([255, 0, 0], [0, 0, 255])]
+    assert pure == [3 * 100 * 100, 3 * 100 * 50]
+    assert (sheet.sum(-1) < 100).any()  # the ink of the labels
+    single = contact_sheet([red[:1]], [""], columns=3, cell=100)
+    assert single.width == sheet.shape[1]
+
+
+# --- The clips that come with the programs ---------------------------------------------------------------------------
+
+
+def test_made_clips_are_a_function_of_the_seed(tmp_path):
+    for name, count, seed in (("a", 3, 0), ("b", 5, 0), ("c", 3, 1)):
+        clips.write_clips(tmp_path / name, count, frames=5, size=(32, 48), seed=seed)
+    a, b, c = ([read_clip(tmp_path / n / f"000{i}.mp4", 5, 32, 48, FPS) for i in range(3)] for n in "abc")
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+    header, *rows = (tmp_path / "a" / "metadata.csv").read_text().splitlines()
+    assert header == "video,prompt"
+    assert rows == (tmp_path / "b" / "metadata.csv").read_text().splitlines()[1:4]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_captions_tell_the_truth(seed):
+    clip, caption = clips.make_clip(np.random.default_rng(seed), 17, (64, 96), FPS)
+    _, colour, shape, _, direction, speed, *_ = caption.replace(",", "").split()
+    mask = np.abs(clip.astype(int) - clips.COLOURS[colour]).max(-1) < 40
+    radius = clips.RADIUS * 64
+    area = {"disc": np.pi, "square": 4, "triangle": 2}[shape] * radius**2
+    assert np.allclose(mask.sum((1, 2)), area, rtol=0.12)
+    ys, xs = np.array([np.argwhere(m).mean(0) for m in mask]).T
+    moves = np.stack([np.diff(xs), np.diff(ys)], 1)
+    expected = np.array(clips.DIRECTIONS[direction]) * clips.SPEEDS[speed] * 64 / FPS
+    assert np.allclose(moves.mean(0), expected, atol=0.1)
+
+
+def test_shapes_bounce_and_stay_inside():
+    positions = np.linspace(-7, 9, 401)[:, None].repeat(2, 1)
+    folded = clips.bounce(positions, np.array([2.0, 3.0]))
+    assert (folded >= 0).all()
+    assert (folded <= [2, 3]).all()
+    assert np.allclose(np.abs(np.diff(folded, axis=0)).max(), np.diff(positions, axis=0).max())
+    inside = (positions[:, 0] >= 0) & (positions[:, 0] <= 2)
+    assert np.allclose(folded[inside], positions[inside])

@@ -1,0 +1,334 @@
+"""Every setting of every program: frozen dataclasses, filled from a YAML file and from the command line.
+
+A program declares the sections it uses as one dataclass (`class TrainConfig: model: ModelConfig; ...`) and calls
+`parse(TrainConfig, argv)`. A YAML file may hold the sections of all programs. Values are checked when they are read;
+what is wrong is told in one line.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from tfm_jax.errors import InputError
+
+T = TypeVar("T")
+
+_strict = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+section = pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@section
+class ModelConfig:
+    path: Path
+    """Directory of the weights: Diffusers, original (Wan-AI) or converted layout."""
+    dim: Positive
+    """Width of the transformer. With the next three: which model this configuration is for, checked against path."""
+    ffn_dim: Positive
+    """Width of the feed-forward network."""
+    heads: Positive
+    """Attention heads."""
+    layers: Positive
+    """Transformer blocks."""
+    dtype: Dtype = "bfloat16"
+    """Type of the frozen weights and of the computation; adapters, norms and the objective are float32."""
+
+
+@section
+class ClipConfig:
+    frames: Positive
+    """Pixel frames of a clip, 4 n + 1."""
+    height: Positive
+    """Pixels, a multiple of 16."""
+    width: Positive
+    """Pixels, a multiple of 16."""
+    fps: Annotated[float, Field(gt=0)] = 16.0
+    """Frames a second, of the clips read and of the samples written."""
+
+    def __post_init__(self) -> None:
+        _require((self.frames - 1) % 4 == 0, "frames", self.frames, "4 n + 1, such as 81")
+        _require(self.height % 16 == 0, "height", self.height, "a multiple of 16")
+        _require(self.width % 16 == 0, "width", self.width, "a multiple of 16")
+
+
+@section
+class DataConfig:
+    source: Path | None = None
+    """Folder of metadata.csv (columns video, prompt) and the clips it names. prepare_data.py reads it."""
+    path: Path
+    """Folder of the prepared latents and text embeddings. prepare_data.py writes it, train.py reads it."""
+
+
+@section
+class LoraConfig:
+    rank: Positive = 32
+    """Rank of every adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapter is scaled by alpha / rank."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+    """Linear maps that get an adapter, by the end of their name: q is self_attn.q and cross_attn.q."""
+
+
+@section
+class ObjectiveConfig:
+    kind: Literal["tfm", "fm"] = "tfm"
+    """tfm: the temporal-aware path, direction and residual loss. fm: straight path, mean squared error."""
+    rho: Annotated[float, Field(gt=0)] = 4.0
+    """Pull of the clean frame against the pull of its neighbours."""
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the residual term."""
+    shift: Annotated[float, Field(gt=0)] = 5.0
+    """Shift of the noise levels towards pure noise."""
+    low: Fraction = 0.0
+    """Train on noise levels of this index on the grid and above it, as a fraction: 0 is pure noise."""
+    high: Fraction = 1.0
+    """Train on noise levels below this index on the grid, as a fraction: 1 is clean."""
+
+    def __post_init__(self) -> None:
+        _require(self.low < self.high, "low", self.low, f"less than high={self.high}")
+
+
+@section
+class OptimizerConfig:
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Constant after the warm-up."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from 0."""
+    b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    b2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay, of both factors of every adapter."""
+    lora_b_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the B factors over that of the A factors (LoRA+)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Clip the global norm of the gradient to this; null does not clip."""
+
+
+@section
+class TrainConfig:
+    output: Path
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/."""
+    steps: Positive
+    """Optimizer steps."""
+    batch_size: Positive = 1
+    """Clips a step, over all devices."""
+    seed: Seed = 0
+    """Decides initial adapters, order of clips, noise and noise levels."""
+    checkpoint_every: Positive = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: Positive = 3
+    """Newest checkpoints kept."""
+    log_every: Positive = 1
+    """Steps between lines on the console; metrics.jsonl has every step."""
+
+
+@section
+class MeshConfig:
+    data: Annotated[int, Field(ge=-1)] = -1
+    """Devices along which only the batch is split; -1 takes all that fsdp leaves."""
+    fsdp: Positive = 1
+    """Devices along which batch and weights are split."""
+
+
+@section
+class SamplingConfig:
+    prompts: Path = Path("prompts.txt")
+    """Text file, one prompt a line."""
+    output: Path
+    """Folder of 000.mp4, 001.mp4, ... and contact_sheet.png."""
+    lora: Path | None = None
+    """LoRA file (safetensors, any dialect); null samples the base model."""
+    steps: Positive = 50
+    """Euler steps."""
+    shift: Annotated[float, Field(gt=0)] = 5.0
+    """Shift of the noise levels towards pure noise."""
+    guidance: Annotated[float, Field(ge=0)] = 5.0
+    """Scale of classifier-free guidance; 1 is none."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    seed: Seed = 0
+    """Prompt number n starts from the noise of (seed, n)."""
+
+
+@section
+class Config:
+    """All sections. A YAML file may have any of them."""
+
+    model: ModelConfig
+    clip: ClipConfig
+    data: DataConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def _require(holds: bool, field: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{field}={value}: expected {expected}")
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def parse(kind: type[T], argv: Sequence[str], prog: str, about: str) -> T:
+    """`kind` from `--config FILE` and `--section.field=value` arguments, which win over the file.
+
+    Raises:
+        InputError: unknown, missing, repeated or impossible values.
+        SystemExit: `--help` was asked for and printed.
+    """
+    file, overrides = _split(argv)
+    values = _read_yaml(file) if file else {}
+    if "--help" in overrides:
+        print(_help(kind, values, prog, about))
+        raise SystemExit(0)
+    if not file:
+        raise InputError(f"{prog}: --config FILE is missing, such as --config configs/wan_tiny.yaml")
+    _check_names(values, str(file))
+    origin = {}
+    for name, text in overrides.items():
+        origin[name] = f"--{name}={text}"
+        _set(kind, values, name, text)
+    wanted = {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(wanted)
+    except pydantic.ValidationError as error:
+        raise InputError(_first_problem(error, str(file), origin)) from None
+
+
+def plain(config: Any) -> dict[str, dict[str, Any]]:
+    """Section -> field -> value, as JSON has it."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def dump(config: Any, path: Path) -> None:
+    """Write a configuration as YAML that `parse` reads back."""
+    path.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _split(argv: Sequence[str]) -> tuple[Path | None, dict[str, str]]:
+    """`--config` and the other options; both `--name=value` and `--name value` are read."""
+    options: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if token in ("-h", "--help"):
+            options["--help"] = ""
+            continue
+        if not token.startswith("--"):
+            raise InputError(f"argument {token!r}: expected --section.field=value")
+        name, equals, value = token[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise InputError(f"argument --{name}: expected a value, --{name}=...")
+            value = rest.pop(0)
+        if name in options:
+            raise InputError(f"argument --{name} is given twice")
+        options[name] = value
+    file = options.pop("config", None)
+    return (Path(file) if file is not None else None), options
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a repeated key."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            raise InputError(f"{node.start_mark.name}: {key} is given twice")
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            values = yaml.load(stream, _Loader)
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; expected a configuration such as configs/wan_tiny.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+        raise InputError(f"{file}: expected sections ({', '.join(_sections(Config))}) with fields")
+    return values
+
+
+def _sections(kind: type) -> dict[str, type]:
+    return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
+
+
+def _fields(kind: type) -> Iterator[str]:
+    for name, part in _sections(kind).items():
+        yield from (f"{name}.{field.name}" for field in dataclasses.fields(part))
+
+
+def _check_names(values: dict[str, Any], file: str) -> None:
+    for name, part in values.items():
+        if name not in _sections(Config):
+            raise InputError(f"{file}: unknown section {name}{_nearest(name, _sections(Config))}")
+        for field in part:
+            if f"{name}.{field}" not in _fields(Config):
+                raise InputError(f"{file}: unknown field {name}.{field}{_nearest(f'{name}.{field}', _fields(Config))}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    part, dot, tail = name.rpartition(".")
+    names = list(names)
+    names = [n for n in names if n.rpartition(".")[:2] == (part, dot)] or names
+    tails = {n.rpartition(".")[2]: n for n in names}
+    close = [tails[match] for match in difflib.get_close_matches(tail, tails, n=3, cutoff=0.6)]
+    return f"; did you mean {' or '.join(close)}?" if close else f"; expected one of {', '.join(names)}"
+
+
+def _set(kind: type, values: dict[str, Any], name: str, text: str) -> None:
+    if name not in _fields(kind):
+        raise InputError(f"--{name}={text}: unknown field {name}{_nearest(name, _fields(kind))}")
+    part, field = name.split(".")
+    # Lists and null are read as YAML; anything else stays text, which the field's type turns into a value.
+    literal = yaml.safe_load(text) if text.startswith("[") or text == "null" else text
+    values.setdefault(part, {})[field] = literal
+
+
+def _first_problem(error: pydantic.ValidationError, file: str, origin: dict[str, str]) -> str:
+    problem = error.errors()[0]
+    name = ".".join(str(part) for part in problem["loc"][:2])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{file}: {name} is missing; expected it in the file or as --{name}=..."
+    if name in origin:
+        return f"{origin[name]}: {message}"
+    given = "" if problem["type"] == "value_error" else f"={problem['input']!r}"
+    return f"{file}: {name}{given}: {message}"
+
+
+def _help(kind: type, values: dict[str, Any], prog: str, about: str) -> str:
+    lines = [f"usage: {prog} --config FILE [--section.field=value ...]", "", about, ""]
+    for name, part in _sections(kind).items():
+        lines.append(f"{name}:")
+        for field, info in part.__pydantic_fields__.items():
+            default = "required" if info.is_required() else info.get_default(call_default_factory=True)
+            value = values.get(name, {}).get(field, default)
+            lines += [f"  --{name}.{field}={value}", f"        {info.description}"]
+    return "\n".join(lines)

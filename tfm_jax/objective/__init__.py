@@ -1,0 +1,7 @@
+"""What the network is trained on: noise levels, the TFM path and its loss, and plain flow matching beside it."""
+
+from tfm_jax.objective.losses import objective_loss
+from tfm_jax.objective.schedule import shift_sigma, timestep
+from tfm_jax.objective.temporal import TemporalPath, temporal_loss, temporal_path
+
+__all__ = ["TemporalPath", "objective_loss", "shift_sigma", "temporal_loss", "temporal_path", "timestep"]

@@ -1,0 +1,138 @@
+"""A sampling run: prompts.txt in, 000.mp4, 001.mp4, ... and a contact sheet out."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from tfm_jax import config as configs
+from tfm_jax import video
+from tfm_jax.arrays import Latents, Scalar, Text
+from tfm_jax.config import section
+from tfm_jax.errors import InputError
+from tfm_jax.lora.adapters import load_adapters
+from tfm_jax.lora.files import read_lora
+from tfm_jax.objective import timestep
+from tfm_jax.sampling.solvers import euler, noise_levels
+from tfm_jax.wan import load_base, load_text_encoder, load_tokenizer, load_vae
+from tfm_jax.wan.tokenizer import encode_prompts
+from tfm_jax.wan.transformer import WanTransformer
+
+
+@section
+class SampleRun:
+    """The sections that sampling reads."""
+
+    model: configs.ModelConfig
+    clip: configs.ClipConfig
+    sampling: configs.SamplingConfig
+
+
+@partial(jax.jit, static_argnames=("steps", "shift", "guidance", "on_step"))
+def sample_latents(
+    transformer: WanTransformer,
+    noise: Latents,
+    text: Text,
+    negative: Text,
+    *,
+    steps: int = 50,
+    shift: float = 5.0,
+    guidance: float = 5.0,
+    on_step: Callable[[], None] | None = None,
+) -> Latents:
+    """Latents of videos for `text`, led away from `negative`: the whole Euler loop as one compiled function.
+
+    The velocity is `v(negative) + guidance (v(text) - v(negative))`; with guidance 1 only v(text) is computed.
+    `on_step` is called on the host at every step.
+    """
+    videos = noise.shape[0]
+
+    def velocity(x: Latents, sigma: Scalar) -> Latents:
+        if on_step:
+            jax.debug.callback(on_step)
+        time = jnp.broadcast_to(timestep(sigma), (videos,))
+        if guidance == 1:
+            return transformer(x, time, text)
+        both = transformer(jnp.tile(x, (2, 1, 1, 1, 1)), jnp.tile(time, 2), jnp.concatenate([text, negative]))
+        return both[videos:] + guidance * (both[:videos] - both[videos:])
+
+    return euler(velocity, noise.astype(jnp.float32), noise_levels(steps, shift))
+
+
+def sample(run: SampleRun) -> None:
+    """Sample every prompt and write the videos into `run.sampling.output`.
+
+    The three networks are loaded one after another, so that only one is held at a time.
+
+    Raises:
+        InputError: a file is missing or does not fit the model, or the output folder has something in it.
+    """
+    settings, clip = run.sampling, run.clip
+    prompts = read_prompts(settings.prompts)
+    if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
+        raise InputError(f"sampling.output={settings.output}: already there; expected a new or empty directory")
+    lora = read_lora(settings.lora) if settings.lora else None
+
+    text, negative = _embed(run, prompts)
+    transformer = load_base(run.model)
+    if lora:
+        load_adapters(transformer, lora)
+    frames, height, width = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
+    shape = (frames, height, width, transformer.config.channels)
+    latents = []
+    with tqdm(total=len(prompts) * settings.steps, desc="sampling", unit="step") as bar:
+
+        def on_step() -> None:
+            bar.update()
+
+        for number in range(len(prompts)):
+            key = jax.random.fold_in(jax.random.key(settings.seed), number)
+            noise = jax.random.normal(key, shape, jnp.float32)[None]
+            result = sample_latents(
+                transformer, noise, text[number : number + 1], negative,
+                steps=settings.steps, shift=settings.shift, guidance=settings.guidance, on_step=on_step,
+            )  # fmt: skip
+            latents.append(np.asarray(result))
+    del transformer
+
+    settings.output.mkdir(parents=True, exist_ok=True)
+    configs.dump(run, settings.output / "config.yaml")
+    _write(run, prompts, latents)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        InputError: there is no such file, it is not text, or it has no prompt.
+    """
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"sampling.prompts={file}: {error.strerror}; expected a text file, a prompt a line") from None
+    except UnicodeDecodeError:
+        raise InputError(f"sampling.prompts={file}: not UTF-8 text; expected a prompt a line") from None
+    if not prompts:
+        raise InputError(f"sampling.prompts={file}: no prompt in it; expected a prompt a line")
+    return prompts
+
+
+def _embed(run: SampleRun, prompts: list[str]) -> tuple[Text, Text]:
+    tokenizer = load_tokenizer(run.model.path)
+    encoder = load_text_encoder(run.model.path, run.model.dtype)
+    text = jnp.concatenate([encode_prompts(tokenizer, encoder, [prompt]) for prompt in prompts])
+    return text, encode_prompts(tokenizer, encoder, [run.sampling.negative_prompt])
+
+
+def _write(run: SampleRun, prompts: list[str], latents: list[np.ndarray]) -> None:
+    vae = load_vae(run.model.path)
+    clips = []
+    for number, latent in enumerate(tqdm(latents, desc="decoding", unit="clip")):
+        pixels = np.asarray(vae.decode(jnp.asarray(latent)))[0]
+        clips.append(video.to_uint8(pixels))
+        video.write_clip(run.sampling.output / f"{number:03d}.mp4", clips[-1], run.clip.fps)
+    video.contact_sheet(clips, prompts).save(run.sampling.output / "contact_sheet.png")

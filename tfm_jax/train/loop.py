@@ -1,0 +1,158 @@
+"""A training run, from a configuration to checkpoints."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tfm_jax import config as configs
+from tfm_jax.checkpoint import Checkpoints, fingerprints, flatten, unflatten
+from tfm_jax.config import section
+from tfm_jax.data.batches import Batch, Batches
+from tfm_jax.data.records import Records, open_records
+from tfm_jax.errors import InputError
+from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
+from tfm_jax.sharding import batch_sharding, make_mesh
+from tfm_jax.train.metrics import Metrics
+from tfm_jax.train.optimizer import learning_rate, make_optimizer
+from tfm_jax.train.step import init_state, make_step
+from tfm_jax.wan import load_base
+from tfm_jax.wan.transformer import WanTransformer
+
+MAY_CHANGE = {"train.output", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
+              "mesh.data", "mesh.fsdp", "model.path", "data.path", "data.source"}  # fmt: skip
+"""Fields in which a resumed run may differ from the run it goes on with: they do not change what is computed."""
+
+
+@section
+class TrainRun:
+    """The sections that training reads."""
+
+    model: configs.ModelConfig
+    data: configs.DataConfig
+    train: configs.TrainConfig
+    lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
+    objective: configs.ObjectiveConfig = dataclasses.field(default_factory=configs.ObjectiveConfig)
+    optimizer: configs.OptimizerConfig = dataclasses.field(default_factory=configs.OptimizerConfig)
+    mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
+
+
+def train(run: TrainRun, resume: bool = False) -> None:
+    """Train a LoRA and leave config.yaml, metrics.jsonl and checkpoints/ in `run.train.output`.
+
+    With `resume`, go on from the newest checkpoint there, exactly as if the run had not been interrupted.
+
+    Raises:
+        InputError: what the configuration names is missing, does not fit together, or would be overwritten.
+        NonFiniteLoss: training diverged.
+    """
+    settings = run.train
+    mesh = make_mesh(run.mesh.data, run.mesh.fsdp)
+    _check_batch(settings.batch_size, mesh)
+    _check_output(run, resume)
+    records = open_records(run.data.path)
+    batches = Batches(records, settings.batch_size, settings.seed)
+    model = load_base(run.model, mesh)
+    _check_records(records, model, run)
+    attach_lora(model, run.lora)
+    init_lora(model, jax.random.key(settings.seed), mesh)
+
+    graph, lora, frozen = split_lora(model)
+    optimizer = make_optimizer(run.optimizer)
+    state, placement = init_state(lora, optimizer, mesh)
+    step_fn = make_step(graph, optimizer, run.objective, settings.seed, placement)
+    base = _digest(frozen)
+    schedule = learning_rate(run.optimizer)
+    settings.output.mkdir(parents=True, exist_ok=True)
+
+    with Checkpoints(settings.output / "checkpoints", settings.keep_checkpoints) as checkpoints, jax.set_mesh(mesh):
+        first = 0
+        if resume:
+            first = _latest(checkpoints, run, base)
+            arrays = checkpoints.load(first, _abstract(state, placement))
+            state = unflatten(state, arrays)
+            print(f"resumed {settings.output} after step {first}")
+        configs.dump(run, settings.output / "config.yaml")
+        facts = {"config": configs.plain(run), "base": base}
+        with Metrics(
+            settings.output / "metrics.jsonl", first, settings.steps, settings.batch_size, settings.log_every
+        ) as metrics:
+            for number, batch, clips in batches.iterate(first):
+                if number >= settings.steps:
+                    break
+                rate = float(schedule(number))
+                state, report = step_fn(state, frozen, _place(batch, mesh))
+                done = number + 1
+                metrics.add(done, {**report, "learning_rate": rate}, clips)
+                if done % settings.checkpoint_every == 0 or done == settings.steps:
+                    metrics.flush()  # a diverged state is never saved
+                    checkpoints.save(done, flatten(state), facts)
+
+
+def _check_batch(batch_size: int, mesh: Mesh) -> None:
+    devices = mesh.size
+    if batch_size % devices:
+        raise InputError(f"train.batch_size={batch_size}: expected a multiple of the {devices} devices of the mesh")
+
+
+def _check_output(run: TrainRun, resume: bool) -> None:
+    output = run.train.output
+    if output.exists() and not output.is_dir():
+        raise InputError(f"train.output={output}: a file; expected a directory")
+    if not resume and output.exists() and any((output / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        raise InputError(f"train.output={output}: has a run already; add --resume to go on with it, or name another")
+    if resume and not (output / "checkpoints").is_dir():
+        raise InputError(f"train.output={output}: no checkpoints to resume from; start without --resume")
+
+
+def _check_records(records: Records, model: WanTransformer, run: TrainRun) -> None:
+    record = records[0]
+    channels, text_dim = record.latents.shape[-1], record.text.shape[-1]
+    if (channels, text_dim) != (model.config.channels, model.config.text_dim):
+        raise InputError(
+            f"{run.data.path}: prepared with {channels} channels and text width {text_dim}; the transformer of "
+            f"{run.model.path} takes {model.config.channels} and {model.config.text_dim}: prepare the data with its model"
+        )
+
+
+def _latest(checkpoints: Checkpoints, run: TrainRun, base: str) -> int:
+    """The step to go on from, after a check that the run is the same."""
+    steps, output = checkpoints.steps, run.train.output
+    if not steps:
+        raise InputError(f"train.output={output}: no complete checkpoint to resume from; start anew in another folder")
+    step = steps[-1]
+    facts = checkpoints.facts(step)
+    before, now = _leaves(facts["config"]), _leaves(configs.plain(run))
+    for name in sorted(before.keys() | now.keys()):
+        if name not in MAY_CHANGE and before.get(name) != now.get(name):
+            raise InputError(f"{name}={now.get(name)}: the run in {output} was started with {before.get(name)}")
+    if facts["base"] != base:
+        raise InputError(f"model.path={run.model.path}: not the base weights that the run in {output} was started with")
+    if step >= run.train.steps:
+        raise InputError(f"train.steps={run.train.steps}: the run in {output} has {step} already; nothing to do")
+    return step
+
+
+def _leaves(sections: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}.{field}": value for name, part in sections.items() for field, value in part.items()}
+
+
+def _abstract(state: Any, placement: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    where = flatten(placement)
+    return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[n]) for n, x in flatten(state).items()}
+
+
+def _digest(frozen: Any) -> str:
+    """A name for the base weights, the same on every mesh."""
+    marks = fingerprints(flatten(frozen))
+    return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _place(batch: Batch, mesh: Mesh) -> Batch:
+    """The rows of this process, as part of the batch of all devices."""
+    where = batch_sharding(mesh)
+    return Batch(*(jax.make_array_from_process_local_data(where, np.asarray(rows)) for rows in batch))

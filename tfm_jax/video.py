@@ -1,0 +1,182 @@
+"""Video files: pixels of a clip out of one, a clip into one, several clips on one picture.
+
+Every file is opened by us and handed over as a stream with its container format said, so that a name such as
+`concat:...` or a playlist that is called `.mp4` cannot make the decoder open anything else.
+"""
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from tfm_jax.errors import InputError
+
+CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska"}
+"""File suffix -> name of the demuxer."""
+
+MAX_FRAME_PIXELS = 8192 * 4320
+"""Frames are decoded one by one: this bounds the memory that a file of a few bytes can ask for."""
+
+CLOCK_TOLERANCE = Fraction(1, 1000)
+"""Seconds by which a timestamp may be late: containers round them, Matroska to whole milliseconds."""
+
+BT709 = 1
+LIMITED_RANGE = 1
+
+
+def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int) -> UInt8[np.ndarray, "t y x 3"]:
+    """The frames on display at 0, 1 / fps, 2 / fps, ... seconds, upright, scaled to cover `height` x `width`, cropped.
+
+    The crop keeps the centre; the scaling keeps the aspect ratio (of the picture as shown, pixels need not be square).
+
+    Raises:
+        InputError: no such file, not a video, too short for so many frames, damaged, or of an absurd size.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a video")
+    if path.suffix.lower() not in CONTAINERS:
+        raise InputError(f"{path}: unknown kind of file; expected one of {', '.join(CONTAINERS)}")
+    times = [i / Fraction(fps) for i in range(frames)]
+    try:
+        with path.open("rb") as file, _open(file, CONTAINERS[path.suffix.lower()]) as container:
+            stream = _video_stream(container, path)
+            shown = _frames_at(times, container.decode(stream), path)
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+            return np.stack([_fit(frame, height, width, aspect, path) for frame in shown])
+    except (FFmpegError, OSError) as error:
+        raise InputError(f"{path}: damaged or not a video ({error.strerror}); expected a whole video file") from error
+
+
+def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int) -> None:
+    """Write an mp4 file (H.264, 4:2:0, BT.709) that looks like the clip; an existing file is replaced at the end.
+
+    Raises:
+        InputError: height or width is odd, which 4:2:0 cannot hold.
+    """
+    height, width = clip.shape[1:3]
+    if height % 2 or width % 2:
+        raise InputError(f"{path}: a clip of {height} x {width} pixels; expected an even height and width")
+    partial = path.with_name(f".{path.name}.partial").absolute()
+    try:
+        with av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            stream.options = {"crf": "12"}
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            context.color_range = LIMITED_RANGE
+            for pixels in clip:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=BT709)))
+            container.mux(stream.encode(None))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def from_uint8(pixels: UInt8[np.ndarray, "*any 3"]) -> Float[np.ndarray, "*any 3"]:
+    """0..255 -> -1..1, the range the video autoencoder works in."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def to_uint8(pixels: Float[np.ndarray, "*any 3"]) -> UInt8[np.ndarray, "*any 3"]:
+    """-1..1 -> 0..255, rounded; what lies outside is clipped."""
+    return np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def contact_sheet(clips: Sequence[np.ndarray], labels: Sequence[str], columns: int = 5, cell: int = 192) -> Image.Image:
+    """One row a clip (`[t, y, x, 3]` uint8): its label, under it up to `columns` evenly spaced frames, `cell` wide."""
+    font, margin, line = ImageFont.load_default(14), 8, 20
+    rows = [_thumbnails(clip, columns, cell) for clip in clips]
+    heights = [line + row[0].height + margin for row in rows]
+    sheet = Image.new("RGB", (margin + columns * (cell + margin), margin + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = margin
+    for row, label, step in zip(rows, labels, heights, strict=True):
+        draw.text((margin, top), _cut(label, sheet.width - 2 * margin, font), fill="black", font=font)
+        for column, image in enumerate(row):
+            sheet.paste(image, (margin + column * (cell + margin), top + line))
+        top += step
+    return sheet
+
+
+def _thumbnails(clip: np.ndarray, columns: int, cell: int) -> list[Image.Image]:
+    picks = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
+    size = (cell, max(1, round(cell * clip.shape[1] / clip.shape[2])))
+    return [Image.fromarray(clip[i]).resize(size, Image.Resampling.BICUBIC) for i in picks]
+
+
+def _cut(label: str, width: int, font: Any) -> str:
+    """The label on one line, as much of it as fits."""
+    text = whole = " ".join(label[:width].split())
+    while text and font.getlength(text if text == whole == label else f"{text}...") > width:
+        text = text[:-1]
+    return text if text == whole == label else f"{text}..."
+
+
+def _open(file: BinaryIO, demuxer: str) -> InputContainer:
+    return av.open(file, "r", format=demuxer, metadata_errors="ignore")
+
+
+def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
+    """The first video stream, with a decoder that reports damage instead of painting over it."""
+    if not container.streams.video:
+        raise InputError(f"{path}: no video stream; expected a video")
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    if context.width * context.height > MAX_FRAME_PIXELS:
+        size = f"{context.width} x {context.height}"
+        raise InputError(f"{path}: frames of {size} pixels; expected at most {MAX_FRAME_PIXELS:,} pixels a frame")
+    context.options = {"err_detect": "explode", "max_pixels": str(MAX_FRAME_PIXELS)}
+    stream.thread_type = "NONE"  # with threads the decoder conceals damage and neither raises nor marks the frame
+    return stream
+
+
+def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path: Path) -> Iterator[av.VideoFrame]:
+    """The frame on display at each time, in seconds from the first frame; decodes no further than it must."""
+    pending = list(reversed(times))
+    shown, first, count = None, None, 0
+    moment = gap = lasts = Fraction(0)
+    for frame in decoded:
+        if frame.is_corrupt or frame.pts is None or frame.time_base is None:
+            raise InputError(f"{path}: frame {count} is damaged; expected a whole video file")
+        stamp, lasts = frame.pts * frame.time_base, frame.duration * frame.time_base
+        first = stamp if first is None else first
+        gap, moment = stamp - first - moment, stamp - first
+        while shown is not None and pending and pending[-1] + CLOCK_TOLERANCE < moment:
+            yield shown
+            pending.pop()
+        if not pending:
+            return
+        shown, count = frame, count + 1
+    if shown is None:
+        raise InputError(f"{path}: no frame can be decoded; expected a video")
+    end = moment + (lasts or gap)
+    while pending and pending[-1] + CLOCK_TOLERANCE < end:
+        yield shown
+        pending.pop()
+    if pending:
+        wanted = f"{len(times)} frames, the last one at {float(times[-1]):.2f} s"
+        raise InputError(f"{path}: {count} frames, {float(end):.2f} s long; expected enough for {wanted}")
+
+
+def _fit(frame: av.VideoFrame, height: int, width: int, aspect: Fraction, path: Path) -> UInt8[np.ndarray, "y x 3"]:
+    """Upright pixels of one frame: the largest centred part of the right shape, scaled with antialiasing."""
+    turns, skew = divmod(round(frame.rotation), 90)
+    if skew:
+        raise InputError(f"{path}: rotated by {frame.rotation} degrees; expected a multiple of 90")
+    if turns % 2:
+        height, width = width, height
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    scale = max(width / (image.width * aspect), height / image.height)
+    left = max(0, (image.width - width / (scale * aspect)) / 2)
+    top = max(0, (image.height - height / scale) / 2)
+    box = (float(left), float(top), float(image.width - left), float(image.height - top))
+    return np.rot90(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box)), turns)

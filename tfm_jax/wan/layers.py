@@ -1,0 +1,107 @@
+"""The pieces that the three Wan networks share: parameters with named axes, linear maps, norms.
+
+A module may be built as a stack of equal layers: `stack=(30,)` puts a leading axis on every parameter, and
+`jax.lax.scan` over the module itself hands its body one layer at a time.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Axes = tuple[str | None, ...]
+"""Logical name of every axis of a parameter; `tfm_jax.sharding.RULES` says which mesh axis each one is split over."""
+
+
+def param(
+    key: jax.Array,
+    shape: Sequence[int],
+    axes: Axes,
+    *,
+    stack: tuple[int, ...] = (),
+    dtype: DTypeLike,
+    bound: float | None = None,
+    kind: type[nnx.Variable] = nnx.Param,
+) -> nnx.Variable:
+    """A parameter drawn from uniform(-bound, bound), by default 1 / sqrt(product of all axes but the last)."""
+    assert len(shape) == len(axes), (shape, axes)
+    if bound is None:
+        bound = 1 / math.sqrt(math.prod(shape[:-1]) or 1)
+    value = jax.random.uniform(key, (*stack, *shape), jnp.float32, -bound, bound).astype(dtype)
+    return kind(value, axes=("layers",) * len(stack) + tuple(axes))
+
+
+def constant(
+    value: float, shape: Sequence[int], axes: Axes, *, stack: tuple[int, ...] = (), dtype: DTypeLike = jnp.float32
+) -> nnx.Param:
+    """A parameter that starts as one value everywhere (norm scales, biases)."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(jnp.full((*stack, *shape), value, dtype), axes=("layers",) * len(stack) + tuple(axes))
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, with an optional low-rank adapter on the side.
+
+    kernel is `[in, out]` in the dtype of the base. `tfm_jax.lora.add_lora` fills `lora_a` `[in, rank]`, `lora_b`
+    `[rank, out]` (float32 masters, used in the dtype of the input) and `lora_scale` = alpha / rank.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        rngs: nnx.Rngs,
+        axes: Axes = (None, None),
+        bias: bool = True,
+        stack: tuple[int, ...] = (),
+        dtype: DTypeLike = jnp.float32,
+    ):
+        self.kernel = param(rngs.params(), (features_in, features_out), axes, stack=stack, dtype=dtype)
+        self.bias = nnx.data(constant(0.0, (features_out,), axes[1:], stack=stack, dtype=dtype) if bias else None)
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = 1.0
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_a is not None:
+            low = x @ self.lora_a[...].astype(x.dtype)
+            y = y + (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32, returned in the dtype of its input."""
+
+    def __init__(self, features: int, *, stack: tuple[int, ...] = (), eps: float = 1e-6):
+        self.scale = constant(1.0, (features,), (None,), stack=stack)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis in float32, with its affine part or without. Returns float32."""
+
+    def __init__(self, features: int, *, affine: bool, stack: tuple[int, ...] = (), eps: float = 1e-6):
+        self.scale = nnx.data(constant(1.0, (features,), (None,), stack=stack) if affine else None)
+        self.bias = nnx.data(constant(0.0, (features,), (None,), stack=stack) if affine else None)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if self.scale is not None:
+            y = y * self.scale[...] + self.bias[...]
+        return y

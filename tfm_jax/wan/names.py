@@ -1,0 +1,292 @@
+"""Torch names and shapes <-> ours, as tables. Nothing outside this file knows torch's names.
+
+Every tensor of a network is one `Row`. `axes` is an einops pattern from torch's tensor to ours: a permutation, with
+axes of length 1 dropped. Layers that we stack (`blocks`) have one row per layer, with the layer's index.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tfm_jax.errors import InputError
+from tfm_jax.wan.text_encoder import TextEncoderConfig
+from tfm_jax.wan.vae import Stage, VaeConfig
+
+
+class Row(NamedTuple):
+    """One tensor of a public checkpoint."""
+
+    ours: str
+    """Path of the parameter in our module, list indices included."""
+    layer: int | None
+    """Index along our leading axis of stacked layers; None if the parameter is not stacked."""
+    original: str
+    """Name in Wan-AI's own files."""
+    diffusers: str
+    """Name in the Diffusers layout."""
+    axes: str
+    """einops pattern, torch's axes -> ours."""
+
+
+LINEAR = "o i -> i o"
+VECTOR = "d -> d"
+PATCH = "o c p q r -> p q r c o"
+TABLE = "1 n d -> n d"
+
+
+# --- Transformer -----------------------------------------------------------------------------------------------------
+
+#                      ours              original             diffusers
+_TRANSFORMER_LINEARS = """
+                       text_in           text_embedding.0     condition_embedder.text_embedder.linear_1
+                       text_out          text_embedding.2     condition_embedder.text_embedder.linear_2
+                       time_in           time_embedding.0     condition_embedder.time_embedder.linear_1
+                       time_out          time_embedding.2     condition_embedder.time_embedder.linear_2
+                       time_projection   time_projection.1    condition_embedder.time_proj
+                       head              head.head            proj_out
+"""
+_BLOCK_LINEARS = """
+                       self_attn.q       self_attn.q          attn1.to_q
+                       self_attn.k       self_attn.k          attn1.to_k
+                       self_attn.v       self_attn.v          attn1.to_v
+                       self_attn.o       self_attn.o          attn1.to_out.0
+                       cross_attn.q      cross_attn.q         attn2.to_q
+                       cross_attn.k      cross_attn.k         attn2.to_k
+                       cross_attn.v      cross_attn.v         attn2.to_v
+                       cross_attn.o      cross_attn.o         attn2.to_out.0
+                       ffn.up            ffn.0                ffn.net.0.proj
+                       ffn.down          ffn.2                ffn.net.2
+"""
+_BLOCK_VECTORS = """
+    self_attn.norm_q.scale   self_attn.norm_q.weight    attn1.norm_q.weight
+    self_attn.norm_k.scale   self_attn.norm_k.weight    attn1.norm_k.weight
+    cross_attn.norm_q.scale  cross_attn.norm_q.weight   attn2.norm_q.weight
+    cross_attn.norm_k.scale  cross_attn.norm_k.weight   attn2.norm_k.weight
+    norm_cross.scale         norm3.weight               norm2.weight
+    norm_cross.bias          norm3.bias                 norm2.bias
+"""
+
+
+def _table(text: str) -> list[list[str]]:
+    return [line.split() for line in text.strip().splitlines()]
+
+
+def _linear(layer: int | None, ours: str, original: str, diffusers: str) -> list[Row]:
+    return [
+        Row(f"{ours}.kernel", layer, f"{original}.weight", f"{diffusers}.weight", LINEAR),
+        Row(f"{ours}.bias", layer, f"{original}.bias", f"{diffusers}.bias", VECTOR),
+    ]
+
+
+def block_linears() -> list[tuple[str, str, str]]:
+    """The ten linear maps of a block, those that may carry a LoRA: (ours, original, diffusers), without the block."""
+    return [(ours, original, diffusers) for ours, original, diffusers in _table(_BLOCK_LINEARS)]
+
+
+def transformer_rows(layers: int) -> list[Row]:
+    """All tensors of a Wan2.1-T2V transformer (`wan/modules/model.py`; `transformer_wan.py` in diffusers)."""
+    rows = [
+        Row("patch_in.kernel", None, "patch_embedding.weight", "patch_embedding.weight", PATCH),
+        Row("patch_in.bias", None, "patch_embedding.bias", "patch_embedding.bias", VECTOR),
+        Row("head_modulation", None, "head.modulation", "scale_shift_table", TABLE),
+    ]
+    for names in _table(_TRANSFORMER_LINEARS):
+        rows += _linear(None, *names)
+    for n in range(layers):
+        rows.append(Row("blocks.modulation", n, f"blocks.{n}.modulation", f"blocks.{n}.scale_shift_table", TABLE))
+        for ours, original, diffusers in block_linears():
+            rows += _linear(n, f"blocks.{ours}", f"blocks.{n}.{original}", f"blocks.{n}.{diffusers}")
+        for ours, original, diffusers in _table(_BLOCK_VECTORS):
+            rows.append(Row(f"blocks.{ours}", n, f"blocks.{n}.{original}", f"blocks.{n}.{diffusers}", VECTOR))
+    return rows
+
+
+def text_dim_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Width of the text embeddings that an original transformer takes: its config.json does not say.
+
+    Raises:
+        KeyError: these are not the tensors of a transformer.
+    """
+    return shapes["text_embedding.0.weight"][1]
+
+
+# --- Video autoencoder -----------------------------------------------------------------------------------------------
+
+CONV3D = "o i t h w -> t h w i o"
+CONV2D = "o i h w -> h w i o"
+POINT3D = "o i 1 1 1 -> i o"
+POINT2D = "o i 1 1 -> i o"
+GAMMA3D = "c 1 1 1 -> c"
+GAMMA2D = "c 1 1 -> c"
+
+
+def _map(ours: str, original: str, diffusers: str, axes: str) -> list[Row]:
+    return [
+        Row(f"{ours}.kernel", None, f"{original}.weight", f"{diffusers}.weight", axes),
+        Row(f"{ours}.bias", None, f"{original}.bias", f"{diffusers}.bias", VECTOR),
+    ]
+
+
+def _gamma(ours: str, original: str, diffusers: str, axes: str) -> list[Row]:
+    return [Row(f"{ours}.gamma", None, f"{original}.gamma", f"{diffusers}.gamma", axes)]
+
+
+def _residual_block(ours: str, original: str, diffusers: str, *, shortcut: bool) -> list[Row]:
+    rows = [
+        *_gamma(f"{ours}.norm1", f"{original}.residual.0", f"{diffusers}.norm1", GAMMA3D),
+        *_map(f"{ours}.conv1", f"{original}.residual.2", f"{diffusers}.conv1", CONV3D),
+        *_gamma(f"{ours}.norm2", f"{original}.residual.3", f"{diffusers}.norm2", GAMMA3D),
+        *_map(f"{ours}.conv2", f"{original}.residual.6", f"{diffusers}.conv2", CONV3D),
+    ]
+    if shortcut:
+        rows += _map(f"{ours}.shortcut", f"{original}.shortcut", f"{diffusers}.conv_shortcut", POINT3D)
+    return rows
+
+
+def _stage(ours: str, original: str, diffusers: str, stage: Stage) -> list[Row]:
+    if not stage.resample:
+        return _residual_block(ours, original, diffusers, shortcut=stage.features_in != stage.features_out)
+    rows = _map(f"{ours}.resample", f"{original}.resample.1", f"{diffusers}.resample.1", CONV2D)
+    if stage.time:
+        rows += _map(f"{ours}.time_conv", f"{original}.time_conv", f"{diffusers}.time_conv", CONV3D)
+    return rows
+
+
+def _coder_ends(side: str) -> list[Row]:
+    """First convolution, middle and head of the encoder or the decoder."""
+    middle = f"{side}.mid_block"
+    return [
+        *_map(f"{side}.conv_in", f"{side}.conv1", f"{side}.conv_in", CONV3D),
+        *_residual_block(f"{side}.mid.0", f"{side}.middle.0", f"{middle}.resnets.0", shortcut=False),
+        *_gamma(f"{side}.mid.1.norm", f"{side}.middle.1.norm", f"{middle}.attentions.0.norm", GAMMA2D),
+        *_map(f"{side}.mid.1.to_qkv", f"{side}.middle.1.to_qkv", f"{middle}.attentions.0.to_qkv", POINT2D),
+        *_map(f"{side}.mid.1.proj", f"{side}.middle.1.proj", f"{middle}.attentions.0.proj", POINT2D),
+        *_residual_block(f"{side}.mid.2", f"{side}.middle.2", f"{middle}.resnets.1", shortcut=False),
+        *_gamma(f"{side}.norm_out", f"{side}.head.0", f"{side}.norm_out", GAMMA3D),
+        *_map(f"{side}.conv_out", f"{side}.head.2", f"{side}.conv_out", CONV3D),
+    ]
+
+
+def vae_rows(config: VaeConfig) -> list[Row]:
+    """All tensors of the Wan2.1 autoencoder (`wan/modules/vae.py`; `autoencoder_kl_wan.py` in diffusers)."""
+    rows = [
+        *_coder_ends("encoder"),
+        *_coder_ends("decoder"),
+        *_map("quant_conv", "conv1", "quant_conv", POINT3D),
+        *_map("post_quant_conv", "conv2", "post_quant_conv", POINT3D),
+    ]
+    for i, stage in enumerate(config.encoder_stages()):
+        rows += _stage(f"encoder.down.{i}", f"encoder.downsamples.{i}", f"encoder.down_blocks.{i}", stage)
+    for i, stage in enumerate(config.decoder_stages()):
+        block, place = divmod(i, config.num_res_blocks + 2)
+        inner = "upsamplers.0" if stage.resample else f"resnets.{place}"
+        rows += _stage(f"decoder.up.{i}", f"decoder.upsamples.{i}", f"decoder.up_blocks.{block}.{inner}", stage)
+    return rows
+
+
+def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VaeConfig:
+    """The sizes of an autoencoder in the original layout, which has no config file, from its tensors' shapes.
+
+    The statistics of the latents are not in the file either; they are known for z_dim 16 only.
+    Raises InputError where the tensors are not those of a Wan2.1 autoencoder.
+    """
+
+    def width(name: str) -> int:
+        if name not in shapes:
+            raise InputError(f"autoencoder has no tensor {name}; expected the original layout of Wan2.1_VAE.pth")
+        return shapes[name][0]
+
+    z_dim, base_dim = width("conv2.weight"), width("encoder.conv1.weight")
+    if z_dim != 16:
+        raise InputError(f"conv2.weight has {z_dim} channels; latent statistics are known for z_dim 16 only")
+    levels: list[list[int]] = [[]]
+    temporal: list[bool] = []
+    stages = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.downsamples.")}
+    for i in range(len(stages)):
+        if f"encoder.downsamples.{i}.resample.1.weight" in shapes:
+            temporal.append(f"encoder.downsamples.{i}.time_conv.weight" in shapes)
+            levels.append([])
+        else:
+            levels[-1].append(width(f"encoder.downsamples.{i}.residual.6.weight"))
+    expected = [[level[0]] * len(levels[0]) for level in levels if level and level[0] % base_dim == 0]
+    if levels != expected:
+        raise InputError(f"encoder.downsamples: widths {levels}; expected levels of one multiple of {base_dim} each")
+    return VaeConfig(
+        base_dim=base_dim,
+        z_dim=z_dim,
+        dim_mult=tuple(level[0] // base_dim for level in levels),
+        num_res_blocks=len(levels[0]),
+        temporal_downsample=tuple(temporal),
+    )
+
+
+# --- Text encoder ----------------------------------------------------------------------------------------------------
+
+#   ours                      original                         diffusers
+_TEXT_BLOCK_LINEARS = """
+    attention.q.kernel        attn.q.weight                    layer.0.SelfAttention.q.weight
+    attention.k.kernel        attn.k.weight                    layer.0.SelfAttention.k.weight
+    attention.v.kernel        attn.v.weight                    layer.0.SelfAttention.v.weight
+    attention.o.kernel        attn.o.weight                    layer.0.SelfAttention.o.weight
+    ffn.gate.kernel           ffn.gate.0.weight                layer.1.DenseReluDense.wi_0.weight
+    ffn.up.kernel             ffn.fc1.weight                   layer.1.DenseReluDense.wi_1.weight
+    ffn.down.kernel           ffn.fc2.weight                   layer.1.DenseReluDense.wo.weight
+"""
+_TEXT_BLOCK_VECTORS = """
+    norm1.scale               norm1.weight                     layer.0.layer_norm.weight
+    norm2.scale               norm2.weight                     layer.1.layer_norm.weight
+"""
+_TEXT_BLOCK_TABLES = """
+    attention.position_bias   pos_embedding.embedding.weight   layer.0.SelfAttention.relative_attention_bias.weight
+"""
+
+TEXT_ENCODER_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
+"""The embedding has two names in transformers: a file holds the second (as Wan-AI's and ours do), the first or both."""
+
+
+def text_encoder_rows(layers: int) -> list[Row]:
+    """All tensors of the umT5 encoder (`wan/modules/t5.py`; `modeling_umt5.py` in transformers)."""
+    rows = [
+        Row("embedding", None, "token_embedding.weight", "shared.weight", "v d -> v d"),
+        Row("norm.scale", None, "norm.weight", "encoder.final_layer_norm.weight", VECTOR),
+    ]
+    tables = [(_TEXT_BLOCK_LINEARS, LINEAR), (_TEXT_BLOCK_VECTORS, VECTOR), (_TEXT_BLOCK_TABLES, "r n -> r n")]
+    for n in range(layers):
+        for table, axes in tables:
+            for ours, original, diffusers in _table(table):
+                rows.append(Row(f"blocks.{ours}", n, f"blocks.{n}.{original}", f"encoder.block.{n}.{diffusers}", axes))
+    return rows
+
+
+def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TextEncoderConfig:
+    """The sizes of the umT5 encoder whose tensors these are, by name in either layout.
+
+    The distance beyond which positions share a bucket and the epsilon of the norms leave no trace in the tensors: both
+    are those of every umT5.
+
+    Raises:
+        InputError: these are not the tensors of a umT5 encoder.
+    """
+    shapes = {TEXT_ENCODER_ALIASES.get(name, name): shape for name, shape in shapes.items()}
+    layout = "original" if "token_embedding.weight" in shapes else "diffusers"
+    names = {row.ours: getattr(row, layout) for row in text_encoder_rows(1)}
+
+    def matrix(ours: str) -> tuple[int, int]:
+        found = shapes.get(names[ours])
+        if found is None:
+            raise InputError(f"text encoder: tensor {names[ours]} is missing; expected the weights of a umT5 encoder")
+        if len(found) != 2:
+            raise InputError(f"text encoder: tensor {names[ours]} has shape {list(found)}; expected a matrix")
+        return found[0], found[1]
+
+    vocab_size, dim = matrix("embedding")
+    buckets, heads = matrix("blocks.attention.position_bias")
+    of_first_layer, of_any_layer = names["blocks.attention.position_bias"].split(".0.", 1)
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        heads=heads,
+        head_dim=matrix("blocks.attention.q.kernel")[0] // heads,
+        ffn_dim=matrix("blocks.ffn.gate.kernel")[0],
+        layers=sum(name.startswith(f"{of_first_layer}.") and name.endswith(f".{of_any_layer}") for name in shapes),
+        buckets=buckets,
+    )

@@ -1,0 +1,224 @@
+"""Named tensors in files, read and written piece by piece: no file is ever held in memory."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from tfm_jax.errors import InputError
+
+Index = tuple[slice | int, ...] | EllipsisType
+Shape = tuple[int, ...]
+
+SHARD_BYTES = 5_000_000_000
+
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "model.")
+
+
+class Entry(NamedTuple):
+    """One tensor that can be read in part."""
+
+    shape: Shape
+    file: Path
+    read: Callable[[Index], np.ndarray]
+
+
+Tensors = Mapping[str, Entry]
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def open_tensors(files: Sequence[Path]) -> Tensors:
+    """The tensors of safetensors files, by name; a prefix around the whole model is taken off.
+
+    Raises:
+        InputError: a file is missing, is not what its name says, or repeats a tensor.
+    """
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in open_safetensors(file).items():
+            if name in entries:
+                raise InputError(f"{file}: tensor {name} is also in {entries[name].file}")
+            entries[name] = entry
+    for prefix in _WRAPPERS:
+        if entries and all(name.startswith(prefix) for name in entries):
+            return {name.removeprefix(prefix): entry for name, entry in entries.items()}
+    return entries
+
+
+def safetensors_in(directory: Path) -> list[Path]:
+    """The safetensors files of a directory: those that its index names, or all of them.
+
+    Raises:
+        InputError: the index is damaged, or names a file that is not in the directory.
+    """
+    indices = sorted(directory.glob("*.safetensors.index.json"))
+    if not indices:
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{directory}: expected *.safetensors files, found none")
+        return files
+    index = indices[0]
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise InputError(f"{index}: expected JSON with a weight_map from tensor to file") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{index}: file {shard!r} is outside the directory; expected a plain file name")
+        if not (directory / shard).is_file():
+            raise InputError(f"{directory / shard}: missing, but {index.name} names it; download it again")
+    return [directory / shard for shard in shards]
+
+
+def open_safetensors(file: Path) -> Tensors:
+    """The tensors of one safetensors file, by the names that are in it.
+
+    Raises:
+        InputError: the file is missing, is not what its name says, or holds a type that we do not read.
+    """
+    explain_wrong_file(file)
+    try:
+        handle = safe_open(file, framework="numpy")
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    entries = {}
+    for name, piece in slices.items():
+        if piece.get_dtype() not in _DTYPES:
+            raise InputError(f"{file}: tensor {name} is {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}")
+        entries[name] = Entry(tuple(piece.get_shape()), file, piece.__getitem__)
+    return entries
+
+
+def open_pth(file: Path) -> Tensors:
+    """The tensors of a PyTorch checkpoint, which is read without running any code in it. Needs torch.
+
+    Raises:
+        InputError: torch is missing, or the file is not a plain dictionary of whole, dense tensors.
+    """
+    explain_wrong_file(file)
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{file}: reading .pth files needs PyTorch; pip install torch, or use a Diffusers layout") from None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{file}: not a PyTorch checkpoint of plain tensors ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InputError(f"{file}: expected a dictionary of tensors")
+
+    entries = {}
+    for name, tensor in state.items():
+        # A small file can claim a huge tensor by repeating one number with stride 0.
+        if not tensor.is_contiguous() or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise InputError(f"{file}: tensor {name} is not stored whole; expected contiguous data")
+        if tensor.dtype == torch.bfloat16:
+            array = tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            array = tensor.numpy()
+        if array.dtype not in _NAMES:
+            raise InputError(f"{file}: tensor {name} is {tensor.dtype}; expected a floating type")
+        entries[name] = Entry(array.shape, file, array.__getitem__)
+    return entries
+
+
+def explain_wrong_file(file: Path) -> None:
+    """Raise InputError if a weight file is missing, empty, or what a failed download leaves behind."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    with open(file, "rb") as stream:
+        head = stream.read(64)
+    if not head:
+        raise InputError(f"{file}: empty file; download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise InputError(f"{file}: an HTML page, not weights; download the file itself")
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+class TensorWriter:
+    """Safetensors files of known content, to be filled in any order, in part or whole: `writer[name][...] = values`.
+
+    The files are mapped, so what is written goes to the disk and not to memory. Used as a context manager.
+    """
+
+    def __init__(self, directory: Path, stem: str, tensors: Mapping[str, tuple[Shape, DTypeLike]]):
+        self._views: dict[str, np.ndarray] = {}
+        self._maps: list[np.memmap] = []
+        shards = _shards(tensors)
+        weight_map = {}
+        for number, names in enumerate(shards, 1):
+            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            file = directory / f"{stem}{part}.safetensors"
+            self._create(file, {name: tensors[name] for name in names})
+            weight_map |= dict.fromkeys(names, file.name)
+        if len(shards) > 1:
+            total = sum(_nbytes(*spec) for spec in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+    def _create(self, file: Path, tensors: Mapping[str, tuple[Shape, DTypeLike]]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (shape, dtype) in tensors.items():
+            end = offset + _nbytes(shape, dtype)
+            header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": shape, "data_offsets": (offset, end)}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        with open(file, "wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            # Take the space now: on a full disk this is an error, writing to a map would be a crash.
+            os.posix_fallocate(stream.fileno(), 0, start + offset)
+        data = np.memmap(file, np.uint8, "r+", offset=0)
+        self._maps.append(data)
+        for name, (shape, dtype) in tensors.items():
+            begin, end = (start + position for position in header[name]["data_offsets"])  # type: ignore[index]
+            self._views[name] = data[begin:end].view(dtype).reshape(shape)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._views[name]
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for data in self._maps:
+            data.flush()
+        self._views.clear()
+        self._maps.clear()
+
+
+def _nbytes(shape: Shape, dtype: DTypeLike) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+def _shards(tensors: Mapping[str, tuple[Shape, DTypeLike]]) -> list[list[str]]:
+    """Names in order, in groups of at most SHARD_BYTES (a larger tensor is alone)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, (shape, dtype) in tensors.items():
+        nbytes = _nbytes(shape, dtype)
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards

@@ -1,0 +1,212 @@
+"""The Wan2.1-T2V diffusion transformer (`wan/modules/model.py` of Wan-Video/Wan2.1).
+
+A block is self-attention over the video's tokens with 3-D rotary positions, cross-attention to the text, and a
+feed-forward network, each branch modulated by the time embedding. All blocks have one shape, so they are built as one
+stack and run by `jax.lax.scan`; each is recomputed in the backward pass.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from tfm_jax.arrays import Latents, PerVideo, Text
+from tfm_jax.sharding import constrain
+from tfm_jax.wan.attention import attention
+from tfm_jax.wan.layers import LayerNorm, Linear, RMSNorm, constant, param
+
+PATCH = (1, 2, 2)
+TEXT_LENGTH = 512
+ROTARY_THETA = 10_000.0
+
+Tokens = Float[Array, "b s d"]
+Rotary = Float[Array, "s k"]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The architecture, in Wan's own terms. The defaults are those that all Wan2.1-T2V models share."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    text_dim: int = 4096
+    freq_dim: int = 256
+    channels: int = 16
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Rotary, Rotary]:
+    """cos and sin, `[f h w, head_dim / 2]`, of the rotary angles of a grid of tokens.
+
+    Height and width take `2 (head_dim // 6)` channels each and time the rest; positions are integers from 0.
+    Angles are computed in float64: rounding them any lower drifts over long clips.
+    """
+    side = 2 * (head_dim // 6)
+    angles = []
+    for length, width in zip(grid, (head_dim - 2 * side, side, side), strict=True):
+        frequencies = ROTARY_THETA ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+        angles.append(np.outer(np.arange(length), frequencies))
+    f, h, w = grid
+    time, height, width = angles
+    table = np.concatenate(
+        [
+            np.broadcast_to(time[:, None, None], (f, h, w, time.shape[-1])),
+            np.broadcast_to(height[None, :, None], (f, h, w, height.shape[-1])),
+            np.broadcast_to(width[None, None, :], (f, h, w, width.shape[-1])),
+        ],
+        axis=-1,
+    )
+    table = rearrange(table, "f h w k -> (f h w) k")
+    return jnp.asarray(np.cos(table), jnp.float32), jnp.asarray(np.sin(table), jnp.float32)
+
+
+def rotate(x: Float[Array, "b s n d"], rotary: tuple[Rotary, Rotary]) -> Float[Array, "b s n d"]:
+    """Turn the pairs of channels (0, 1), (2, 3), ... of every head by the angles of their token."""
+    cos, sin = (table[None, :, None, :] for table in rotary)
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rearrange(turned, "b s n k two -> b s n (k two)").astype(x.dtype)
+
+
+def time_features(timestep: PerVideo, width: int) -> Float[Array, "b d"]:
+    """`[cos, sin]` of the timestep (0..1000) at `width / 2` frequencies."""
+    half = width // 2
+    frequencies = jnp.asarray(10_000.0 ** -(np.arange(half, dtype=np.float64) / half), jnp.float32)
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with an RMS norm over all heads jointly on queries and keys."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
+        self.heads = config.heads
+
+        def linear(axes: tuple[str, str]) -> Linear:
+            return Linear(config.dim, config.dim, rngs=rngs, axes=axes, stack=stack, dtype=dtype)
+
+        self.q, self.k, self.v = (linear(("embed", "heads")) for _ in range(3))
+        self.o = linear(("heads", "embed"))
+        self.norm_q = RMSNorm(config.dim, stack=stack, eps=config.eps)
+        self.norm_k = RMSNorm(config.dim, stack=stack, eps=config.eps)
+
+    def __call__(self, x: Tokens, context: Float[Array, "b t d"], rotary: tuple[Rotary, Rotary] | None) -> Tokens:
+        """`x` attends to `context` (itself in self-attention); only self-attention has rotary positions."""
+        query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        query, key, value = (rearrange(y, "b s (n k) -> b s n k", n=self.heads) for y in (query, key, value))
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return self.o(rearrange(attention(query, key, value), "b s n k -> b s (n k)"))
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
+        self.up = Linear(config.dim, config.ffn_dim, rngs=rngs, axes=("embed", "mlp"), stack=stack, dtype=dtype)
+        self.down = Linear(config.ffn_dim, config.dim, rngs=rngs, axes=("mlp", "embed"), stack=stack, dtype=dtype)
+
+    def __call__(self, x: Tokens) -> Tokens:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
+        self.modulation = param(rngs.params(), (6, config.dim), (None, None), stack=stack, dtype=jnp.float32)
+        self.norm_self = LayerNorm(config.dim, affine=False, eps=config.eps)
+        self.self_attn = Attention(config, rngs=rngs, stack=stack, dtype=dtype)
+        self.norm_cross = LayerNorm(config.dim, affine=True, stack=stack, eps=config.eps)
+        self.cross_attn = Attention(config, rngs=rngs, stack=stack, dtype=dtype)
+        self.norm_ffn = LayerNorm(config.dim, affine=False, eps=config.eps)
+        self.ffn = FeedForward(config, rngs=rngs, stack=stack, dtype=dtype)
+
+    def __call__(
+        self, x: Tokens, time: Float[Array, "b six d"], text: Float[Array, "b l d"], rotary: tuple[Rotary, Rotary]
+    ) -> Tokens:
+        x = constrain(x, ("batch", "tokens", None))
+        modulation = self.modulation[...][None] + time  # float32, as are the norms and the gated sums
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
+
+        y = (self.norm_self(x) * (1 + scale1) + shift1).astype(x.dtype)
+        x = (x + self.self_attn(y, y, rotary) * gate1).astype(x.dtype)
+
+        y = self.norm_cross(x).astype(x.dtype)
+        x = x + self.cross_attn(y, text, None)
+
+        y = (self.norm_ffn(x) * (1 + scale2) + shift2).astype(x.dtype)
+        return (x + self.ffn(y) * gate2).astype(x.dtype)
+
+
+class WanTransformer(nnx.Module):
+    """Predicts the velocity `noise - clean` of noisy latents. Kernels are in `dtype`, which is also what it computes in;
+    time embedding, modulation, norms and softmax stay in float32."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.bfloat16):
+        self.config = config
+        self.dtype = dtype
+        dim = config.dim
+
+        def linear(features_in: int, features_out: int, dtype: DTypeLike, axes: tuple = (None, "embed")) -> Linear:
+            return Linear(features_in, features_out, rngs=rngs, axes=axes, dtype=dtype)
+
+        self.patch_in = PatchIn(config, rngs=rngs, dtype=dtype)
+        self.text_in = linear(config.text_dim, dim, dtype)
+        self.text_out = linear(dim, dim, dtype)
+        self.time_in = linear(config.freq_dim, dim, jnp.float32)
+        self.time_out = linear(dim, dim, jnp.float32)
+        self.time_projection = linear(dim, 6 * dim, jnp.float32)
+        self.blocks = Block(config, rngs=rngs, stack=(config.layers,), dtype=dtype)
+        self.head_modulation = param(rngs.params(), (2, dim), (None, None), dtype=jnp.float32)
+        self.norm_head = LayerNorm(dim, affine=False, eps=config.eps)
+        self.head = linear(dim, config.channels * PATCH[1] * PATCH[2], dtype, ("embed", None))
+
+    def __call__(self, latents: Latents, timestep: PerVideo, text: Text) -> Latents:
+        """Velocity of `latents` `[b f h w c]` (h, w even), float32.
+
+        Args:
+            latents: noisy normalised latents.
+            timestep: `[b]` in 0..1000, 1000 times the noise level.
+            text: `[b l d]` embeddings of the prompts, zero-padded to 512 tokens: padding takes part in attention.
+        """
+        p, q, r = PATCH
+        _, f, h, w, _ = latents.shape
+        grid = (f // p, h // q, w // r)
+        x = self.patch_in(latents.astype(self.dtype))
+        context = self.text_out(jax.nn.gelu(self.text_in(text.astype(self.dtype)), approximate=True))
+        time = self.time_out(jax.nn.silu(self.time_in(time_features(timestep, self.config.freq_dim))))
+        block_time = rearrange(self.time_projection(jax.nn.silu(time)), "b (six d) -> b six d", six=6)
+        rotary = rotary_tables(grid, self.config.head_dim)
+
+        def body(x: Tokens, block: Block) -> tuple[Tokens, None]:
+            return block(x, block_time, context, rotary), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(body), x, self.blocks)
+
+        shift, scale = jnp.split(self.head_modulation[...][None] + time[:, None], 2, axis=1)
+        x = self.head((self.norm_head(x) * (1 + scale) + shift).astype(self.dtype))
+        gf, gh, gw = grid
+        x = rearrange(x, "b (f h w) (p q r c) -> b (f p) (h q) (w r) c", f=gf, h=gh, w=gw, p=p, q=q, r=r)
+        return x.astype(jnp.float32)
+
+
+class PatchIn(nnx.Module):
+    """The patch embedding: a 3-D convolution whose stride is its kernel, that is, one linear map per patch."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        shape = (*PATCH, config.channels, config.dim)
+        self.kernel = param(rngs.params(), shape, (None, None, None, None, "embed"), dtype=dtype)
+        self.bias = constant(0.0, (config.dim,), ("embed",), dtype=dtype)
+
+    def __call__(self, latents: Latents) -> Tokens:
+        p, q, r = PATCH
+        patches = rearrange(latents, "b (f p) (h q) (w r) c -> b (f h w) p q r c", p=p, q=q, r=r)
+        return jnp.einsum("bspqrc,pqrcd->bsd", patches, self.kernel[...]) + self.bias[...]
