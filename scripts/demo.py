@@ -67,10 +67,11 @@ def report(demo: Path) -> None:
     """report.png: the loss of every step beside frames of the samples."""
     metrics = [json.loads(line) for line in (demo / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(1, 2, figsize=(14, 5), width_ratios=(2, 3), layout="constrained")
-    for name in ("loss", "direction", "residual"):
-        axes[0].plot([m["step"] for m in metrics], [m[name] for m in metrics], alpha=0.25, color=f"C{len(name) % 3}")
-        smooth = running_mean([m[name] for m in metrics])
-        axes[0].plot([m["step"] for m in metrics], smooth, color=f"C{len(name) % 3}", label=name)
+    steps = [m["step"] for m in metrics]
+    for color, name in zip(("C0", "C1", "C2"), ("loss", "direction", "residual"), strict=True):
+        values = [m[name] for m in metrics]
+        axes[0].plot(steps, values, color=color, alpha=0.2)
+        axes[0].plot(steps, running_mean(values), color=color, label=name)
     axes[0].set(xlabel="step", yscale="log", title="training")
     axes[0].legend()
 

@@ -66,6 +66,7 @@ def test_float32_round_trip_is_exact(tmp_path, dialect):
         np.testing.assert_array_equal(back.adapters[name].b, adapter.b)
         assert back.adapters[name].a.dtype == np.float32
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["lora.safetensors"]
+    assert (tmp_path / "new" / "lora.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -75,6 +76,7 @@ def test_scale_survives(tmp_path, dialect, alpha):
     write_lora(tmp_path / "lora.safetensors", lora, dialect, np.float32)
     back = read_lora(tmp_path / "lora.safetensors")
     assert back.alpha == (RANK if dialect in ("comfy", "diffsynth") else alpha)
+    assert not back.metadata  # alpha in there would be applied again in the next file written with it
     assert_same_deltas(deltas(back), deltas(lora))
 
 

@@ -49,7 +49,7 @@ ORIGINAL_NAMES = {
 }
 
 
-def make_reference(config: VaeConfig, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+def make_reference(config: VaeConfig) -> AutoencoderKLWan:
     """diffusers' autoencoder with every tensor random: norm scales near 1, biases small."""
     model = AutoencoderKLWan(
         base_dim=config.base_dim,
@@ -70,7 +70,7 @@ def make_reference(config: VaeConfig, dtype: torch.dtype = torch.float32) -> Aut
                 value.copy_(0.1 * noise)
             else:
                 value.copy_(noise * value[0].numel() ** -0.5)
-    return model.eval().to(dtype)
+    return model.eval()
 
 
 def original_names(state: dict[str, torch.Tensor], config: VaeConfig) -> dict[str, torch.Tensor]:

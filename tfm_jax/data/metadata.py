@@ -97,7 +97,7 @@ def _locate(video: str, folder: Path, where: str) -> Path:
     if ".." in PurePosixPath(video).parts or not path.resolve().is_relative_to(folder.resolve()):
         raise refuse("leads out of the folder")
     if not path.is_file():
-        raise refuse("no such file", f"a video at {path}")
+        raise refuse("no such file", f"a video in {folder}")
     return path
 
 

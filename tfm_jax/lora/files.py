@@ -126,6 +126,7 @@ def write_lora(
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, scratch, facts)
+        scratch.chmod(0o644)  # safetensors lets nobody else read it
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

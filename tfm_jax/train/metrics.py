@@ -8,8 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import jax
-
 
 class NonFiniteLoss(RuntimeError):
     """The loss of a step was NaN or infinite; the message names the step and the clips."""
@@ -45,7 +43,7 @@ class Metrics:
         if self._pending is None:
             return
         (step, report, clips), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(report).items()}
+        values = {name: float(report[name]) for name in sorted(report, key=lambda name: name != "loss")}
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
         self._stream.flush()
         if not math.isfinite(values["loss"]):

@@ -1,0 +1,416 @@
+"""From metadata.csv to batches: the table, the records on disk, the order of training."""
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from tfm_jax.data import records as records_module
+from tfm_jax.data.batches import Batches
+from tfm_jax.data.metadata import read_metadata
+from tfm_jax.data.records import Record, RecordWriter, open_records
+from tfm_jax.errors import InputError
+
+FACTS = {"model": "weights/wan", "frames": 17, "fps": 16.0}
+SHAPE, TEXT_DIM = (5, 4, 6, 16), 24
+
+
+# --- metadata.csv ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "clips" / "sub").mkdir(parents=True)
+    for name in ("a.mp4", "b c.mp4", "sub/d.mp4"):
+        (tmp_path / "clips" / name).touch()
+    (tmp_path / "outside.mp4").touch()
+    return tmp_path / "clips"
+
+
+def table(folder: Path, text: str | bytes) -> Path:
+    (folder / "metadata.csv").write_bytes(text.encode() if isinstance(text, str) else text)
+    return folder
+
+
+def test_rows(folder):
+    text = 'video,prompt\na.mp4,a cat\n\nb c.mp4,"one, ""two""\nthree 猫 🐈"\r\nsub/d.mp4,\na.mp4,a dog\n'
+    rows = read_metadata(table(folder, text))
+    assert [(row.video, row.prompt, row.line) for row in rows] == [
+        ("a.mp4", "a cat", 2),
+        ("b c.mp4", 'one, "two"\nthree 猫 🐈', 4),
+        ("sub/d.mp4", "", 6),
+        ("a.mp4", "a dog", 7),
+    ]
+    assert [row.path for row in rows] == [folder / row.video for row in rows]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_byte_order_mark_other_columns_and_column_order(folder, encoding):
+    text = "height,prompt,video\n480,a cat,a.mp4\n".encode(encoding)
+    assert [(row.video, row.prompt) for row in read_metadata(table(folder, text))] == [("a.mp4", "a cat")]
+
+
+def test_a_long_caption_is_read(folder):
+    caption = "very " * 20_000
+    assert read_metadata(table(folder, f"video,prompt\na.mp4,{caption}\n"))[0].prompt == caption
+
+
+BAD_TABLES = {
+    "no prompt column": ("video,caption\na.mp4,x\n", r"metadata.csv:1: 0 columns 'prompt' among 'video', 'caption'"),
+    "no video column": ("file,prompt\na.mp4,x\n", r"metadata.csv:1: 0 columns 'video' among 'file', 'prompt'"),
+    "two prompt columns": ("video,prompt,prompt\na.mp4,x,y\n", r":1: 2 columns 'prompt'"),
+    "no header": ("a.mp4,a cat\n", r":1: 0 columns 'video' among 'a.mp4', 'a cat'; expected .*video,prompt"),
+    "semicolons": ("video;prompt\na.mp4;a cat\n", r":1: 0 columns 'video' among 'video;prompt'"),
+    "empty file": ("", r"metadata.csv: no rows"),
+    "header only": ("video,prompt\n\n", r"metadata.csv: no rows; expected a row for every clip"),
+    "comma not quoted": ("video,prompt\na.mp4,a cat, black\n", r":2: 3 fields; expected 2 .*quote"),
+    "field missing": ("video,prompt\na.mp4\n", r":2: 1 fields; expected 2"),
+    "open quote": ('video,prompt\na.mp4,x\nb c.mp4,"y\n', r"metadata.csv:3: unexpected end of data"),
+    "text behind a quote": ('video,prompt\na.mp4,"x"y\n', r"metadata.csv:2: .*expected comma-separated values"),
+    "field too long": (f"video,prompt\na.mp4,{'x' * 140_000}\n", r"metadata.csv:2: field larger than"),
+    "not UTF-8": (b"video,prompt\na.mp4,caf\xe9\n", r"metadata.csv: byte \d+ is not UTF-8"),
+    "same row twice": ("video,prompt\na.mp4,x\n\n./a.mp4,x\n", r":4: the same video and prompt as line 2"),
+    "missing video": ("video,prompt\na.mp4,x\nz.mp4,y\n", r":3: video='z.mp4': no such file; expected a video in"),
+    "a folder": ("video,prompt\nsub,y\n", r":2: video='sub': no such file"),
+    "empty video": ("video,prompt\n,y\n", r":2: video='': empty; expected a path relative"),
+    "blank video": ("video,prompt\n  ,y\n", r":2: video='  ': empty"),
+    "URL": ("video,prompt\nhttps://example.org/a.mp4,y\n", r":2: video='https://example.org/a.mp4': a URL; .*download"),
+    "file URL": ("video,prompt\nfile:///etc/passwd,y\n", r":2: video='file:///etc/passwd': a URL"),
+    "other protocol": ("video,prompt\nconcat:a.mp4|a.mp4,y\n", r":2: video='concat:a.mp4\|a.mp4': no such file"),
+    "absolute": ("video,prompt\n/etc/passwd,y\n", r":2: video='/etc/passwd': an absolute path"),
+    "drive letter": ("video,prompt\nC:\\a.mp4,y\n", r"an absolute path"),
+    "parent": ("video,prompt\n../outside.mp4,y\n", r":2: video='../outside.mp4': leads out of the folder"),
+    "hidden parent": ("video,prompt\nsub/../../outside.mp4,y\n", r"leads out of the folder"),
+    "NUL": (b"video,prompt\na.mp4\0.txt,y\n", r":2: video='a.mp4\\x00.txt': has a NUL"),
+    "line break in a name": ('video,prompt\n"a\nb",y\n', r":2: video='a\\nb': no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_tables(folder, name):
+    text, message = BAD_TABLES[name]
+    with pytest.raises(InputError, match=message) as caught:
+        read_metadata(table(folder, text))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_no_table(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError, match=r"metadata.csv: no such file; expected a table with the columns video"):
+            read_metadata(folder)
+
+
+def test_links(folder):
+    (folder / "in.mp4").symlink_to(folder / "a.mp4")
+    (folder / "out.mp4").symlink_to(folder.parent / "outside.mp4")
+    assert read_metadata(table(folder, "video,prompt\nin.mp4,y\n"))[0].path == folder / "in.mp4"
+    with pytest.raises(InputError, match=r"video='out.mp4': leads out of the folder"):
+        read_metadata(table(folder, "video,prompt\nout.mp4,y\n"))
+
+
+def test_a_folder_that_is_a_link_itself(folder, monkeypatch):
+    table(folder, "video,prompt\na.mp4,y\n")
+    (folder.parent / "link").symlink_to(folder)
+    assert read_metadata(folder.parent / "link")[0].video == "a.mp4"
+    monkeypatch.chdir(folder)
+    assert read_metadata(Path("."))[0].video == "a.mp4"
+
+
+# --- Records ---------------------------------------------------------------------------------------------------------
+
+
+def make_records(count: int) -> list[Record]:
+    rng = np.random.default_rng(0)
+    return [
+        Record(
+            rng.normal(size=SHAPE).astype(np.float32),
+            rng.normal(size=(1 + 3 * n, TEXT_DIM)).astype(np.float32),
+            f"prompt {n}, 猫\0",
+            f"clip {n}.mp4",
+        )
+        for n in range(count)
+    ]
+
+
+def write(folder: Path, count: int = 7) -> list[Record]:
+    written = make_records(count)
+    with RecordWriter(folder, FACTS) as writer:
+        for record in written:
+            writer.write(record)
+    return written
+
+
+def same(a: Record, b: Record) -> bool:
+    return np.array_equal(a.latents, b.latents) and np.array_equal(a.text, b.text) and a[2:] == b[2:]
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Three records a shard."""
+    size = 4 * (int(np.prod(SHAPE)) + records_module.TEXT_LENGTH * TEXT_DIM)
+    monkeypatch.setattr(records_module, "SHARD_BYTES", 3 * size + 10)
+
+
+@pytest.fixture
+def dataset(tmp_path, small_shards):
+    write(tmp_path / "latents")
+    return tmp_path / "latents"
+
+
+def test_records_round_trip(tmp_path, small_shards):
+    written = write(tmp_path / "made" / "here")
+    records = open_records(tmp_path / "made" / "here")
+    assert len(records) == 7
+    assert records.facts == FACTS
+    assert all(same(records[i], written[i]) for i in (6, 0, 3, 1, 2, 5, 4))
+    assert records[0].latents.dtype == records[0].text.dtype == np.float32
+    for outside in (-1, 7):
+        with pytest.raises(IndexError):
+            records[outside]
+    assert len(list((tmp_path / "made" / "here").glob("*array_record*"))) == 3
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["here"]
+
+
+def test_tfds_opens_them(dataset):
+    source = tfds.builder_from_directory(dataset).as_data_source(split="train")
+    assert len(source) == 7
+    for fields, record in zip(source, make_records(7), strict=True):
+        assert np.array_equal(fields["latents"], record.latents)
+        assert np.array_equal(fields["text"], record.text)
+        assert (fields["prompt"].decode(), fields["video"].decode()) == (record.prompt, record.video)
+
+
+def test_tensorflow_is_not_needed(dataset):
+    """In a process of its own: nobody else can have imported it."""
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tfm_jax.data.records import RecordWriter, open_records\n"
+        "folder = Path(sys.argv[1]); records = open_records(folder)\n"
+        "with RecordWriter(folder.with_name('copy'), records.facts) as writer:\n"
+        "    for i in range(len(records)): writer.write(records[i])\n"
+        "print(len(open_records(folder.with_name('copy'))), 'tensorflow' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(dataset)], capture_output=True, text=True, check=True)
+    assert result.stdout == "7 False\n"
+
+
+def test_nothing_is_overwritten(tmp_path):
+    write(tmp_path / "latents")
+    with (
+        pytest.raises(InputError, match="latents: exists and is not an empty folder"),
+        RecordWriter(tmp_path / "latents", {}),
+    ):
+        pytest.fail("entered")
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(InputError, match="file: exists and is not an empty folder"),
+        RecordWriter(tmp_path / "file", {}),
+    ):
+        pytest.fail("entered")
+    assert len(open_records(tmp_path / "latents")) == 7
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")
+    assert len(open_records(tmp_path / "empty")) == 7
+
+
+def test_two_writers(tmp_path):
+    with RecordWriter(tmp_path / "latents", {}) as writer:
+        with pytest.raises(InputError, match=r"latents.partial: left by a run that was killed or is at work"):
+            RecordWriter(tmp_path / "latents", {}).__enter__()
+        writer.write(make_records(1)[0])
+    assert len(open_records(tmp_path / "latents")) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("count", [0, 2, 5])
+def test_an_interruption_leaves_nothing(tmp_path, small_shards, error, count):
+    with pytest.raises(error), RecordWriter(tmp_path / "latents", FACTS) as writer:  # noqa: PT012
+        for record in make_records(count):
+            writer.write(record)
+        raise error
+    assert not any(tmp_path.iterdir())
+    write(tmp_path / "latents")
+
+
+def test_no_clips(tmp_path):
+    with pytest.raises(InputError, match="no clip to write"), RecordWriter(tmp_path / "latents", FACTS):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["latents", "text"])
+def test_values_that_are_not_finite(tmp_path, field):
+    record = make_records(1)[0]
+    getattr(record, field).flat[3] = np.nan
+    with (
+        pytest.raises(InputError, match=r"clip 0.mp4: its latents or text are not finite"),
+        RecordWriter(tmp_path / "latents", FACTS) as writer,
+    ):
+        writer.write(record)
+
+
+def test_records_of_another_shape_are_refused(tmp_path):
+    first, second = make_records(2)
+    with pytest.raises(ValueError, match="latents"), RecordWriter(tmp_path / "x", FACTS) as writer:  # noqa: PT012
+        writer.write(first)
+        writer.write(second._replace(latents=second.latents[:3]))
+    assert not any(tmp_path.iterdir())
+
+
+def shard(dataset: Path, number: int = 1) -> Path:
+    return sorted(dataset.glob("*array_record*"))[number]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+BAD_SHARDS = {
+    "missing": (Path.unlink, r"array_record-00001: missing"),
+    "empty": (lambda path: path.write_bytes(b""), r"array_record-00001: damaged"),
+    "truncated": (truncate, r"array_record-00001: damaged"),
+    "another": (lambda path: path.write_bytes(shard(path.parent, 2).read_bytes()), r"00001: 1 clips; expected 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHARDS)
+def test_bad_shards(dataset, name):
+    damage, message = BAD_SHARDS[name]
+    damage(shard(dataset))
+    with pytest.raises(InputError, match=message) as caught:
+        open_records(dataset)
+    assert str(dataset) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_is_noticed(dataset):
+    path = shard(dataset)
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 4
+    path.write_bytes(content)
+    records = open_records(dataset)
+    assert same(records[0], make_records(1)[0])
+    with pytest.raises(InputError, match=r"latents: clip 3 is damaged; prepare the data again") as caught:
+        records[3]
+    assert "\n" not in str(caught.value)
+
+
+def test_not_a_dataset(tmp_path, dataset):
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(InputError, match=r"no dataset_info.json in it; expected a folder that prepare_data.py"):
+            open_records(folder)
+    for name in ("dataset_info.json", "features.json", "metadata.json"):
+        content = (dataset / name).read_text()
+        (dataset / name).write_text("{")
+        with pytest.raises(InputError, match="latents: cannot be read") as caught:
+            open_records(dataset)
+        assert "\n" not in str(caught.value)
+        (dataset / name).write_text(content)
+    features = dataset / "features.json"
+    features.write_text(features.read_text().replace('"prompt"', '"caption"'))
+    with pytest.raises(InputError, match="a dataset of caption, latents, text, video"):
+        open_records(dataset)
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------
+
+
+def take(batches: Batches, steps: int) -> list[list[int]]:
+    return [batches.at(step)[1] for step in range(steps)]
+
+
+def test_a_batch_has_its_clips_rows(dataset):
+    records = open_records(dataset)
+    batch, clips = Batches(records, 3, seed=5).at(4)
+    assert batch.latents.shape == (3, *SHAPE)
+    assert batch.text.shape == (3, 512, TEXT_DIM)
+    assert batch.latents.dtype == batch.text.dtype == np.float32
+    for latents, text, clip in zip(*batch, clips, strict=True):
+        record = records[clip]
+        assert np.array_equal(latents, record.latents)
+        assert np.array_equal(text[: len(record.text)], record.text)
+        assert not text[len(record.text) :].any()
+
+
+def test_the_order_is_a_function_of_seed_and_step(dataset):
+    records = open_records(dataset)
+    order = take(Batches(records, 2, seed=5), 12)
+    again = Batches(open_records(dataset), 2, seed=5)
+    assert [again.at(step)[1] for step in reversed(range(12))] == order[::-1]
+    assert take(Batches(records, 2, seed=6), 12) != order
+    # Written down once: with a grain that shuffles differently, no old run could be resumed.
+    assert order[:7] == [[3, 2], [4, 5], [1, 0], [6, 3], [6, 1], [5, 2], [0, 4]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_every_epoch_has_every_clip_once(dataset, batch_size):
+    """Also where an epoch ends within a batch."""
+    order = list(itertools.chain(*take(Batches(open_records(dataset), batch_size, seed=0), 21)))
+    epochs = [order[i : i + 7] for i in range(0, 21, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_processes_share_the_batch(dataset):
+    batches = Batches(open_records(dataset), 6, seed=1)
+    for step in range(3):
+        whole, clips = batches.at(step)
+        for count in (2, 3):
+            parts = [batches.at(step, index, count) for index in range(count)]
+            assert [clip for part in parts for clip in part[1]] == clips
+            for field in ("latents", "text"):
+                together = np.concatenate([getattr(batch, field) for batch, _ in parts])
+                assert np.array_equal(together, getattr(whole, field))
+
+
+@pytest.mark.parametrize("start", [0, 1, 1000])
+def test_iterating_equals_asking(dataset, start):
+    batches = Batches(open_records(dataset), 4, seed=2)
+    for index, count in ((0, 1), (1, 2)):
+        seen = list(itertools.islice(batches.iterate(start, index, count), 9))
+        assert [step for step, _, _ in seen] == list(range(start, start + 9))
+        for step, batch, clips in seen:
+            expected, expected_clips = batches.at(step, index, count)
+            assert clips == expected_clips
+            assert np.array_equal(batch.latents, expected.latents)
+            assert np.array_equal(batch.text, expected.text)
+
+
+def test_iterating_reads_ahead(dataset):
+    """While a step computes, the next batches are read; but not without bound."""
+    batches = Batches(open_records(dataset), 2, seed=2)
+    asked: list[int] = []
+    at = batches.at
+    batches.at = lambda step, *where: (asked.append(step), at(step, *where))[1]
+    iterator = batches.iterate(10)
+    next(iterator)
+    for _ in range(200):
+        if len(asked) >= 4:
+            break
+        time.sleep(0.01)
+    assert 4 <= len(asked) <= 8
+
+
+def test_damage_reaches_the_training_loop_as_it_is(dataset):
+    batches = Batches(open_records(dataset), 7, seed=2)
+    path = shard(dataset)
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        next(batches.iterate())
+
+
+def test_impossible_batches(dataset):
+    records = open_records(dataset)
+    with pytest.raises(InputError, match=r"train.batch_size=8: .*latents has 7 clips; expected at most"):
+        Batches(records, 8, seed=0)
+    with pytest.raises(InputError, match=r"train.batch_size=4: expected a multiple of the 3 processes"):
+        Batches(records, 4, seed=0).at(0, 0, 3)
