@@ -6,7 +6,6 @@ Streams tensor by tensor: a model of any size converts in little memory. Whateve
 vae, text_encoder, tokenizer) are converted.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("source", type=Path, help="directory of weights in any layout")
     parser.add_argument("target", type=Path, help="directory to write; must not exist or be empty")
     parser.add_argument("--to", required=True, choices=["diffusers", "original", "tfm_jax"], help="layout to write")

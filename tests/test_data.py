@@ -51,7 +51,7 @@ def test_rows(folder):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_byte_order_mark_other_columns_and_column_order(folder, encoding):
-    text = "height,prompt,video\n480,a cat,a.mp4\n".encode(encoding)
+    text = "prompt,video,height\na cat,a.mp4,480\n".encode(encoding)
     assert [(row.video, row.prompt) for row in read_metadata(table(folder, text))] == [("a.mp4", "a cat")]
 
 

@@ -89,7 +89,7 @@ def test_pure_colours_survive(tmp_path):
 def test_write_replaces_and_leaves_nothing_behind_on_failure(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     path.write_text("old")
-    monkeypatch.setattr(video.av.VideoFrame, "from_ndarray", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_clip(path, smooth_clip(), FPS)
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
@@ -97,6 +97,14 @@ def test_write_replaces_and_leaves_nothing_behind_on_failure(tmp_path, monkeypat
     monkeypatch.undo()
     write_clip(path, smooth_clip(), FPS)
     assert len(read_clip(path, 17, 64, 96, FPS)) == 17
+
+
+def test_a_path_that_looks_like_a_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("concat:folder")
+    folder.mkdir()
+    write_clip(folder / "file:a.mp4", smooth_clip(), FPS)
+    assert len(read_clip(folder / "file:a.mp4", 17, 64, 96, FPS)) == 17
 
 
 def test_odd_sizes_are_not_written(tmp_path):
@@ -151,12 +159,13 @@ def test_cover_and_centre_crop(tmp_path):
     assert wide[0, 16, :28].max() < 10
 
 
-def test_pixels_that_are_not_square(tmp_path):
-    """128 columns stored for a square picture."""
-    clip = smooth_clip(1, 64, 128)
-    path = encode(tmp_path / "a.mp4", clip, aspect=Fraction(1, 2))
-    whole = np.asarray(Image.fromarray(clip[0]).resize((64, 64), Image.Resampling.BICUBIC))
-    assert psnr(read_clip(path, 1, 64, 64, FPS)[0], whole) > 30
+@pytest.mark.parametrize(("columns", "aspect"), [(256, Fraction(1, 2)), (64, Fraction(2))])
+def test_pixels_that_are_not_square(tmp_path, columns, aspect):
+    """Stored with too many or too few columns for the square picture that is shown."""
+    clip = smooth_clip(1, 128, columns)
+    path = encode(tmp_path / "a.mp4", clip, aspect=aspect)
+    whole = np.asarray(Image.fromarray(clip[0]).resize((128, 128), Image.Resampling.BICUBIC))
+    assert psnr(read_clip(path, 1, 128, 128, FPS)[0], whole) > 30
 
 
 def test_scaling_is_antialiased(tmp_path):

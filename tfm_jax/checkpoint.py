@@ -58,6 +58,8 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._orbax = ocp.training.Checkpointer(
             self.directory,
+            # Who calls save means it; the default leaves out a step while the one before is still being written.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )

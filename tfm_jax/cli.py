@@ -1,8 +1,10 @@
 """What all programs share: bad input is one line on the console and exit code 2."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from tfm_jax.errors import InputError
 
@@ -14,8 +16,20 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
     except InputError as error:
         sys.exit(_refuse(str(error)))
+    except OSError as error:  # a disk that is full or read-only, a folder that cannot be made
+        sys.exit(_refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """A parser for a program without a configuration file, with what is wrong told in one line."""
+    return _Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}; --help tells more")
 
 
 def _refuse(message: str) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
 import pydantic
 import yaml
@@ -20,7 +20,13 @@ from tfm_jax.errors import InputError
 T = TypeVar("T")
 
 _strict = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-section = pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def section(cls: type[T]) -> type[T]:
+    """A frozen dataclass of keyword fields that checks its values; the text below a field is its help."""
+    return pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)(cls)
+
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -241,7 +247,7 @@ def _split(argv: Sequence[str]) -> tuple[Path | None, dict[str, str]]:
                 raise InputError(f"argument --{name}: expected a value, --{name}=...")
             value = rest.pop(0)
         if name in options:
-            raise InputError(f"argument --{name} is given twice")
+            raise InputError(f"argument --{name} is given twice; expected it once")
         options[name] = value
     file = options.pop("config", None)
     return (Path(file) if file is not None else None), options
@@ -252,10 +258,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for number, key in enumerate(keys):
-        if key in keys[:number]:
-            raise InputError(f"{node.start_mark.name}: {key} is given twice")
+    keys: list[Any] = []
+    for key_node, _ in node.value:
+        key, place = loader.construct_object(key_node), key_node.start_mark
+        if key in keys:
+            raise InputError(f"{place.name}:{place.line + 1}: {key} is given twice; expected it once")
+        keys.append(key)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -285,42 +293,88 @@ def _fields(kind: type) -> Iterator[str]:
 
 
 def _check_names(values: dict[str, Any], file: str) -> None:
+    sections = _sections(Config)
     for name, part in values.items():
-        if name not in _sections(Config):
-            raise InputError(f"{file}: unknown section {name}{_nearest(name, _sections(Config))}")
-        for field in part:
-            if f"{name}.{field}" not in _fields(Config):
-                raise InputError(f"{file}: unknown field {name}.{field}{_nearest(f'{name}.{field}', _fields(Config))}")
+        if name not in sections:
+            close = difflib.get_close_matches(str(name), sections)
+            raise InputError(f"{file}: unknown section {name}; {_choices(close, sections)}")
+        for field, value in part.items():
+            full = f"{name}.{field}"
+            if full not in _fields(Config):
+                raise InputError(f"{file}: unknown field {full}; {_nearest(full, Config)}")
+            if isinstance(value, bool):
+                raise InputError(f"{file}: {full}={str(value).lower()}: expected no truth value; put text into quotes")
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    part, dot, tail = name.rpartition(".")
-    names = list(names)
-    names = [n for n in names if n.rpartition(".")[:2] == (part, dot)] or names
-    tails = {n.rpartition(".")[2]: n for n in names}
-    close = [tails[match] for match in difflib.get_close_matches(tail, tails, n=3, cutoff=0.6)]
-    return f"; did you mean {' or '.join(close)}?" if close else f"; expected one of {', '.join(names)}"
+def _nearest(name: str, kind: type) -> str:
+    """What may be meant by a field that does not exist: fields of nearly that name, those of its section first."""
+    part, _, tail = name.rpartition(".")
+    fields: dict[str, list[str]] = {}
+    for full in sorted(_fields(kind), key=lambda full: not full.startswith(f"{part}.")):
+        fields.setdefault(full.rpartition(".")[2], []).append(full)
+    close = [full for match in difflib.get_close_matches(tail, fields) for full in fields[match]]
+    names = [full for full in _fields(kind) if full.startswith(f"{part}.")] or [f"{n}.*" for n in _sections(kind)]
+    return _choices(close[:3], names)
+
+
+def _choices(close: Iterable[str], names: Iterable[str]) -> str:
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
 
 
 def _set(kind: type, values: dict[str, Any], name: str, text: str) -> None:
     if name not in _fields(kind):
-        raise InputError(f"--{name}={text}: unknown field {name}{_nearest(name, _fields(kind))}")
+        raise InputError(f"--{name}={text}: unknown field {name}; {_nearest(name, kind)}")
     part, field = name.split(".")
     # Lists and null are read as YAML; anything else stays text, which the field's type turns into a value.
-    literal = yaml.safe_load(text) if text.startswith("[") or text == "null" else text
+    try:
+        literal = yaml.safe_load(text) if text.startswith("[") or text == "null" else text
+    except yaml.YAMLError:
+        raise InputError(f"--{name}={text}: not a list; expected one such as [a, b]") from None
     values.setdefault(part, {})[field] = literal
 
 
+_EXPECTED = {
+    "greater_than": "expected more than {gt:g}",
+    "greater_than_equal": "expected at least {ge:g}",
+    "less_than": "expected less than {lt:g}",
+    "less_than_equal": "expected at most {le:g}",
+    "finite_number": "expected a finite number",
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "string_type": "expected text",
+    "path_type": "expected a path",
+    "literal_error": "expected {expected}",
+    "tuple_type": "expected a list, such as [a, b]",
+    "too_short": "expected at least {min_length} of them",
+}
+"""Type of a pydantic error -> what it says, in our words, filled in from the error's context."""
+
+
 def _first_problem(error: pydantic.ValidationError, file: str, origin: dict[str, str]) -> str:
+    """The first of the problems on one line: file or option, field, value, what was expected."""
     problem = error.errors()[0]
     name = ".".join(str(part) for part in problem["loc"][:2])
-    message = problem["msg"].removeprefix("Value error, ")
+    context = problem.get("ctx", {})
     if problem["type"] == "missing":
-        return f"{file}: {name} is missing; expected it in the file or as --{name}=..."
-    if name in origin:
-        return f"{origin[name]}: {message}"
-    given = "" if problem["type"] == "value_error" else f"={problem['input']!r}"
-    return f"{file}: {name}{given}: {message}"
+        return f"{file}: {name} is missing; expected it in the file{f' or as --{name}=...' if '.' in name else ''}"
+    if problem["type"] == "value_error":  # from __post_init__, which names the field of the section itself
+        field, _, expected = str(context["error"]).partition(": ")
+        name, given = f"{name}.{field.partition('=')[0]}", f"{name}.{field}"
+    else:
+        expected = _EXPECTED.get(problem["type"], problem["msg"]).format(**context)
+        given = f"{name}={_shown(problem['input'])}"
+    return f"{origin[name]}: {expected}" if name in origin else f"{file}: {given}; {expected}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in the file and on the command line, cut to the length of a line."""
+    if value is None:
+        return "null"
+    text = f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else " ".join(str(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _help(kind: type, values: dict[str, Any], prog: str, about: str) -> str:
@@ -330,5 +384,5 @@ def _help(kind: type, values: dict[str, Any], prog: str, about: str) -> str:
         for field, info in part.__pydantic_fields__.items():
             default = "required" if info.is_required() else info.get_default(call_default_factory=True)
             value = values.get(name, {}).get(field, default)
-            lines += [f"  --{name}.{field}={value}", f"        {info.description}"]
+            lines += [f"  --{name}.{field}={_shown(value)}", f"        {info.description}"]
     return "\n".join(lines)

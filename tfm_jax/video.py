@@ -118,11 +118,13 @@ def _thumbnails(clip: np.ndarray, columns: int, cell: int) -> list[Image.Image]:
 
 
 def _cut(label: str, width: int, font: Any) -> str:
-    """The label on one line, as much of it as fits."""
-    text = whole = " ".join(label[:width].split())
-    while text and font.getlength(text if text == whole == label else f"{text}...") > width:
+    """The label on one line, as much of it as fits into `width` pixels."""
+    text = " ".join(label[:width].split())
+    if len(label) <= width and font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
         text = text[:-1]
-    return text if text == whole == label else f"{text}..."
+    return f"{text}..."
 
 
 def _open(file: BinaryIO, demuxer: str) -> InputContainer:
@@ -138,7 +140,7 @@ def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
     if context.width * context.height > MAX_FRAME_PIXELS:
         size = f"{context.width} x {context.height}"
         raise InputError(f"{path}: frames of {size} pixels; expected at most {MAX_FRAME_PIXELS:,} pixels a frame")
-    context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # the header may lie
+    context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # the size may change behind the header
     stream.thread_type = "NONE"  # with threads the decoder paints over damage and does not mark the frame
     return stream
 

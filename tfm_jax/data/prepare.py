@@ -46,5 +46,5 @@ def prepare(run: PrepareRun) -> int:
             latents = np.asarray(vae.encode(jnp.asarray(video.from_uint8(pixels))[None]))[0]
             embeddings = np.asarray(encode_prompts(tokenizer, text_encoder, [row.prompt]).astype(jnp.float32))[0]
             tokens = int(tokenizer([row.prompt])[1].sum())
-            writer.write(Record(latents, embeddings[:tokens], row.prompt, row.path.name))
+            writer.write(Record(latents, embeddings[:tokens], row.prompt, row.video))
     return len(rows)

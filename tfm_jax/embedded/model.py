@@ -5,16 +5,18 @@ This is the place of its trained successor: whatever `write_model` leaves in `di
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from tfm_jax.embedded.tokenizer import write_tokenizer
-from tfm_jax.wan.layouts import TEXT_ENCODER, TRANSFORMER, VAE, source_of
+from tfm_jax.wan.layouts import COMPONENTS, Component, source_of
 from tfm_jax.wan.saving import save_model
-from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder
-from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
-from tfm_jax.wan.vae import VaeConfig, WanVae
+from tfm_jax.wan.text_encoder import TextEncoderConfig
+from tfm_jax.wan.transformer import TransformerConfig
+from tfm_jax.wan.vae import VaeConfig
 
 TEXT_DIM = 64
 VOCABULARY = 256
@@ -28,19 +30,21 @@ def write_model(directory: Path, captions: list[str], seed: int = 0) -> None:
     Raises:
         InputError: `directory` exists and is not empty.
     """
-    transformer = WanTransformer(
+    configs = (
         TransformerConfig(dim=96, ffn_dim=256, heads=4, layers=4, text_dim=TEXT_DIM),
-        rngs=nnx.Rngs(seed),
-        dtype=jnp.float32,
+        VaeConfig(base_dim=16),
+        TextEncoderConfig(vocab_size=VOCABULARY, dim=TEXT_DIM, heads=4, head_dim=16, ffn_dim=128, layers=2),
     )
-    vae = WanVae(VaeConfig(base_dim=16), rngs=nnx.Rngs(seed + 1))
+    sources = []
+    for number, (component, config) in enumerate(zip(COMPONENTS, configs, strict=True)):
+        module = _random(component, config, seed + number)
+        sources.append(source_of(module, component))
     with TemporaryDirectory() as scratch:
         tokenizer = Path(scratch, "tokenizer")
         write_tokenizer(tokenizer, captions, VOCABULARY)
-        text_encoder = UMT5Encoder(
-            TextEncoderConfig(vocab_size=VOCABULARY, dim=TEXT_DIM, heads=4, head_dim=16, ffn_dim=128, layers=2),
-            rngs=nnx.Rngs(seed + 2),
-        )
-        networks = ((transformer, TRANSFORMER), (vae, VAE), (text_encoder, TEXT_ENCODER))
-        sources = [source_of(module, component) for module, component in networks]
         save_model(sources, tokenizer, directory, "diffusers", jnp.float32)
+
+
+def _random(component: Component, config: Any, seed: int) -> nnx.Module:
+    """Compiled as a whole: number by number, drawing them takes minutes."""
+    return jax.jit(lambda: component.build(config, rngs=nnx.Rngs(jax.random.key(seed, impl="rbg")), dtype=jnp.float32))()

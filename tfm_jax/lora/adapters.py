@@ -95,7 +95,7 @@ def split_lora(model: WanTransformer) -> LoraSplit:
     return LoraSplit(*nnx.split(model, nnx.LoRAParam, ...))
 
 
-def to_files(arrays: Mapping[str, np.ndarray], alpha: float) -> Lora:
+def to_files(arrays: Mapping[str, np.ndarray | Array], alpha: float) -> Lora:
     """Trained adapters as the files hold them: one pair per layer, torch's axes, original names.
 
     Args:

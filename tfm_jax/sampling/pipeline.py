@@ -15,10 +15,10 @@ from tfm_jax.arrays import Latents, Scalar, Text
 from tfm_jax.config import section
 from tfm_jax.errors import InputError
 from tfm_jax.lora.adapters import load_adapters
-from tfm_jax.lora.files import read_lora
+from tfm_jax.lora.files import Lora, read_lora
 from tfm_jax.objective import timestep
 from tfm_jax.sampling.solvers import euler, noise_levels
-from tfm_jax.wan import load_base, load_text_encoder, load_tokenizer, load_vae
+from tfm_jax.wan import layouts, load_base, load_text_encoder, load_tokenizer, load_vae
 from tfm_jax.wan.tokenizer import encode_prompts
 from tfm_jax.wan.transformer import WanTransformer
 
@@ -54,7 +54,7 @@ def sample_latents(
     def velocity(x: Latents, sigma: Scalar) -> Latents:
         if on_step:
             jax.debug.callback(on_step)
-        time = jnp.broadcast_to(timestep(sigma), (videos,))
+        time = timestep(jnp.broadcast_to(sigma, (videos,)))
         if guidance == 1:
             return transformer(x, time, text)
         both = transformer(jnp.tile(x, (2, 1, 1, 1, 1)), jnp.tile(time, 2), jnp.concatenate([text, negative]))
@@ -76,11 +76,11 @@ def sample(run: SampleRun) -> None:
     if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
         raise InputError(f"sampling.output={settings.output}: already there; expected a new or empty directory")
     lora = read_lora(settings.lora) if settings.lora else None
+    for component in layouts.COMPONENTS:  # what is missing is told before an hour of sampling, not after it
+        layouts.find(run.model.path, component)
 
     text, negative = _embed(run, prompts)
-    transformer = load_base(run.model)
-    if lora:
-        load_adapters(transformer, lora)
+    transformer = _transformer(run, lora)
     frames, height, width = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
     shape = (frames, height, width, transformer.config.channels)
     latents = []
@@ -126,6 +126,16 @@ def _embed(run: SampleRun, prompts: list[str]) -> tuple[Text, Text]:
     encoder = load_text_encoder(run.model.path, run.model.dtype)
     text = jnp.concatenate([encode_prompts(tokenizer, encoder, [prompt]) for prompt in prompts])
     return text, encode_prompts(tokenizer, encoder, [run.sampling.negative_prompt])
+
+
+def _transformer(run: SampleRun, lora: Lora | None) -> WanTransformer:
+    transformer = load_base(run.model)
+    if lora:
+        try:
+            load_adapters(transformer, lora)
+        except InputError as error:
+            raise InputError(f"sampling.lora={run.sampling.lora}: {error}") from None
+    return transformer
 
 
 def _write(run: SampleRun, prompts: list[str], latents: list[np.ndarray]) -> None:

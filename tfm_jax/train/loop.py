@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from tfm_jax import config as configs
 from tfm_jax.checkpoint import Checkpoints, fingerprints, flatten, unflatten
@@ -52,7 +52,7 @@ def train(run: TrainRun, resume: bool = False) -> None:
     """
     settings = run.train
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp)
-    _check_batch(settings.batch_size, mesh)
+    check_batch(settings.batch_size, mesh)
     _check_output(run, resume)
     records = open_records(run.data.path)
     batches = Batches(records, settings.batch_size, settings.seed)
@@ -93,7 +93,8 @@ def train(run: TrainRun, resume: bool = False) -> None:
                     checkpoints.save(done, flatten(state), facts)
 
 
-def _check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raise InputError unless every device gets the same number of clips."""
     devices = mesh.size
     if batch_size % devices:
         raise InputError(f"train.batch_size={batch_size}: expected a multiple of the {devices} devices of the mesh")

@@ -67,7 +67,7 @@ class Metrics:
         self._stream.close()
 
 
-def read_metrics(file: Path) -> list[dict[str, float]]:
+def read_metrics(file: Path) -> list[dict[str, float | int]]:
     """The lines of a metrics.jsonl."""
     with open(file, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]

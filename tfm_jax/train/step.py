@@ -64,7 +64,7 @@ def make_step(
         (loss, terms), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.lora)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.lora)
         lora = optax.apply_updates(state.lora, updates)
-        report = {"loss": loss, **terms, "grad_norm": optax.global_norm(gradient)}
+        report = {"loss": loss, **terms, "grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, lora, optimizer_state), report
 
     return jax.jit(step, donate_argnums=0, out_shardings=(placement, None))

@@ -71,6 +71,9 @@ class Linear(nnx.Module):
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
+        # Round here: XLA may carry more bits than bfloat16 has into what follows, and not the same with an adapter.
+        bits = jnp.finfo(x.dtype)
+        y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is not None:
             low = x @ self.lora_a[...].astype(x.dtype)
             y = y + (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale

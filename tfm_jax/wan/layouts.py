@@ -2,7 +2,7 @@
 
 - diffusers: `transformer/`, `vae/`, `text_encoder/`, `tokenizer/`, each with its config.json and safetensors.
 - original (Wan-AI): config.json and safetensors of the transformer, `.pth` files of the other two, `google/umt5-xxl/`.
-- tfm_jax: as diffusers, but tensors have our names, axes and stacked layers: what `convert_weights.py --to tfm_jax` writes.
+- tfm_jax: as diffusers, but with our names, axes and stacked layers: what `convert_weights.py --to=tfm_jax` writes.
 """
 
 import dataclasses
@@ -71,13 +71,17 @@ class Source(NamedTuple):
     place: Path
     tensors: Tensors
 
+    def name(self, row: names.Row) -> str:
+        """What the source calls the tensor of a row."""
+        return row.ours if self.layout == "tfm_jax" else getattr(row, self.layout)
+
     def read(self, row: names.Row, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The tensor of a row (or a part of it), with our axes, without the axis of stacked layers."""
         whole = index is None
         if self.layout == "tfm_jax":
             stacked = () if row.layer is None else (row.layer,)
             return self.tensors[row.ours].read((*stacked, *(index or ())) or ...)
-        theirs = self.tensors[getattr(row, self.layout)]
+        theirs = self.tensors[self.name(row)]
         before, after = (side.split() for side in row.axes.split("->"))
         piece = ... if whole else tuple(slice(None) if a == "1" else index[after.index(a)] for a in before)
         return rearrange(theirs.read(piece), row.axes)

@@ -14,7 +14,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.wan import layouts
 from tfm_jax.wan.layouts import ORIGINAL_FILES, TRANSFORMER, Layout, Source
 from tfm_jax.wan.names import Row
-from tfm_jax.wan.tensors import TensorWriter
+from tfm_jax.wan.tensors import TensorWriter, copy_into
 
 Progress = Callable[[str, int], None]
 """Called with the name of a tensor and the bytes written for it."""
@@ -27,7 +27,7 @@ def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, prog
     loading the result equals loading the source in `dtype`.
 
     Raises:
-        InputError: the tensors of the source are not those of its configuration.
+        InputError: the tensors of the source are not those of its configuration, or not finite.
     """
     component = source.component
     rows = component.rows(source.config)
@@ -36,9 +36,7 @@ def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, prog
     layouts.check_tensors(source.place, source.tensors, layouts.expected_tensors(source.layout, rows, shapes))
 
     dtypes = {row.ours if layout == "tfm_jax" else getattr(row, layout): ours[row.ours].dtype for row in rows}
-    content = {
-        name: (shape, dtypes[name]) for name, shape in layouts.expected_tensors(layout, rows, shapes).items()
-    }
+    content = {name: (shape, dtypes[name]) for name, shape in layouts.expected_tensors(layout, rows, shapes).items()}
     pth = ORIGINAL_FILES.get(component.name) if layout == "original" else None
     folder = directory if layout == "original" else directory / component.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +55,8 @@ def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, prog
 def _fill(writer: TensorWriter, source: Source, rows: list[Row], layout: Layout, progress: Progress | None) -> None:
     for row in rows:
         array = source.read(row)
+        if not np.isfinite(array).all():
+            raise InputError(f"{source.place}: {source.name(row)} has a NaN or infinite value; expected numbers")
         if layout == "tfm_jax":
             name = row.ours
             target = writer[name] if row.layer is None else writer[name][row.layer]
@@ -65,7 +65,7 @@ def _fill(writer: TensorWriter, source: Source, rows: list[Row], layout: Layout,
             target = writer[name]
             after, before = row.axes.split("->")
             array = rearrange(array, f"{before} -> {after}")
-        target[...] = array
+        copy_into(target, array)
         if progress:
             progress(name, target.nbytes)
 
@@ -84,8 +84,14 @@ def _save_pth(file: Path, arrays: dict[str, np.ndarray]) -> None:
     torch.save({name: tensor(array) for name, array in arrays.items()}, file)
 
 
-def save_model(sources: list[Source], tokenizer: Path | None, directory: Path, layout: Layout, dtype: DTypeLike,
-               progress: Progress | None = None) -> None:
+def save_model(
+    sources: list[Source],
+    tokenizer: Path | None,
+    directory: Path,
+    layout: Layout,
+    dtype: DTypeLike,
+    progress: Progress | None = None,
+) -> None:
     """Write the networks of a model, its tokenizer files and what names them as one, whole or not at all.
 
     Raises:

@@ -29,6 +29,12 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def find_tokenizer(model: str | Path) -> Path | None:
+    """The folder of the tokenizer's files in `model`, a directory in any layout; None where there is no such folder."""
+    places = (Path(model, place) for place in PLACES)
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+
+
 class Tokenizer:
     """The umT5 tokenizer that lies beside the weights in `model`, a directory in either layout. Never downloads.
 
@@ -36,13 +42,13 @@ class Tokenizer:
     """
 
     def __init__(self, model: str | Path):
-        found = [Path(model, place) for place in PLACES if Path(model, place, "tokenizer.json").is_file()]
+        found = find_tokenizer(model)
         if not found:
             expected = " or ".join(str(Path(model, place, "tokenizer.json")) for place in PLACES)
             raise InputError(f"tokenizer: none in {model}; expected {expected}")
         # Not AutoTokenizer: from version 5 on it rebuilds T5's rules around the vocabulary instead of reading the file,
         # with <unk> fixed at id 2. In the files of umT5, id 2 is <s> and <unk> is 3.
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(found[0], local_files_only=True)
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(found, local_files_only=True)
 
     def __call__(
         self, prompts: Sequence[str], length: int = TEXT_LENGTH

@@ -100,7 +100,7 @@ class CausalConv3d(nnx.Module):
     ):
         self.kernel = param(rngs.params(), (*size, features_in, features_out), (None,) * 5, dtype=dtype)
         self.bias = constant(0.0, (features_out,), (None,), dtype=dtype)
-        self.space_padding = size[1] // 2
+        self.space_padding = (size[1] // 2, size[1] // 2)
         self.time_stride = time_stride
         self.memory = size[0] - time_stride
 
@@ -117,7 +117,7 @@ class CausalConv3d(nnx.Module):
         y = self.bias[...]
         for tap in range(kernel.shape[0]):
             frames = rearrange(x[:, tap : tap + span : self.time_stride], "b t h w c -> (b t) h w c")
-            y = y + convolve_frames(frames, kernel[tap], 1, (self.space_padding,) * 2)
+            y = y + convolve_frames(frames, kernel[tap], 1, self.space_padding)
         return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0]), x[:, -self.memory :]
 
 

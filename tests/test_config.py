@@ -1,0 +1,269 @@
+"""Configurations: YAML and the command line, what --help tells, and what is said about mistakes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tfm_jax.config import Config, dump, parse, plain
+from tfm_jax.data.prepare import PrepareRun
+from tfm_jax.errors import InputError
+from tfm_jax.sampling.pipeline import SampleRun
+from tfm_jax.train.loop import TrainRun
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+RUNS = (TrainRun, PrepareRun, SampleRun)
+
+TEXT = """\
+model: {path: weights, dim: 96, ffn_dim: 256, heads: 4, layers: 4, dtype: float32}
+clip: {frames: 17, height: 64, width: 48}
+data: {source: clips, path: latents}
+lora:
+  rank: 8
+  targets: [q, k]
+optimizer: {learning_rate: 1e-3}
+train: {output: run, steps: 200}
+sampling: {output: samples}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def read(file, *options, kind=Config):
+    return parse(kind, ["--config", str(file), *options], "train.py", "About it.")
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_of_the_repository(config, kind):
+    values = yaml.safe_load(config.read_text())
+    run = plain(read(config, kind=kind))
+    for name, part in run.items():
+        for field, value in values.get(name, {}).items():
+            assert part[field] == (float(value) if isinstance(part[field], float) else value)
+
+
+def test_there_are_configurations():
+    assert {path.stem for path in CONFIGS} >= {"wan_tiny", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b"}
+
+
+def test_file_and_defaults(file):
+    config = read(file)
+    assert config.model.path == Path("weights")
+    assert config.lora.targets == ("q", "k")
+    assert config.optimizer.learning_rate == 1e-3  # YAML itself takes 1e-3 for text
+    assert config.optimizer.max_grad_norm is None
+    assert config.sampling.guidance == 5.0
+    assert config.mesh.fsdp == 1
+
+
+def test_the_command_line_wins(file):
+    options = ["--train.steps=3", "--lora.rank", "4", "--data.path=a b=c", "--optimizer.max_grad_norm", "1.5"]
+    config = read(file, *options)
+    assert (config.train.steps, config.lora.rank, config.optimizer.max_grad_norm) == (3, 4, 1.5)
+    assert config.data.path == Path("a b=c")
+    assert config.model == read(file).model
+
+
+def test_lists_null_and_text_on_the_command_line(file):
+    config = read(file, "--lora.targets=[v, ffn.0]", "--data.source=null", "--sampling.negative_prompt=no: 'rain', 5")
+    assert config.lora.targets == ("v", "ffn.0")
+    assert config.data.source is None
+    assert config.sampling.negative_prompt == "no: 'rain', 5"
+
+
+@pytest.mark.parametrize("value", ["-1", "-"])
+def test_a_value_may_start_with_a_dash(file, value):
+    if value == "-1":
+        assert read(file, "--mesh.data", value).mesh.data == -1
+    assert read(file, f"--sampling.negative_prompt={value}").sampling.negative_prompt == value
+
+
+def test_a_program_ignores_the_sections_of_others(file):
+    file.write_text(TEXT.replace("steps: 200", "steps: 0"))
+    assert read(file, kind=SampleRun).clip.frames == 17
+    with pytest.raises(InputError):
+        read(file, kind=TrainRun)
+
+
+def test_dumped_configurations_read_back(file, tmp_path):
+    options = ["--sampling.negative_prompt=模糊: 'x' # é\n- yes", "--lora.targets=[o]", "--optimizer.learning_rate=3e-5"]
+    config = read(file, *options)
+    dump(config, tmp_path / "again.yaml")
+    assert read(tmp_path / "again.yaml") == config
+    assert "模糊" in (tmp_path / "again.yaml").read_text(encoding="utf-8")
+
+
+def test_values_cannot_be_changed(file):
+    with pytest.raises(AttributeError):
+        read(file).train.steps = 5
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_help_lists_every_field_with_its_value(file, capsys, kind):
+    with pytest.raises(SystemExit) as done:
+        read(file, "--help", kind=kind)
+    text = capsys.readouterr().out
+    assert done.value.code == 0
+    assert "About it." in text
+    for name, part in plain(read(file, kind=kind)).items():
+        for field in part:
+            line = next(line for line in text.splitlines() if line.startswith(f"  --{name}.{field}="))
+            about = text.splitlines()[text.splitlines().index(line) + 1].strip()
+            assert about
+            assert about != "None"
+    assert "--model.dim=96\n" in text
+    assert "--model.path=weights\n" in text
+    if kind is TrainRun:
+        assert "--lora.targets=[q, k]\n" in text
+        assert "--optimizer.learning_rate=1e-3\n" in text
+        assert "--optimizer.max_grad_norm=null\n" in text
+        assert "sampling" not in text
+
+
+def test_help_without_a_file(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainRun, ["-h"], "train.py", "")
+    assert "--train.steps=required\n" in capsys.readouterr().out
+
+
+# --- Mistakes --------------------------------------------------------------------------------------------------------
+
+
+def refusal(file, *options, kind=Config) -> str:
+    with pytest.raises(InputError) as error:
+        read(file, *options, kind=kind)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--train.steps=0", "expected at least 1"),
+        ("--train.steps=-1", "expected at least 1"),
+        ("--train.steps=2.5", "expected a whole number"),
+        ("--train.steps=ten", "expected a whole number"),
+        ("--train.steps=", "expected a whole number"),
+        ("--train.steps=null", "expected a whole number"),
+        ("--train.steps=[1]", "expected a whole number"),
+        ("--train.seed=-1", "expected at least 0"),
+        ("--train.seed=9223372036854775808", "expected less than 4.29497e+09"),
+        ("--optimizer.learning_rate=0", "expected more than 0"),
+        ("--optimizer.learning_rate=nan", "expected a finite number"),
+        ("--optimizer.learning_rate=inf", "expected a finite number"),
+        ("--optimizer.learning_rate=fast", "expected a number"),
+        ("--optimizer.b1=1", "expected less than 1"),
+        ("--optimizer.max_grad_norm=0", "expected more than 0"),
+        ("--lora.rank=0", "expected at least 1"),
+        ("--lora.targets=[]", "expected at least 1 of them"),
+        ("--lora.targets=q", "expected a list, such as [a, b]"),
+        ("--lora.targets=[q", "not a list; expected one such as [a, b]"),
+        ("--lora.targets=[1]", "expected text"),
+        ("--clip.frames=16", "expected 4 n + 1, such as 81"),
+        ("--clip.height=40", "expected a multiple of 16"),
+        ("--clip.width=1", "expected a multiple of 16"),
+        ("--clip.fps=0", "expected more than 0"),
+        ("--objective.low=1", "expected less than high=1.0"),
+        ("--objective.high=1.5", "expected at most 1"),
+        ("--objective.kind=mse", "expected 'tfm' or 'fm'"),
+        ("--model.dtype=float16", "expected 'float32' or 'bfloat16'"),
+        ("--mesh.data=-2", "expected at least -1"),
+    ],
+)
+def test_values_that_cannot_be(file, option, message):
+    assert refusal(file, option) == f"{option}: {message}"
+
+
+def test_the_same_mistakes_in_the_file(file):
+    file.write_text(TEXT.replace("steps: 200", "steps: -5"))
+    assert refusal(file) == f"{file}: train.steps=-5; expected at least 1"
+    file.write_text(TEXT.replace("frames: 17", "frames: 16"))
+    assert refusal(file) == f"{file}: clip.frames=16; expected 4 n + 1, such as 81"
+    file.write_text(TEXT.replace("path: weights", "path: 5"))
+    assert refusal(file) == f"{file}: model.path=5; expected a path"
+    file.write_text(TEXT.replace("rank: 8", "rank: yes"))
+    assert refusal(file) == f"{file}: lora.rank=true: expected no truth value; put text into quotes"
+    file.write_text(TEXT.replace("rank: 8", f"rank: {'8' * 999}x"))
+    assert len(refusal(file)) < len(str(file)) + 200
+
+
+def test_missing(file):
+    assert refusal(file.parent / "none.yaml").endswith(
+        "none.yaml: No such file or directory; expected a configuration such as configs/wan_tiny.yaml"
+    )
+    file.write_text(TEXT.replace("steps: 200", ""))
+    assert refusal(file) == f"{file}: train.steps is missing; expected it in the file or as --train.steps=..."
+    file.write_text(TEXT.replace("sampling: {output: samples}", ""))
+    assert refusal(file, kind=SampleRun) == f"{file}: sampling is missing; expected it in the file"
+    with pytest.raises(InputError, match=r"^train\.py: --config FILE is missing, such as --config configs/wan_tiny"):
+        parse(TrainRun, ["--train.steps=2"], "train.py", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--train.stepz=1", "did you mean train.steps or sampling.steps?"),
+        ("--trian.log_every=1", "did you mean train.log_every?"),
+        ("--rank=1", "did you mean lora.rank?"),
+        ("--train.learning_rate=1", "did you mean optimizer.learning_rate?"),
+        ("--mesh.tensor=1", "expected one of mesh.data, mesh.fsdp"),
+        ("--xyz=1", "expected one of model.*, clip.*, data.*, train.*, sampling.*, lora.*, objective.*, "
+                    "optimizer.*, mesh.*"),
+    ],
+)  # fmt: skip
+def test_unknown_options(file, option, message):
+    assert refusal(file, option) == f"{option}: unknown field {option[2:-2]}; {message}"
+
+
+def test_an_option_of_another_program(file):
+    message = "--train.steps=1: unknown field train.steps; did you mean sampling.steps?"
+    assert refusal(file, "--train.steps=1", kind=SampleRun) == message
+
+
+def test_unknown_names_in_the_file(file):
+    file.write_text(TEXT.replace("rank:", "ranck:"))
+    assert refusal(file) == f"{file}: unknown field lora.ranck; did you mean lora.rank?"
+    file.write_text(TEXT + "optimiser: {eps: 1}\n")
+    assert refusal(file) == f"{file}: unknown section optimiser; did you mean optimizer?"
+    file.write_text(TEXT + "1: {eps: 1}\n")
+    assert "unknown section 1; expected one of model, clip" in refusal(file)
+
+
+def test_given_twice(file):
+    assert refusal(file, "--lora.rank=1", "--lora.rank=2") == "argument --lora.rank is given twice; expected it once"
+    file.write_text(TEXT + "train: {steps: 5}\n")
+    assert refusal(file) == f"{file}:{TEXT.count(chr(10)) + 1}: train is given twice; expected it once"
+    file.write_text(TEXT.replace("  rank: 8\n", "  rank: 8\n  rank: 9\n"))
+    assert refusal(file) == f"{file}:6: rank is given twice; expected it once"
+
+
+@pytest.mark.parametrize("option", ["train.steps=5", "-x", "--train.steps"])
+def test_arguments_that_are_no_options(file, option):
+    assert "expected" in refusal(file, option)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected sections (model, "),
+        (b"- a\n- b\n", "expected sections (model, "),
+        (b"train: 5\n", "expected sections (model, "),
+        (b"train: {steps: [}\n", "not a YAML file: "),
+        (b"train: !!python/object/apply:os.system [ls]\n", "not a YAML file: "),
+        (b"\xff\xfe\x00\x01", "not a YAML file: "),
+        (b"{[a]: {b: c}}\n", "not a YAML file: "),
+    ],
+)
+def test_files_that_are_no_configurations(file, content, message):
+    file.write_bytes(content)
+    assert refusal(file).startswith(f"{file}: {message}")
