@@ -80,11 +80,9 @@ def test_lists_null_and_text_on_the_command_line(file):
     assert config.sampling.negative_prompt == "no: 'rain', 5"
 
 
-@pytest.mark.parametrize("value", ["-1", "-"])
-def test_a_value_may_start_with_a_dash(file, value):
-    if value == "-1":
-        assert read(file, "--mesh.data", value).mesh.data == -1
-    assert read(file, f"--sampling.negative_prompt={value}").sampling.negative_prompt == value
+def test_a_value_may_start_with_a_dash(file):
+    assert read(file, "--mesh.data", "-1").mesh.data == -1
+    assert read(file, "--sampling.negative_prompt=--no").sampling.negative_prompt == "--no"
 
 
 def test_a_program_ignores_the_sections_of_others(file):
@@ -95,7 +93,11 @@ def test_a_program_ignores_the_sections_of_others(file):
 
 
 def test_dumped_configurations_read_back(file, tmp_path):
-    options = ["--sampling.negative_prompt=模糊: 'x' # é\n- yes", "--lora.targets=[o]", "--optimizer.learning_rate=3e-5"]
+    options = [
+        "--sampling.negative_prompt=模糊: 'x' # é\n- yes",
+        "--lora.targets=[o]",
+        "--optimizer.learning_rate=3e-5",
+    ]
     config = read(file, *options)
     dump(config, tmp_path / "again.yaml")
     assert read(tmp_path / "again.yaml") == config
@@ -186,11 +188,11 @@ def test_values_that_cannot_be(file, option, message):
 
 def test_the_same_mistakes_in_the_file(file):
     file.write_text(TEXT.replace("steps: 200", "steps: -5"))
-    assert refusal(file) == f"{file}: train.steps=-5; expected at least 1"
+    assert refusal(file) == f"{file}: train.steps=-5: expected at least 1"
     file.write_text(TEXT.replace("frames: 17", "frames: 16"))
-    assert refusal(file) == f"{file}: clip.frames=16; expected 4 n + 1, such as 81"
+    assert refusal(file) == f"{file}: clip.frames=16: expected 4 n + 1, such as 81"
     file.write_text(TEXT.replace("path: weights", "path: 5"))
-    assert refusal(file) == f"{file}: model.path=5; expected a path"
+    assert refusal(file) == f"{file}: model.path=5: expected a path"
     file.write_text(TEXT.replace("rank: 8", "rank: yes"))
     assert refusal(file) == f"{file}: lora.rank=true: expected no truth value; put text into quotes"
     file.write_text(TEXT.replace("rank: 8", f"rank: {'8' * 999}x"))

@@ -168,7 +168,9 @@ def test_missing_tensor_names_the_nearest(weights):
 
 
 def test_extra_tensor(weights):
-    change(weights, lambda tensors: tensors.update({"blocks.0.attn2.add_k_proj.weight": np.zeros((48, 48), np.float32)}))
+    change(
+        weights, lambda tensors: tensors.update({"blocks.0.attn2.add_k_proj.weight": np.zeros((48, 48), np.float32)})
+    )
     refused(weights.parents[1], "1 tensors are not of this model", "add_k_proj")
 
 

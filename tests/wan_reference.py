@@ -51,9 +51,20 @@ def write_original(model: WanTransformer3DModel, config: TransformerConfig, dire
     directory.mkdir(parents=True)
     renamed = {row.original: tensors[row.diffusers].contiguous() for row in transformer_rows(config.layers)}
     save_file(renamed, directory / "diffusion_pytorch_model.safetensors")
-    values = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": config.dim, "eps": config.eps,
-              "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim, "in_dim": config.channels, "model_type": "t2v",
-              "num_heads": config.heads, "num_layers": config.layers, "out_dim": config.channels, "text_len": 512}  # fmt: skip
+    values = {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.30.0",
+        "dim": config.dim,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "in_dim": config.channels,
+        "model_type": "t2v",
+        "num_heads": config.heads,
+        "num_layers": config.layers,
+        "out_dim": config.channels,
+        "text_len": 512,
+    }
     (directory / "config.json").write_text(json.dumps(values))
 
 

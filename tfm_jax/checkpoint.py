@@ -15,6 +15,8 @@ from orbax.checkpoint import v1 as ocp
 
 from tfm_jax.errors import InputError
 
+_training: Any = ocp.training  # its annotations do not take what its documentation passes
+
 Arrays = dict[str, Any]
 """Name -> array, or its abstract value with a sharding."""
 
@@ -56,11 +58,11 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 1):
         self.directory = directory.absolute()
-        self._orbax = ocp.training.Checkpointer(
+        self._orbax = _training.Checkpointer(
             self.directory,
             # Who calls save means it; the default leaves out a step while the one before is still being written.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            save_decision_policy=_training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=_training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
 

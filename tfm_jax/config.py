@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_type_hints
 
 import pydantic
 import yaml
@@ -25,7 +25,7 @@ _strict = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def section(cls: type[T]) -> type[T]:
     """A frozen dataclass of keyword fields that checks its values; the text below a field is its help."""
-    return pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)(cls)
+    return cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)(cls))
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -213,7 +213,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, about: str) -> T:
     for name, text in overrides.items():
         origin[name] = f"--{name}={text}"
         _set(kind, values, name, text)
-    wanted = {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
+    wanted = {name: values[name] for name in _sections(kind) if name in values}
     try:
         return pydantic.TypeAdapter(kind).validate_python(wanted)
     except pydantic.ValidationError as error:
@@ -283,7 +283,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def _sections(kind: type) -> dict[str, type]:
+def _sections(kind: type) -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
 
 
@@ -366,7 +366,7 @@ def _first_problem(error: pydantic.ValidationError, file: str, origin: dict[str,
     else:
         expected = _EXPECTED.get(problem["type"], problem["msg"]).format(**context)
         given = f"{name}={_shown(problem['input'])}"
-    return f"{origin[name]}: {expected}" if name in origin else f"{file}: {given}; {expected}"
+    return f"{origin[name]}: {expected}" if name in origin else f"{file}: {given}: {expected}"
 
 
 def _shown(value: Any) -> str:

@@ -68,7 +68,7 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def shardings(state: Any, mesh: Mesh) -> Any:
-    """The sharding of every variable of a module or state, from the logical axes it carries; other leaves are replicated.
+    """The sharding of every variable of a module or state, from its logical axes; other leaves are replicated.
 
     Raises:
         InputError: an axis has a length that its mesh axes do not divide.

@@ -40,11 +40,19 @@ def prepare(run: PrepareRun) -> int:
     text_encoder = load_text_encoder(run.model.path, run.model.dtype)
     vae = load_vae(run.model.path)
     facts = {"model": str(run.model.path), **configs.plain(run)["clip"]}
+    halting = []
     with RecordWriter(run.data.path, facts) as writer:
         for row in tqdm(rows, desc="preparing", unit="clip"):
             pixels = video.read_clip(row.path, clip.frames, clip.height, clip.width, clip.fps)
+            if (pixels[1:] == pixels[:-1]).all(axis=(1, 2, 3)).any():
+                halting.append(row.video)
             latents = np.asarray(vae.encode(jnp.asarray(video.from_uint8(pixels))[None]))[0]
             embeddings = np.asarray(encode_prompts(tokenizer, text_encoder, [row.prompt]).astype(jnp.float32))[0]
             tokens = int(tokenizer([row.prompt])[1].sum())
             writer.write(Record(latents, embeddings[:tokens], row.prompt, row.video))
+    if halting:
+        print(
+            f"note: {len(halting)} clips show a frame twice in a row, such as {halting[0]}: "
+            f"they stand still or have fewer than clip.fps={clip.fps:g} frames a second"
+        )
     return len(rows)

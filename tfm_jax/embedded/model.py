@@ -47,4 +47,6 @@ def write_model(directory: Path, captions: list[str], seed: int = 0) -> None:
 
 def _random(component: Component, config: Any, seed: int) -> nnx.Module:
     """Compiled as a whole: number by number, drawing them takes minutes."""
-    return jax.jit(lambda: component.build(config, rngs=nnx.Rngs(jax.random.key(seed, impl="rbg")), dtype=jnp.float32))()
+    return jax.jit(
+        lambda: component.build(config, rngs=nnx.Rngs(jax.random.key(seed, impl="rbg")), dtype=jnp.float32)
+    )()

@@ -1,4 +1,4 @@
-"""Adapters on the linear maps of the transformer's blocks: attach, start, split off, and name as the public files do."""
+"""Adapters on the linear maps of the transformer: attach, start, split off, and name them as the public files do."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from tfm_jax.config import LoraConfig
 from tfm_jax.errors import InputError

@@ -84,7 +84,7 @@ def train(run: TrainRun, resume: bool = False) -> None:
             for number, batch, clips in batches.iterate(first):
                 if number >= settings.steps:
                     break
-                rate = float(schedule(number))
+                rate = float(np.asarray(schedule(number)))
                 state, report = step_fn(state, frozen, _place(batch, mesh))
                 done = number + 1
                 metrics.add(done, {**report, "learning_rate": rate}, clips)
@@ -116,7 +116,7 @@ def _check_records(records: Records, model: WanTransformer, run: TrainRun) -> No
     if (channels, text_dim) != (model.config.channels, model.config.text_dim):
         raise InputError(
             f"{run.data.path}: prepared with {channels} channels and text width {text_dim}; the transformer of "
-            f"{run.model.path} takes {model.config.channels} and {model.config.text_dim}: prepare the data with its model"
+            f"{run.model.path} takes {model.config.channels} and {model.config.text_dim}; prepare the data with it"
         )
 
 

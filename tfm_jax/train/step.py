@@ -59,11 +59,12 @@ def make_step(
         def loss_of(lora: nnx.State) -> tuple[Scalar, dict[str, Scalar]]:
             velocity = nnx.merge(graph, lora, frozen)
             step_key = jax.random.fold_in(key, state.step)
-            return objective_loss(velocity, batch.latents, batch.text, step_key, objective)
+            clean, text = jnp.asarray(batch.latents), jnp.asarray(batch.text)
+            return objective_loss(velocity, clean, text, step_key, objective)
 
         (loss, terms), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.lora)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.lora)
-        lora = optax.apply_updates(state.lora, updates)
+        lora: Any = optax.apply_updates(state.lora, updates)
         report = {"loss": loss, **terms, "grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, lora, optimizer_state), report
 

@@ -62,9 +62,11 @@ class Linear(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         self.kernel = param(rngs.params(), (features_in, features_out), axes, stack=stack, dtype=dtype)
-        self.bias = nnx.data(constant(0.0, (features_out,), axes[1:], stack=stack, dtype=dtype) if bias else None)
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.bias: nnx.Param | None = nnx.data(
+            constant(0.0, (features_out,), axes[1:], stack=stack, dtype=dtype) if bias else None
+        )
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
@@ -74,7 +76,7 @@ class Linear(nnx.Module):
         # Round here: XLA may carry more bits than bfloat16 has into what follows, and not the same with an adapter.
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             low = x @ self.lora_a[...].astype(x.dtype)
             y = y + (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
         return y
@@ -105,6 +107,6 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        if self.scale is not None:
+        if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
         return y

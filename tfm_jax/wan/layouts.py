@@ -77,13 +77,14 @@ class Source(NamedTuple):
 
     def read(self, row: names.Row, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The tensor of a row (or a part of it), with our axes, without the axis of stacked layers."""
-        whole = index is None
         if self.layout == "tfm_jax":
             stacked = () if row.layer is None else (row.layer,)
             return self.tensors[row.ours].read((*stacked, *(index or ())) or ...)
         theirs = self.tensors[self.name(row)]
+        if index is None:
+            return rearrange(theirs.read(...), row.axes)
         before, after = (side.split() for side in row.axes.split("->"))
-        piece = ... if whole else tuple(slice(None) if a == "1" else index[after.index(a)] for a in before)
+        piece = tuple(slice(None) if a == "1" else index[after.index(a)] for a in before)
         return rearrange(theirs.read(piece), row.axes)
 
 

@@ -16,7 +16,7 @@ from tfm_jax.config import ModelConfig
 from tfm_jax.errors import InputError
 from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan import layouts
-from tfm_jax.wan.layouts import Component, Source
+from tfm_jax.wan.layouts import Source
 from tfm_jax.wan.names import Row
 from tfm_jax.wan.text_encoder import UMT5Encoder
 from tfm_jax.wan.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ def _placements(flat: dict[str, nnx.Variable], mesh: Mesh) -> list[NamedSharding
 def _assemble(source: Source, rows: list[Row], like: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
     """One parameter, stacked from the rows of its layers; every device is given its own part and no more is read."""
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         if rows[0].layer is None:
             return np.ascontiguousarray(source.read(rows[0], index), like.dtype)
         layers = rows[index[0]]

@@ -147,8 +147,10 @@ class Block(nnx.Module):
 
 
 class WanTransformer(nnx.Module):
-    """Predicts the velocity `noise - clean` of noisy latents. Kernels are in `dtype`, which is also what it computes in;
-    time embedding, modulation, norms and softmax stay in float32."""
+    """Predicts the velocity `noise - clean` of noisy latents.
+
+    Kernels and computation are in `dtype`; time embedding, modulation, norms and softmax stay in float32.
+    """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.bfloat16):
         self.config = config
