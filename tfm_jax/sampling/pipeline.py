@@ -79,7 +79,7 @@ def sample(run: SampleRun) -> None:
     for component in layouts.COMPONENTS:  # what is missing is told before an hour of sampling, not after it
         layouts.find(run.model.path, component)
 
-    text, negative = _embed(run, prompts)
+    text = _embed(run, [*prompts, settings.negative_prompt])
     transformer = _transformer(run, lora)
     frames, height, width = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
     shape = (frames, height, width, transformer.config.channels)
@@ -93,7 +93,7 @@ def sample(run: SampleRun) -> None:
             key = jax.random.fold_in(jax.random.key(settings.seed), number)
             noise = jax.random.normal(key, shape, jnp.float32)[None]
             result = sample_latents(
-                transformer, noise, text[number : number + 1], negative,
+                transformer, noise, text[number : number + 1], text[-1:],
                 steps=settings.steps, shift=settings.shift, guidance=settings.guidance, on_step=on_step,
             )  # fmt: skip
             latents.append(np.asarray(result))
@@ -121,11 +121,10 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def _embed(run: SampleRun, prompts: list[str]) -> tuple[Text, Text]:
+def _embed(run: SampleRun, prompts: list[str]) -> Text:
     tokenizer = load_tokenizer(run.model.path)
     encoder = load_text_encoder(run.model.path, run.model.dtype)
-    text = jnp.concatenate([encode_prompts(tokenizer, encoder, [prompt]) for prompt in prompts])
-    return text, encode_prompts(tokenizer, encoder, [run.sampling.negative_prompt])
+    return jnp.concatenate([encode_prompts(tokenizer, encoder, [prompt]) for prompt in prompts])
 
 
 def _transformer(run: SampleRun, lora: Lora | None) -> WanTransformer:

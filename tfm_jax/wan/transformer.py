@@ -171,7 +171,8 @@ class WanTransformer(nnx.Module):
         self.norm_head = LayerNorm(dim, affine=False, eps=config.eps)
         self.head = linear(dim, config.channels * PATCH[1] * PATCH[2], dtype, ("embed", None))
 
-    def __call__(self, latents: Latents, timestep: PerVideo, text: Text) -> Latents:
+    @jax.jit
+    def __call__(self, latents: Latents, timestep: PerVideo, text: Text) -> Latents:  # pyright: ignore
         """Velocity of `latents` `[b f h w c]` (h, w even), float32.
 
         Args:
