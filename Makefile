@@ -21,10 +21,10 @@ demo: $(VENV)/.setup
 	$(RUN) scripts/demo.py
 
 test: $(VENV)/.setup-test lint
-	$(RUN) -m pytest -n 2 -m 'not slow'
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-all: $(VENV)/.setup-test lint
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.setup-test
 	$(VENV)/bin/ruff check .

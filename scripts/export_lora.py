@@ -6,7 +6,6 @@ comfy: diffusers, ComfyUI and DiffSynth load it. diffsynth: what the official TF
 names of diffusers. kohya: musubi-tuner and programs that expect kohya's names.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("run", type=Path, help="train.output of the run")
     parser.add_argument("file", type=Path, help="safetensors file to write")
     parser.add_argument("--dialect", default="comfy", choices=DIALECTS, help="names in the file (default: comfy)")

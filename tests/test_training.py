@@ -21,13 +21,13 @@ from tfm_jax.checkpoint import Checkpoints, fingerprint, flatten
 from tfm_jax.config import LoraConfig, ObjectiveConfig, OptimizerConfig, parse
 from tfm_jax.data.batches import Batch
 from tfm_jax.data.records import Record, RecordWriter
-from tfm_jax.errors import InputError
+from tfm_jax.errors import InputError, NonFiniteLoss
 from tfm_jax.lora.adapters import attach_lora, init_lora, load_adapters, split_lora, target_linears, to_files
 from tfm_jax.lora.files import read_lora, write_lora
 from tfm_jax.objective import schedule, temporal_path
 from tfm_jax.sharding import one_device_mesh
 from tfm_jax.train.loop import TrainRun, check_batch, train
-from tfm_jax.train.metrics import Metrics, NonFiniteLoss, read_metrics
+from tfm_jax.train.metrics import Metrics, read_metrics
 from tfm_jax.train.optimizer import learning_rate, make_optimizer
 from tfm_jax.train.step import init_state, make_step
 from tfm_jax.wan import load_transformer

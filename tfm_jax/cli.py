@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from tfm_jax.errors import InputError
+from tfm_jax.errors import InputError, NonFiniteLoss
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -15,9 +15,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except InputError as error:
-        sys.exit(_refuse(str(error)))
+        sys.exit(_tell(str(error), 2))
+    except NonFiniteLoss as error:
+        sys.exit(_tell(str(error), 1))
     except OSError as error:  # a disk that is full or read-only, a folder that cannot be made
-        sys.exit(_refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+        sys.exit(_tell(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -32,6 +34,6 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}; --help tells more")
 
 
-def _refuse(message: str) -> int:
+def _tell(message: str, code: int) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code

@@ -1,4 +1,4 @@
-"""The one exception that means: what the user gave is wrong."""
+"""The exceptions that a program tells in one line."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     Every program prints it as it is and exits with code 2; any other exception is a defect of ours and keeps
     its traceback.
     """
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged: the message names the step whose loss was NaN or infinite, and its clips. Exit code 1."""

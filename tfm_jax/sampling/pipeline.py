@@ -18,7 +18,7 @@ from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import Lora, read_lora
 from tfm_jax.objective import timestep
 from tfm_jax.sampling.solvers import euler, noise_levels
-from tfm_jax.wan import layouts, load_base, load_text_encoder, load_tokenizer, load_vae
+from tfm_jax.wan import find_base, layouts, load_base, load_text_encoder, load_tokenizer, load_vae
 from tfm_jax.wan.tokenizer import encode_prompts
 from tfm_jax.wan.transformer import WanTransformer
 
@@ -76,8 +76,8 @@ def sample(run: SampleRun) -> None:
     if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
         raise InputError(f"sampling.output={settings.output}: already there; expected a new or empty directory")
     lora = read_lora(settings.lora) if settings.lora else None
-    for component in layouts.COMPONENTS:  # what is missing is told before an hour of sampling, not after it
-        layouts.find(run.model.path, component)
+    find_base(run.model)  # what is missing is told before an hour of sampling, not after it
+    layouts.find(run.model.path, layouts.VAE)
 
     text = _embed(run, [*prompts, settings.negative_prompt])
     transformer = _transformer(run, lora)

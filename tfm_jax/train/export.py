@@ -28,9 +28,12 @@ def export(run: Path, file: Path, dialect: Dialect, dtype: np.dtype, step: int |
         raise InputError(f"{run}: no checkpoints/ in it; expected the train.output of a training run")
     with Checkpoints(run / "checkpoints") as checkpoints:
         steps = checkpoints.steps
-        if not steps or (step is not None and step not in steps):
-            raise InputError(f"{run}: no checkpoint of step {step or 'any'}; there are {steps or 'none'}")
-        step = step or steps[-1]
+        if not steps:
+            raise InputError(f"{run}: no complete checkpoint in it; expected one")
+        if step is None:
+            step = steps[-1]
+        if step not in steps:
+            raise InputError(f"{run}: no checkpoint of step {step}; expected one of {', '.join(map(str, steps))}")
         here = SingleDeviceSharding(jax.devices()[0])
         wanted = checkpoints.abstract(step)
         arrays = checkpoints.load(

@@ -8,9 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step was NaN or infinite; the message names the step and the clips."""
+from tfm_jax.errors import NonFiniteLoss
 
 
 class Metrics:

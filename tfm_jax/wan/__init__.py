@@ -1,5 +1,5 @@
 """Wan2.1-T2V in Flax: the transformer, the video autoencoder, the text encoder, and loading them."""
 
-from tfm_jax.wan.loading import load_base, load_text_encoder, load_tokenizer, load_transformer, load_vae
+from tfm_jax.wan.loading import find_base, load_base, load_text_encoder, load_tokenizer, load_transformer, load_vae
 
-__all__ = ["load_base", "load_text_encoder", "load_tokenizer", "load_transformer", "load_vae"]
+__all__ = ["find_base", "load_base", "load_text_encoder", "load_tokenizer", "load_transformer", "load_vae"]

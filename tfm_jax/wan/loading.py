@@ -18,6 +18,7 @@ from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan import layouts
 from tfm_jax.wan.layouts import Source
 from tfm_jax.wan.names import Row
+from tfm_jax.wan.tensors import copy_into
 from tfm_jax.wan.text_encoder import UMT5Encoder
 from tfm_jax.wan.tokenizer import Tokenizer
 from tfm_jax.wan.transformer import WanTransformer
@@ -42,7 +43,16 @@ def load_base(model: ModelConfig, mesh: Mesh | None = None) -> WanTransformer:
     """The transformer that a configuration names, in its dtype.
 
     Raises:
-        InputError: as `load_transformer`, or the weights are of another size than the configuration is for.
+        InputError: as `load_transformer` and `find_base`.
+    """
+    return _load(find_base(model), model.dtype, mesh)
+
+
+def find_base(model: ModelConfig) -> Source:
+    """The transformer that a configuration names, not yet read.
+
+    Raises:
+        InputError: it is not there, or of another size than the configuration is for.
     """
     source = layouts.find(model.path, layouts.TRANSFORMER)
     for field in ("dim", "ffn_dim", "heads", "layers"):
@@ -51,7 +61,7 @@ def load_base(model: ModelConfig, mesh: Mesh | None = None) -> WanTransformer:
             raise InputError(
                 f"{source.place}: weights of a model with {field} {have}; the configuration is for model.{field}={want}"
             )
-    return _load(source, model.dtype, mesh)
+    return source
 
 
 def load_vae(path: str | Path, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> WanVae:
@@ -110,11 +120,10 @@ def _assemble(source: Source, rows: list[Row], like: jax.ShapeDtypeStruct, shard
         if rows[0].layer is None:
             return np.ascontiguousarray(source.read(rows[0], index), like.dtype)
         layers = rows[index[0]]
-        first = source.read(layers[0], index[1:])
-        out = np.empty((len(layers), *first.shape), like.dtype)
-        out[0] = first
-        for number, row in enumerate(layers[1:], 1):
-            out[number] = source.read(row, index[1:])
+        shape = [len(range(*piece.indices(length))) for piece, length in zip(index, like.shape, strict=True)]
+        out = np.empty(shape, like.dtype)
+        for number, row in enumerate(layers):
+            copy_into(out[number], source.read(row, index[1:]))
         return out
 
     return jax.make_array_from_callback(like.shape, sharding, part)
