@@ -21,8 +21,8 @@ import numpy as np
 
 from tfm_jax import video
 from tfm_jax.config import parse
-from tfm_jax.embedded.clips import write_clips
 from tfm_jax.embedded.model import write_model
+from tfm_jax.embedded.world import write_clips
 from tfm_jax.sampling.pipeline import SampleRun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ PROMPTS = 4
 def main() -> None:
     shutil.rmtree(ROOT / DEMO, ignore_errors=True)
     print(f"making {CLIPS} clips and a tiny Wan2.1 with random weights in {DEMO}/", flush=True)
-    write_clips(ROOT / DEMO / "clips", CLIPS)
+    write_clips(ROOT / DEMO / "clips", CLIPS, laws=["uniform"])
     captions = read_captions(ROOT / DEMO / "clips")
     write_model(ROOT / DEMO / "model", captions)
     (ROOT / DEMO / "prompts.txt").write_text("\n".join(captions[:PROMPTS]) + "\n", encoding="utf-8")

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 from tfm_jax import cli, video
 from tfm_jax.config import parse
 from tfm_jax.data.records import open_records
-from tfm_jax.embedded.clips import write_clips
 from tfm_jax.embedded.model import write_model
+from tfm_jax.embedded.world import write_clips
 from tfm_jax.lora.files import DIALECTS, Lora, read_lora, write_lora
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.train.loop import TrainRun
@@ -205,7 +205,9 @@ def test_a_poor_environment(world, tmp_path):
     assert open_records(tmp_path / "my latents")[0].prompt == PROMPTS[1]
 
 
-@pytest.mark.parametrize("name", ["prepare_data", "train", "sample", "export_lora", "convert_weights", "benchmark"])
+@pytest.mark.parametrize(
+    "name", ["prepare_data", "train", "sample", "export_lora", "convert_weights", "benchmark", "evaluate"]
+)
 def test_help(call, name):
     outcome = call(name, "--help")
     assert outcome.code == 0

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from tfm_jax import video
-from tfm_jax.embedded import clips
 from tfm_jax.errors import InputError
 from tfm_jax.video import contact_sheet, from_uint8, read_clip, to_uint8, write_clip
 
@@ -303,41 +302,3 @@ def test_contact_sheet():
     assert (sheet.sum(-1) < 100).any()  # the ink of the labels
     single = contact_sheet([red[:1]], [""], columns=3, cell=100)
     assert single.width == sheet.shape[1]
-
-
-# --- The clips that come with the programs ---------------------------------------------------------------------------
-
-
-def test_made_clips_are_a_function_of_the_seed(tmp_path):
-    for name, count, seed in (("a", 3, 0), ("b", 5, 0), ("c", 3, 1)):
-        clips.write_clips(tmp_path / name, count, frames=5, size=(32, 48), seed=seed)
-    a, b, c = ([read_clip(tmp_path / n / f"000{i}.mp4", 5, 32, 48, FPS) for i in range(3)] for n in "abc")
-    assert np.array_equal(a, b)
-    assert not np.array_equal(a, c)
-    header, *rows = (tmp_path / "a" / "metadata.csv").read_text().splitlines()
-    assert header == "video,prompt"
-    assert rows == (tmp_path / "b" / "metadata.csv").read_text().splitlines()[1:4]
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_captions_tell_the_truth(seed):
-    clip, caption = clips.make_clip(np.random.default_rng(seed), 17, (64, 96), FPS)
-    _, colour, shape, _, direction, speed, *_ = caption.replace(",", "").split()
-    mask = np.abs(clip.astype(int) - clips.COLOURS[colour]).max(-1) < 40
-    radius = clips.RADIUS * 64
-    area = {"disc": np.pi, "square": 4, "triangle": 2}[shape] * radius**2
-    assert np.allclose(mask.sum((1, 2)), area, rtol=0.12)
-    ys, xs = np.array([np.argwhere(m).mean(0) for m in mask]).T
-    moves = np.stack([np.diff(xs), np.diff(ys)], 1)
-    expected = np.array(clips.DIRECTIONS[direction]) * clips.SPEEDS[speed] * 64 / FPS
-    assert np.allclose(moves.mean(0), expected, atol=0.1)
-
-
-def test_shapes_bounce_and_stay_inside():
-    positions = np.linspace(-7, 9, 401)[:, None].repeat(2, 1)
-    folded = clips.bounce(positions, np.array([2.0, 3.0]))
-    assert (folded >= 0).all()
-    assert (folded <= [2, 3]).all()
-    assert np.allclose(np.abs(np.diff(folded, axis=0)).max(), np.diff(positions, axis=0).max())
-    inside = (positions[:, 0] >= 0) & (positions[:, 0] <= 2)
-    assert np.allclose(folded[inside], positions[inside])

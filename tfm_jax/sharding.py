@@ -34,7 +34,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     Raises:
         InputError: the product is not the number of devices.
     """
-    devices = jax.device_count()
+    devices = len(_devices())
     if fsdp < 1 or devices % fsdp:
         choices = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise InputError(f"mesh.fsdp={fsdp} does not divide {devices} devices; use one of {choices}")
@@ -51,7 +51,17 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
 
 def one_device_mesh() -> Mesh:
     """The mesh of the first device alone."""
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(np.array(_devices()[:1]).reshape(1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _devices() -> list[Any]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a default backend
+        reason = " ".join(str(error).split()) or "no backend"
+        raise InputError(
+            f"JAX finds no device ({reason}); expected one: check JAX_PLATFORMS and the jax[cuda] or jax[tpu] set-up"
+        ) from None
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:

@@ -7,6 +7,7 @@ t = 1000 sigma. Tables are computed in float64 on the host and rounded to float3
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -57,7 +58,7 @@ def sample_index(key: jax.Array, batch: int, low: float = 0.0, high: float = 1.0
         raise InputError(
             f"objective.low={low}, objective.high={high}: expected 0 <= low < high <= 1, at least {1 / LEVELS} apart"
         )
-    return jax.random.randint(key, (batch,), first, last)
+    return jax.random.randint(key, (batch,), first, last, jnp.int32)  # the same numbers with 64-bit integers on
 
 
 def timestep(sigma: PerVideo) -> PerVideo:
