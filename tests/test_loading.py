@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import virtual_devices
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from wan_reference import SIZES, inputs, reference_transformer, relative, run_reference, write_original
@@ -134,7 +135,7 @@ print("equal")
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(weights.parent)],
-        env={"PATH": "", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=virtual_devices.environment(8),
         capture_output=True,
         text=True,
     )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
+import virtual_devices
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -331,10 +332,12 @@ def test_runs_that_cannot_be(refused, world, tmp_path, option, words):
 
 
 def test_batch_that_the_devices_cannot_share(world, tmp_path):
-    environment = {"PATH": "", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     options = [*config(world), f"--train.output={tmp_path}/run", "--train.batch_size=4"]
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "train.py", *options], env=environment, capture_output=True, text=True
+        [sys.executable, ROOT / "scripts" / "train.py", *options],
+        env=virtual_devices.environment(3),
+        capture_output=True,
+        text=True,
     )
     words = "train.batch_size=4: expected a multiple of the 3 devices"
     assert_refused(Outcome(done.returncode, done.stdout, done.stderr), words)

@@ -13,6 +13,7 @@ import optax
 import peft
 import pytest
 import torch
+import virtual_devices
 from diffusers import WanTransformer3DModel
 from flax import nnx
 from wan_reference import SIZES, inputs, reference_transformer, relative, run_reference
@@ -437,7 +438,7 @@ runpy.run_path(script, run_name="__main__")
         arguments = [*options, *mesh, f"--train.output={output}", "--train.steps=10", "--train.batch_size=8"]
         done = subprocess.run(
             [sys.executable, "-c", program, str(script), *arguments],
-            env={"PATH": "", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+            env=virtual_devices.environment(devices),
             capture_output=True,
             text=True,
         )
