@@ -1,32 +1,45 @@
 """Measure speed and memory on this machine. The tests time nothing: every such number comes from here.
 
     python scripts/benchmark.py convert --directory=/tmp
+    python scripts/benchmark.py attention
 
 convert: a made-up Wan2.1-1.3B transformer (5.7 GB of float32, Diffusers layout) goes through convert_weights.py, and a
 plain copy of the same files beside it. Needs 12 GB in --directory, where it leaves nothing. Linux only.
+
+attention: our attention, forward and with gradients, beside PyTorch's on as many threads as there are cores, beside the
+same chunks differentiated by JAX, and beside JAX's own with all scores at once; float32. The four take turns, so that
+their ratios hold on a busy machine too.
 """
 
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from tfm_jax import cli
 from tfm_jax.wan import layouts
+from tfm_jax.wan.attention import attention
 from tfm_jax.wan.layouts import TRANSFORMER
 from tfm_jax.wan.tensors import TensorWriter
 from tfm_jax.wan.transformer import TransformerConfig
 
 WAN_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
 CONVERT = Path(__file__).resolve().with_name("convert_weights.py")
+
+ATTENTION_SHAPES = ((1, 1600, 1600, 8, 64), (1, 1600, 512, 8, 64), (2, 80, 512, 4, 32))
+"""Batch, queries, keys, heads, head width."""
 
 
 class Watched(NamedTuple):
@@ -43,6 +56,9 @@ def main(argv: Sequence[str]) -> None:
     convert = commands.add_parser("convert", help="speed and memory of convert_weights.py beside a plain copy")
     convert.add_argument("--directory", type=Path, required=True, help="where 12 GB can be written")
     convert.set_defaults(run=lambda options: measure_conversion(options.directory))
+    attend = commands.add_parser("attention", help="attention beside PyTorch's and JAX's, forward and backward")
+    attend.add_argument("--rounds", type=int, default=15, help="how often each is run (default 15)")
+    attend.set_defaults(run=lambda options: measure_attention(options.rounds))
     options = parser.parse_args(argv)
     options.run(options)
 
@@ -84,6 +100,72 @@ def write_checkpoint(directory: Path, config: TransformerConfig) -> None:
             for start in range(0, flat.size, block.size):
                 part = flat[start : start + block.size]
                 part[:] = turned[: part.size]
+
+
+def measure_attention(rounds: int) -> None:
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    for batch, queries, keys, heads, width in ATTENTION_SHAPES:
+        print(f"[{batch}, {queries}, {heads}, {width}] x {keys} keys", flush=True)
+        rng = np.random.default_rng(0)
+        lengths = (queries, keys, keys, queries)
+        arrays = [rng.standard_normal((batch, n, heads, width), np.float32) for n in lengths]
+        for what, backward in (("forward", False), ("forward and backward", True)):
+            programs = {
+                "ours": _in_jax(attention, arrays, backward),
+                "PyTorch": _in_torch(torch, arrays, backward),
+                "chunks, differentiated by JAX": _in_jax(_mapped_attention, arrays, backward),
+                "jax.nn.dot_product_attention": _in_jax(jax.nn.dot_product_attention, arrays, backward),
+            }
+            times = _take_turns(programs, rounds)
+            for name, seconds in times.items():
+                ratio = seconds / times["ours"]
+                print(f"  {what}: {name} {1e3 * seconds:.2f} ms, {ratio:.2f} x ours", flush=True)
+
+
+def _in_jax(function: Callable, arrays: Sequence[np.ndarray], backward: bool) -> Callable[[], object]:
+    def with_gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        out, pullback = jax.vjp(function, *arrays[:3])
+        return out, *pullback(arrays[3])
+
+    run = jax.jit(with_gradients if backward else lambda *arrays: function(*arrays[:3]))
+    inputs = [jnp.asarray(x) for x in arrays]
+    return lambda: jax.block_until_ready(run(*inputs))
+
+
+def _in_torch(torch, arrays: Sequence[np.ndarray], backward: bool) -> Callable[[], object]:
+    """Its tensors have heads before tokens and lie so in memory: what its kernels want, at no cost here."""
+    tensors = [torch.from_numpy(x).transpose(1, 2).contiguous() for x in arrays]
+    inputs = [x.requires_grad_(backward) for x in tensors[:3]]
+
+    def run() -> object:
+        out = torch.nn.functional.scaled_dot_product_attention(*inputs)
+        return torch.autograd.grad(out, inputs, tensors[3]) if backward else out
+
+    return run
+
+
+def _mapped_attention(query: jax.Array, key: jax.Array, value: jax.Array, size: int = 512) -> jax.Array:
+    """The shortest exact attention of linear memory: chunks of queries, each made again in the backward pass."""
+    length = query.shape[1]
+    chunks = -(-length // size)
+    padded = jnp.pad(query, ((0, 0), (0, -length % chunks), (0, 0), (0, 0)))
+    split = rearrange(padded, "b (i q) n k -> i b q n k", i=chunks)
+    out = jax.lax.map(jax.checkpoint(lambda chunk: jax.nn.dot_product_attention(chunk, key, value)), split)
+    return rearrange(out, "i b q n k -> b (i q) n k")[:, :length]
+
+
+def _take_turns(programs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after two runs that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for number in range(rounds + 2):
+        for name, run in programs.items():
+            start = time.perf_counter()
+            run()
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def watch(command: Sequence[str], interval: float = 0.05) -> Watched:

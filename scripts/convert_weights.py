@@ -27,7 +27,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("source", type=Path, help="directory of weights in any layout")
     parser.add_argument("target", type=Path, help="directory to write; must not exist or be empty")
     parser.add_argument("--to", required=True, choices=["diffusers", "original", "tfm_jax"], help="layout to write")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="type of the kernels (default: bfloat16)")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=DTYPES,
+        help="type of the kernels; the autoencoder stays float32 (default: bfloat16)",
+    )
     options = parser.parse_args(argv)
 
     sources = [source for component in layouts.COMPONENTS if (source := layouts.find_any(options.source, component))]

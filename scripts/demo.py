@@ -2,7 +2,8 @@
 
     python scripts/demo.py
 
-Runs the same programs as a real fine-tuning, shows each command, and leaves everything in runs/demo/.
+Runs the same programs as a real fine-tuning, shows each command, and leaves everything in runs/demo/, which it makes
+anew.
 """
 
 import csv
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tfm_jax import video
+from tfm_jax import cli, video
 from tfm_jax.config import parse
 from tfm_jax.embedded.model import write_model
 from tfm_jax.embedded.world import write_clips
@@ -32,7 +34,8 @@ CLIPS = 16
 PROMPTS = 4
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
+    cli.parser(__doc__).parse_args(argv)
     shutil.rmtree(ROOT / DEMO, ignore_errors=True)
     print(f"making {CLIPS} clips and a tiny Wan2.1 with random weights in {DEMO}/", flush=True)
     write_clips(ROOT / DEMO / "clips", CLIPS, laws=["uniform"])
@@ -96,4 +99,4 @@ def running_mean(values: list[float], window: int = 20) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

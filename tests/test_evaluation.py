@@ -1,6 +1,7 @@
 """The evaluation on clips with known damage, and its numbers against independent ones."""
 
 import json
+import shutil
 import sys
 
 import damage
@@ -249,7 +250,9 @@ def folders(tmp_path_factory):
 
 
 def evaluate(*arguments) -> None:
-    program("evaluate").main([str(argument) for argument in arguments])
+    *folders, reference = [argument for argument in arguments if not str(argument).startswith("--")]
+    options = [argument for argument in arguments if str(argument).startswith("--")]
+    program("evaluate").main([str(argument) for argument in (*folders, f"--reference={reference}", *options)])
 
 
 def test_the_program(folders, tmp_path, capsys):
@@ -262,17 +265,25 @@ def test_the_program(folders, tmp_path, capsys):
     numbers = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
     assert numbers["clips"] == {"generated": 3, "reference": 6, "compared": 3}
     for share in ("tracked", "faithful", "moving", "whole", "colours", "shapes", "directions"):
-        assert numbers["metrics"][share] == {"generated": 1, "reference": 1, "floor": 0}
+        assert numbers["metrics"][share] == {"samples": 1, "reference": 1, "floor": 0}
     assert numbers["metrics"]["frechet"]["reference"] is None
     assert numbers["metrics"]["frechet"]["floor"] > 0
     assert numbers["thresholds"]["faithful"] == 0.5
 
 
+def test_folders_side_by_side(folders, tmp_path, capsys):
+    shutil.copytree(folders / "samples", tmp_path / "others")
+    evaluate(folders / "samples", tmp_path / "others", folders / "real", "--frames=9")
+    header, first, *_ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["samples", "others", "reference", "floor"]
+    assert first.split()[-4:] == ["1", "1", "1", "0"]
+
+
 def test_without_captions(folders, tmp_path, capsys):
     evaluate(folders / "samples", folders / "real", "--frames=9", f"--json={tmp_path}/numbers.json")
     found = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))["metrics"]
-    assert found["colours"]["generated"] is None
-    assert found["faithful"]["generated"] == found["whole"]["generated"] == 1
+    assert found["colours"]["samples"] is None
+    assert found["faithful"]["samples"] == found["whole"]["samples"] == 1
 
 
 def test_bad_input(folders, tmp_path):
@@ -294,11 +305,18 @@ def test_bad_input(folders, tmp_path):
     refused(r"none.txt: .*No such file", samples, real, f"--prompts={tmp_path}/none.txt")
     refused(r"--frames=2: expected at least 5", samples, real, "--frames=2")
     refused(r"--fps=nan: expected at least 1", samples, real, "--fps=nan")
-    refused(r"required: reference", samples)
+    with pytest.raises(InputError, match="required: --reference"):
+        program("evaluate").main([str(samples)])
+    refused(r"samples: the name of 2 folders; expected each to have its own", samples, samples, real, "--frames=9")
+    (tmp_path / "fewer").mkdir()
+    for number in range(2):
+        shutil.copy(samples / "000.mp4", tmp_path / "fewer" / f"{number}.mp4")
+    expected = "samples has 3, fewer has 2 clips; expected as many in each folder"
+    refused(expected, samples, tmp_path / "fewer", real, "--frames=9")
 
 
 def test_bad_input_ends_with_code_2(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "none"), str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "none"), f"--reference={tmp_path}"])
     with pytest.raises(SystemExit) as done:
         cli.run(program("evaluate").main)
     assert done.value.code == 2

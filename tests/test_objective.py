@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from tfm_jax.config import ObjectiveConfig
 from tfm_jax.errors import InputError
 from tfm_jax.objective import objective_loss, schedule, shift_sigma, temporal_loss, temporal_path
+from tfm_jax.objective.losses import OBJECTIVES
 from tfm_jax.objective.temporal import NEWTON_STEPS, frames, system, unit
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "tfm_objective.safetensors")
@@ -430,3 +431,107 @@ def test_objective_differentiates_a_bfloat16_network(kind):
     assert np.isfinite(value)
     assert np.isfinite(slope)
     assert slope != 0
+
+
+# --- The controls ----------------------------------------------------------------------------------------------------
+
+CONTROLS = ("fm_direction", "tfm_mse", "fm_warp")
+AFFINE = (lambda x, t: 0.7 * x + 0.1, lambda x, t: jnp.flip(x, axis=2))
+
+
+def noise_of(clean, seed=0):
+    """The noise that objective_loss draws for seed."""
+    return jax.random.normal(jax.random.split(jax.random.key(seed))[0], clean.shape)
+
+
+@pytest.mark.parametrize("velocity", AFFINE)
+@pytest.mark.parametrize(("control", "limit"), [("tfm_mse", "fm"), ("fm_warp", "fm"), ("tfm", "fm_direction")])
+def test_a_strong_pull_of_the_clean_frame_leaves_only_the_loss(control, limit, velocity):
+    clean, _ = clips(20, 6)
+    expected = run(velocity, clean, kind=limit)
+    errors = []
+    for rho in (4.0, 4e4):
+        total, terms, latents, _ = run(velocity, clean, kind=control, rho=rho)
+        assert set(terms) == set(expected[1])
+        errors.append((abs(total / expected[0] - 1), distance(latents, expected[2])))
+    (loss_apart, path_apart), (loss_near, path_near) = errors
+    assert loss_apart > 5e-3
+    assert path_apart > 5e-3
+    assert loss_near < 1e-3 * max(1, loss_apart)
+    assert path_near < 1e-5
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_one_frame_leaves_only_the_loss(control):
+    clean, _ = clips(21, 1)
+    expected = run(AFFINE[0], clean, kind="tfm" if control == "fm_direction" else "fm")
+    total, terms, latents, _ = run(AFFINE[0], clean, kind=control)
+    np.testing.assert_allclose(total, expected[0], rtol=1e-5)
+    assert distance(latents, expected[2]) < 1e-6
+    assert set(terms) == set(expected[1])
+
+
+def test_directional_flow_matching_is_cosine_and_length_on_the_straight_path():
+    clean, _ = clips(22, 6)
+    total, terms, latents, timestep = run(AFFINE[1], clean, kind="fm_direction", beta=0.5)
+    straight = run(AFFINE[1], clean, kind="fm")[2]
+    np.testing.assert_array_equal(latents, straight)
+    wanted = np.asarray(noise_of(clean) - clean, np.float64).reshape(BATCH, 6, -1)
+    given = np.flip(np.asarray(latents, np.float64), axis=2).reshape(BATCH, 6, -1)
+    lengths = np.linalg.norm(given, axis=-1), np.linalg.norm(wanted, axis=-1)
+    direction = np.mean(1 - np.sum(given * wanted, axis=-1) / lengths[0] / lengths[1], axis=1)
+    residual = np.mean(abs(lengths[0] / lengths[1] - 1), axis=1)
+    np.testing.assert_allclose(terms["direction"], direction.mean(), rtol=1e-5)
+    np.testing.assert_allclose(terms["residual"], residual.mean(), rtol=1e-4)
+    np.testing.assert_allclose(total, np.mean(weight_at(timestep) * (direction + 0.5 * residual)), rtol=1e-4)
+
+
+def test_temporal_regression_is_mean_squared_error_on_the_temporal_path():
+    clean, _ = clips(23, 6)
+    total, terms, latents, timestep = run(AFFINE[0], clean, kind="tfm_mse")
+    x_t, velocity, _, _ = path(clean, noise_of(clean), timestep / 1000)
+    np.testing.assert_allclose(latents, x_t, atol=1e-5)
+    mse = np.mean((0.7 * x_t + 0.1 - velocity) ** 2, axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(terms["mse"], mse.mean(), rtol=1e-4)
+    np.testing.assert_allclose(total, np.mean(weight_at(timestep) * mse), rtol=1e-4)
+
+
+def test_the_warp_is_the_mean_of_the_clocks_of_the_temporal_path():
+    """Its point has the mean share of q / D left, its target is the derivative of that, and frames keep in step."""
+    clean, _ = clips(24, 6)
+    noise = noise_of(clean)
+    back = noise - clean
+
+    def share(sigma):
+        remaining = temporal_path(clean, noise, sigma).remaining
+        return jnp.mean(remaining / jnp.sqrt(jnp.sum(back**2, axis=(2, 3, 4))), axis=1)
+
+    _, _, latents, timestep = run(lambda x, t: x, clean, kind="fm_warp")
+    sigma = timestep / 1000
+    left, rate = jax.jit(lambda s: jax.jvp(share, (s,), (jnp.ones_like(s),)))(sigma)
+    assert abs(left - sigma).max() > 0.01  # not flow matching's clock
+    np.testing.assert_allclose(latents, clean + frames(left)[..., None] * back, atol=1e-5)
+    _, terms, _, _ = run(lambda x, t: frames(rate)[..., None] * back, clean, kind="fm_warp")
+    np.testing.assert_allclose(terms["mse"], 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_controls_train_on_degenerate_clips(control):
+    for kind in DEGENERATE:
+        clean, noise = degenerate(kind, 3)
+        sigma = jnp.asarray([0.999, 0.8, 0.5, 0.2, 0.005], jnp.float32)
+
+        def total(scale, clean=clean, noise=noise, sigma=sigma):
+            config = ObjectiveConfig(kind=control)
+            return jnp.mean(OBJECTIVES[control](lambda x: scale * x, clean, noise, sigma, config)[0])
+
+        value, slope = jax.jit(jax.value_and_grad(total))(jnp.float32(0.5))
+        assert np.isfinite(value)
+        assert np.isfinite(slope)
+
+
+def test_a_prediction_that_is_not_a_number_is_not_hidden():
+    clean, noise = (jax.random.normal(jax.random.key(n), (1, 3, 2, 2, 4)) for n in range(2))
+    x_t = temporal_path(clean, noise, jnp.array([0.5])).x_t
+    prediction = jnp.ones_like(clean).at[0, 1, 0, 0, 0].set(jnp.nan)
+    assert np.isnan(temporal_loss(prediction, clean, noise, x_t)).all()

@@ -207,7 +207,19 @@ def test_a_poor_environment(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["prepare_data", "train", "sample", "export_lora", "convert_weights", "benchmark", "evaluate"]
+    "name",
+    [
+        "prepare_data",
+        "train",
+        "sample",
+        "export_lora",
+        "convert_weights",
+        "benchmark",
+        "evaluate",
+        "demo",
+        "pretrain",
+        "study",
+    ],
 )
 def test_help(call, name):
     outcome = call(name, "--help")

@@ -408,6 +408,13 @@ def test_a_diverged_run_stops_and_names_the_clips(options, tmp_path):
             metrics.add(3, {"loss": jnp.float32(1)}, [7, 8])
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    with Metrics(tmp_path / "metrics.jsonl", 0, 4, 2, 1) as metrics:
+        metrics.add(1, {"loss": jnp.float32(1), "grad_norm": jnp.float32(jnp.inf)}, [3, 4])
+        with pytest.raises(NonFiniteLoss, match=r"step 1: the grad_norm is inf; clips of this step: \[3, 4\]"):
+            metrics.flush()
+
+
 def test_eight_devices_train_as_one_does(options, tmp_path):
     """The program itself, on one device and on 2 x 4, whose parameters are really split."""
     script = Path(__file__).resolve().parent.parent / "scripts" / "train.py"

@@ -54,16 +54,19 @@ def fingerprints(arrays: Mapping[str, Array]) -> dict[str, int]:
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last. Use as a context manager: leaving it waits for the last save."""
+    """The checkpoints of one run, newest last. Use as a context manager: leaving it waits for the last save.
 
-    def __init__(self, directory: Path, keep: int = 1):
+    Who writes them gives `keep`, the number of newest ones that stay, and removes what a killed run left unfinished.
+    """
+
+    def __init__(self, directory: Path, keep: int | None = None):
         self.directory = directory.absolute()
         self._orbax = _training.Checkpointer(
             self.directory,
             # Who calls save means it; the default leaves out a step while the one before is still being written.
             save_decision_policy=_training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=_training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=keep is not None,  # what looks unfinished to a reader may be at work
         )
 
     def save(self, step: int, arrays: Arrays, facts: dict[str, Any]) -> None:

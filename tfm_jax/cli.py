@@ -2,11 +2,14 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from tfm_jax.errors import InputError, NonFiniteLoss
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -22,6 +25,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(_tell(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:  # what writes files below Python has exceptions of its own
+        if "No space left on device" not in str(error):
+            raise
+        sys.exit(_tell("no space left on the device that is written to", 2))
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:

@@ -88,8 +88,10 @@ class LoraConfig:
 
 @section
 class ObjectiveConfig:
-    kind: Literal["tfm", "fm"] = "tfm"
-    """tfm: the temporal-aware path, direction and residual loss. fm: straight path, mean squared error."""
+    kind: Literal["tfm", "fm", "fm_direction", "tfm_mse", "fm_warp"] = "tfm"
+    """tfm: temporal-aware path, direction and residual loss. fm: straight path, mean squared error. Controls between
+    them: fm_direction has the path of fm and the loss of tfm, tfm_mse the path of tfm and the loss of fm, fm_warp is fm
+    on the mean of tfm's clocks."""
     rho: Annotated[float, Field(gt=0)] = 4.0
     """Pull of the clean frame against the pull of its neighbours."""
     beta: Annotated[float, Field(ge=0)] = 1.0

@@ -1,6 +1,7 @@
 """Devices as a named mesh, and the one table that says which logical axis is split over which mesh axis."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,6 +105,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def per_device(function: Callable[..., Array], *arrays: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+    """`function` on each device's share of the batch, for kernels that the compiler cannot split by itself.
+
+    Under `jax.set_mesh`; without a mesh, `function(*arrays)`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*arrays)
+    spec = partition_spec(("batch",))
+    # Pallas calls do not say over which axes their results vary, so that JAX cannot check it.
+    return jax.shard_map(function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
 
 
 def constrain(x: Shaped[Array, "..."], axes: tuple[str | None, ...]) -> Shaped[Array, "..."]:

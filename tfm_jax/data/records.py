@@ -3,6 +3,7 @@
 Other programs open it with `tfds.builder_from_directory(folder).as_data_source("train")`.
 """
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.wan.transformer import TEXT_LENGTH
 
 NAME = "tfm_clips"
+INFO = "dataset_info.json"
 SPLIT = "train"
 FIELDS = {"latents", "text", "prompt", "video"}
 SHARD_BYTES = 2**30
@@ -55,7 +57,9 @@ class RecordWriter:
         try:
             self.partial.mkdir(parents=True)
         except FileExistsError:
-            raise InputError(f"{self.partial}: left by a run that was killed or is at work; remove it if not") from None
+            raise InputError(
+                f"{self.partial}: left by a run that was killed, or being written; remove it if no run is at work"
+            ) from None
         return self
 
     def write(self, record: Record) -> None:
@@ -111,6 +115,11 @@ class Records:
     def __len__(self) -> int:
         return len(self._source)
 
+    @property
+    def mark(self) -> str:
+        """A name for the dataset, the same wherever it lies: of what made it, and of the size of every shard."""
+        return hashlib.sha256((self.folder / INFO).read_bytes()).hexdigest()[:16]
+
     def __getitem__(self, index: int) -> Record:
         """Record `index`, 0 <= index < len. Raises InputError where its bytes are damaged."""
         if not 0 <= index < len(self):
@@ -129,8 +138,8 @@ def open_records(folder: Path) -> Records:
         InputError: no such folder, a dataset of another kind, or a shard that is missing, damaged or of another length.
     """
     expected = "expected a folder that prepare_data.py wrote"
-    if not (folder / "dataset_info.json").is_file():
-        raise InputError(f"{folder}: no dataset_info.json in it; {expected}")
+    if not (folder / INFO).is_file():
+        raise InputError(f"{folder}: no {INFO} in it; {expected}")
     try:
         builder: Any = tfds.builder_from_directory(folder)
         fields = set(builder.info.features.keys())

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -232,34 +232,51 @@ def _list_clips(folder: Path, prompts: Path | None) -> list[tuple[Path, str | No
     return list(zip(files, captions, strict=True))
 
 
-def show(table: Sequence[Row], counts: tuple[int, int, int]) -> str:
-    """For the console."""
+class Counts(NamedTuple):
+    """Clips behind a table."""
+
+    generated: int
+    """In each folder."""
+    reference: int
+    compared: int
+    """On each side of a distance between two sets."""
+
+
+Tables = dict[str, Sequence[Row]]
+"""Name of a set of generated clips -> its table, all against the same reference."""
+
+
+def show(tables: Tables, counts: Counts) -> str:
+    """For the console: a column for each set, the reference, the floor."""
     titles = {name: title for name, (title, _) in (*OF_A_SET.items(), *BETWEEN_SETS.items())}
-    lines = [f"{'':46}{'generated':>11}{'reference':>11}{'floor':>11}"]
-    for row in table:
-        cells = "".join(f"{'-' if np.isnan(value) else f'{value:.4g}':>11}" for value in row[1:])
-        lines.append(f"{titles[row.metric]:46}{cells}")
-    generated, reference, size = counts
+    columns = max(11, *(len(name) + 2 for name in tables))
+    lines = ["".join([" " * 46, *(f"{name:>{columns}}" for name in (*tables, "reference", "floor"))])]
+    for rows in zip(*tables.values(), strict=True):
+        values = [*(row.generated for row in rows), rows[0].reference, rows[0].floor]
+        cells = "".join(f"{'-' if np.isnan(value) else f'{value:.4g}':>{columns}}" for value in values)
+        lines.append(f"{titles[rows[0].metric]:46}{cells}")
     lines += [
-        f"{generated} generated clips, {reference} of the reference; floor: halves of the reference, {size} clips each",
+        f"{counts.generated} generated clips, {counts.reference} of the reference; "
+        f"floor: halves of the reference, {counts.compared} clips each",
         f"not in the table: {NOT_MEASURED}",
     ]
     return "\n".join(lines)
 
 
-def to_json(table: Sequence[Row], counts: tuple[int, int, int]) -> str:
+def to_json(tables: Tables, counts: Counts) -> str:
     """The same numbers, and the thresholds they depend on; null where there is no number, or it is infinite."""
     limits = {name.lower(): value for name, value in vars(thresholds).items() if name.isupper()}
-    result: dict[str, Any] = {
-        "clips": dict(zip(("generated", "reference", "compared"), counts, strict=True)),
-        "metrics": {
-            row.metric: {
-                side: value if np.isfinite(value) else None
-                for side, value in zip(Row._fields[1:], row[1:], strict=True)
-            }
-            for row in table
-        },
-        "not_measured": NOT_MEASURED,
-        "thresholds": limits,
+
+    def number(value: float) -> float | None:
+        return value if np.isfinite(value) else None
+
+    metrics = {
+        rows[0].metric: {
+            **{name: number(row.generated) for name, row in zip(tables, rows, strict=True)},
+            "reference": number(rows[0].reference),
+            "floor": number(rows[0].floor),
+        }
+        for rows in zip(*tables.values(), strict=True)
     }
+    result = {"clips": counts._asdict(), "metrics": metrics, "not_measured": NOT_MEASURED, "thresholds": limits}
     return json.dumps(result, indent=1) + "\n"

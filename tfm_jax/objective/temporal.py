@@ -137,14 +137,14 @@ def dot(x: Float[Array, "n h w c"], y: Float[Array, "n h w c"]) -> Float[Array, 
 
 
 def norm(x: Float[Array, "n h w c"]) -> Float[Array, "n"]:
-    """Lengths of frames, with gradient zero where the length is."""
+    """Lengths of frames, with gradient zero where the length is. NaN stays NaN, so that a diverged run is noticed."""
     square = dot(x, x)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return jnp.where(square == 0, 0.0, jnp.sqrt(jnp.where(square == 0, 1.0, square)))
 
 
 def over(x: Float[Array, "..."], length: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x / length, but 0 where the length is below EPS, with finite gradients in both branches."""
-    return jnp.where(length > EPS, x / jnp.where(length > EPS, length, 1.0), 0.0)
+    """x / length, but 0 where the length is at most EPS, with finite gradients in both branches. NaN stays NaN."""
+    return jnp.where(length <= EPS, 0.0, x / jnp.where(length <= EPS, 1.0, length))
 
 
 def unit(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:

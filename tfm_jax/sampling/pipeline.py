@@ -1,5 +1,6 @@
 """A sampling run: prompts.txt in, 000.mp4, 001.mp4, ... and a contact sheet out."""
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -64,14 +65,14 @@ def sample_latents(
 
 
 def sample(run: SampleRun) -> None:
-    """Sample every prompt and write the videos into `run.sampling.output`.
+    """Sample every prompt and write the videos into `run.sampling.output`, whole or not at all.
 
     The three networks are loaded one after another, so that only one is held at a time.
 
     Raises:
         InputError: a file is missing or does not fit the model, or the output folder has something in it.
     """
-    settings, clip = run.sampling, run.clip
+    settings = run.sampling
     prompts = read_prompts(settings.prompts)
     if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
         raise InputError(f"sampling.output={settings.output}: already there; expected a new or empty directory")
@@ -79,6 +80,16 @@ def sample(run: SampleRun) -> None:
     find_base(run.model)  # what is missing is told before an hour of sampling, not after it
     layouts.find(run.model.path, layouts.VAE)
 
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{settings.output.name}.", dir=settings.output.parent) as scratch:
+        folder = Path(scratch, "samples")
+        folder.mkdir()
+        _sample_into(folder, run, prompts, lora)
+        folder.replace(settings.output)
+
+
+def _sample_into(folder: Path, run: SampleRun, prompts: list[str], lora: Lora | None) -> None:
+    settings, clip = run.sampling, run.clip
     text = _embed(run, [*prompts, settings.negative_prompt])
     transformer = _transformer(run, lora)
     frames, height, width = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
@@ -99,9 +110,8 @@ def sample(run: SampleRun) -> None:
             latents.append(np.asarray(result))
     del transformer
 
-    settings.output.mkdir(parents=True, exist_ok=True)
-    configs.dump(run, settings.output / "config.yaml")
-    _write(run, prompts, latents)
+    configs.dump(run, folder / "config.yaml")
+    _write(folder, run, prompts, latents)
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -137,11 +147,11 @@ def _transformer(run: SampleRun, lora: Lora | None) -> WanTransformer:
     return transformer
 
 
-def _write(run: SampleRun, prompts: list[str], latents: list[np.ndarray]) -> None:
+def _write(folder: Path, run: SampleRun, prompts: list[str], latents: list[np.ndarray]) -> None:
     vae = load_vae(run.model.path)
     clips = []
     for number, latent in enumerate(tqdm(latents, desc="decoding", unit="clip")):
         pixels = np.asarray(vae.decode(jnp.asarray(latent)))[0]
         clips.append(video.to_uint8(pixels))
-        video.write_clip(run.sampling.output / f"{number:03d}.mp4", clips[-1], run.clip.fps)
-    video.contact_sheet(clips, prompts).save(run.sampling.output / "contact_sheet.png")
+        video.write_clip(folder / f"{number:03d}.mp4", clips[-1], run.clip.fps)
+    video.contact_sheet(clips, prompts).save(folder / "contact_sheet.png")

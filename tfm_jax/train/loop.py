@@ -69,15 +69,17 @@ def train(run: TrainRun, resume: bool = False) -> None:
     schedule = learning_rate(run.optimizer)
     settings.output.mkdir(parents=True, exist_ok=True)
 
-    with Checkpoints(settings.output / "checkpoints", settings.keep_checkpoints) as checkpoints, jax.set_mesh(mesh):
-        first = 0
-        if resume:
-            first = _latest(checkpoints, run, base)
+    facts = {"config": configs.plain(run), "base": base, "data": records.mark}
+    first = 0
+    if resume:
+        with Checkpoints(settings.output / "checkpoints") as checkpoints:
+            first = _latest(checkpoints, run, facts)
             arrays = checkpoints.load(first, _abstract(state, placement))
-            state = unflatten(state, arrays)
-            print(f"resumed {settings.output} after step {first}")
+        state = unflatten(state, arrays)
+        print(f"resumed {settings.output} after step {first}")
+
+    with Checkpoints(settings.output / "checkpoints", settings.keep_checkpoints) as checkpoints, jax.set_mesh(mesh):
         configs.dump(run, settings.output / "config.yaml")
-        facts = {"config": configs.plain(run), "base": base}
         with Metrics(
             settings.output / "metrics.jsonl", first, settings.steps, settings.batch_size, settings.log_every
         ) as metrics:
@@ -120,18 +122,20 @@ def _check_records(records: Records, model: WanTransformer, run: TrainRun) -> No
         )
 
 
-def _latest(checkpoints: Checkpoints, run: TrainRun, base: str) -> int:
+def _latest(checkpoints: Checkpoints, run: TrainRun, facts: dict[str, Any]) -> int:
     """The step to go on from, after a check that the run is the same."""
     steps, output = checkpoints.steps, run.train.output
     if not steps:
-        raise InputError(f"train.output={output}: no complete checkpoint to resume from; start anew in another folder")
+        raise InputError(f"train.output={output}: no complete checkpoint to resume from; remove it and start anew")
     step = steps[-1]
-    facts = checkpoints.facts(step)
-    before, now = _leaves(facts["config"]), _leaves(configs.plain(run))
+    saved = checkpoints.facts(step)
+    before, now = _leaves(saved["config"]), _leaves(facts["config"])
     for name in sorted(before.keys() | now.keys()):
         if name not in MAY_CHANGE and before.get(name) != now.get(name):
             raise InputError(f"{name}={now.get(name)}: the run in {output} was started with {before.get(name)}")
-    if facts["base"] != base:
+    if saved["data"] != facts["data"]:
+        raise InputError(f"data.path={run.data.path}: not the clips that the run in {output} was started with")
+    if saved["base"] != facts["base"]:
         raise InputError(f"model.path={run.model.path}: not the base weights that the run in {output} was started with")
     if step >= run.train.steps:
         raise InputError(f"train.steps={run.train.steps}: the run in {output} has {step} already; nothing to do")

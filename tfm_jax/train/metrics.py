@@ -31,7 +31,7 @@ class Metrics:
         """Take the report of a step (still being computed) and write that of the step before.
 
         Raises:
-            NonFiniteLoss: the step before had one.
+            NonFiniteLoss: the step before had one, or another number that is not finite.
         """
         self.flush()
         self._pending = (step, report, clips)
@@ -44,8 +44,9 @@ class Metrics:
         values = {name: float(report[name]) for name in sorted(report, key=lambda name: name != "loss")}
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
         self._stream.flush()
-        if not math.isfinite(values["loss"]):
-            raise NonFiniteLoss(f"step {step}: the loss is {values['loss']}; clips of this step: {clips}")
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NonFiniteLoss(f"step {step}: the {name} is {value}; clips of this step: {clips}")
         if step % self._log_every == 0 or step == self._last_step:
             self._print(step, values)
 

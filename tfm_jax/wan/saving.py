@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
 
 from tfm_jax.errors import InputError
 from tfm_jax.wan import layouts
-from tfm_jax.wan.layouts import ORIGINAL_FILES, TRANSFORMER, Layout, Source
+from tfm_jax.wan.layouts import ORIGINAL_FILES, TRANSFORMER, VAE, Layout, Source
 from tfm_jax.wan.names import Row
 from tfm_jax.wan.tensors import TensorWriter, copy_into
 
@@ -94,6 +95,8 @@ def save_model(
 ) -> None:
     """Write the networks of a model, its tokenizer files and what names them as one, whole or not at all.
 
+    The autoencoder stays float32 whatever `dtype` is, as it is run in float32.
+
     Raises:
         InputError: `directory` exists and is not empty, or a network is not what its configuration says.
     """
@@ -103,7 +106,7 @@ def save_model(
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         for source in sources:
-            save(source, scratch, layout, dtype, progress)
+            save(source, scratch, layout, jnp.float32 if source.component is VAE else dtype, progress)
         if tokenizer:
             target = scratch / ("google/umt5-xxl" if layout == "original" else "tokenizer")
             shutil.copytree(tokenizer, target)

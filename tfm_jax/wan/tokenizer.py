@@ -42,6 +42,8 @@ class Tokenizer:
     """
 
     def __init__(self, model: str | Path):
+        if not Path(model).is_dir():
+            raise InputError(f"{model}: no such directory; expected Wan2.1 weights")
         found = find_tokenizer(model)
         if not found:
             expected = " or ".join(str(Path(model, place, "tokenizer.json")) for place in PLACES)

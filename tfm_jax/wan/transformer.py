@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tfm_jax.arrays import Latents, PerVideo, Text
-from tfm_jax.sharding import constrain
+from tfm_jax.sharding import constrain, per_device
 from tfm_jax.wan.attention import attention
 from tfm_jax.wan.layers import LayerNorm, Linear, RMSNorm, constant, param
 
@@ -107,7 +107,8 @@ class Attention(nnx.Module):
         query, key, value = (rearrange(y, "b s (n k) -> b s n k", n=self.heads) for y in (query, key, value))
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        return self.o(rearrange(attention(query, key, value), "b s n k -> b s (n k)"))
+        out = per_device(attention, query, key, value)
+        return self.o(rearrange(out, "b s n k -> b s (n k)"))
 
 
 class FeedForward(nnx.Module):

@@ -159,14 +159,28 @@ class Decoder(nnx.Module):
         return x, (after, last)
 
 
-def _by_chunks(
-    step: Callable[[Chunk, Cache], tuple[Output, Cache]], x: Chunk, *, frames_in: int, frames_out: int
+def by_chunks(
+    step: Callable[[Chunk, Cache], tuple[Output, Cache]],
+    x: Chunk,
+    *,
+    frames_in: int,
+    frames_out: int,
+    unroll: bool = False,
 ) -> Output:
-    """Run `step` on the first frame of x, then on `frames_in` frames at a time, and join its outputs along time."""
+    """Run `step` on the first frame of x, then on `frames_in` frames at a time, and join its outputs along time.
+
+    `unroll` compiles every chunk by itself: more code, but XLA has no fast convolution inside loops on CPU.
+    """
     first, cache = step(x[:, :1], None)
     chunks = (x.shape[1] - 1) // frames_in
     if chunks == 0:
         return first
+    if unroll:
+        outs = [first]
+        for index in range(chunks):
+            out, cache = step(x[:, 1 + index * frames_in : 1 + (index + 1) * frames_in], cache)
+            outs.append(out)
+        return jnp.concatenate(outs, axis=1)
     # The outputs go into a carried buffer: stacking them would make another copy of the whole video to transpose it.
     joined = jnp.zeros((first.shape[0], 1 + chunks * frames_out, *first.shape[2:]), first.dtype)
 
@@ -220,7 +234,7 @@ class WanVae(nnx.Module):
             mu, _ = jnp.split(self.quant_conv(features), 2, axis=-1)
             return (mu.astype(video.dtype) - mean) / std, cache
 
-        return _by_chunks(step, video, frames_in=time, frames_out=1)
+        return by_chunks(step, video, frames_in=time, frames_out=1)
 
     @jax.jit
     def decode(self, latents: Latents) -> Video:
@@ -232,4 +246,4 @@ class WanVae(nnx.Module):
             pixels, cache = self.decoder(mapped, cache)
             return jnp.clip(pixels, -1, 1).astype(latents.dtype), cache
 
-        return _by_chunks(step, latents, frames_in=1, frames_out=self.config.time_stride)
+        return by_chunks(step, latents, frames_in=1, frames_out=self.config.time_stride)
