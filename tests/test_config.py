@@ -177,7 +177,7 @@ def refusal(file, *options, kind=Config) -> str:
         ("--clip.fps=0", "expected more than 0"),
         ("--objective.low=1", "expected less than high=1.0"),
         ("--objective.high=1.5", "expected at most 1"),
-        ("--objective.kind=mse", "expected 'tfm' or 'fm'"),
+        ("--objective.kind=mse", "expected 'tfm', 'fm', 'fm_direction', 'tfm_mse' or 'fm_warp'"),
         ("--model.dtype=float16", "expected 'float32' or 'bfloat16'"),
         ("--mesh.data=-2", "expected at least -1"),
     ],
