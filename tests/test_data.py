@@ -222,7 +222,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_two_writers(tmp_path):
     with RecordWriter(tmp_path / "latents", {}) as writer:
-        with pytest.raises(InputError, match=r"latents.partial: left by a run that was killed or is at work"):
+        with pytest.raises(InputError, match=r"latents.partial: left by a run that was killed, or being written"):
             RecordWriter(tmp_path / "latents", {}).__enter__()
         writer.write(make_records(1)[0])
     assert len(open_records(tmp_path / "latents")) == 1
