@@ -2,11 +2,10 @@
 
     python scripts/demo.py
 
-Runs the same programs as a real fine-tuning, shows each command, and leaves everything in runs/demo/, which it makes
-anew.
+teaches a model that knows even motion to let shapes bounce off the walls. Runs the same programs as a real fine-tuning,
+shows each command, and leaves everything in runs/demo/, which it makes anew.
 """
 
-import csv
 import json
 import shlex
 import shutil
@@ -14,41 +13,54 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 
 from tfm_jax import cli, video
 from tfm_jax.config import parse
-from tfm_jax.embedded.model import write_model
+from tfm_jax.data.metadata import read_metadata
 from tfm_jax.embedded.world import write_clips
 from tfm_jax.sampling.pipeline import SampleRun
+from tfm_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("runs/demo")
 CONFIG = "configs/wan_tiny.yaml"
-CLIPS = 16
-PROMPTS = 4
+LAW = "bouncing"
+"""A motion that the embedded model does not know."""
+SETS = {"clips": (64, 1), "reference": (64, 2)}
+"""Folder of real clips -> how many, and the seed of their world: to train on, and to compare with."""
+PROMPTS = 16
+"""Captions of the reference."""
+SHOWN = 4
+"""Prompts in report.png."""
 
 
 def main(argv: Sequence[str]) -> None:
     cli.parser(__doc__).parse_args(argv)
     shutil.rmtree(ROOT / DEMO, ignore_errors=True)
-    print(f"making {CLIPS} clips and a tiny Wan2.1 with random weights in {DEMO}/", flush=True)
-    write_clips(ROOT / DEMO / "clips", CLIPS, laws=["uniform"])
-    captions = read_captions(ROOT / DEMO / "clips")
-    write_model(ROOT / DEMO / "model", captions)
+    for name, (count, seed) in SETS.items():
+        print(f"making {count} clips of {LAW} shapes in {DEMO / name}/", flush=True)
+        write_clips(ROOT / DEMO / name, count, seed=seed, laws=[LAW], objects=[1])
+    captions = [row.prompt for row in read_metadata(ROOT / DEMO / "reference")]
     (ROOT / DEMO / "prompts.txt").write_text("\n".join(captions[:PROMPTS]) + "\n", encoding="utf-8")
 
     program("prepare_data.py", "--config", CONFIG)
     program("train.py", "--config", CONFIG)
     program("export_lora.py", str(DEMO), str(DEMO / "lora.safetensors"))
-    samples = f"--sampling.output={DEMO}/samples"
-    program("sample.py", "--config", CONFIG, f"{samples}/base")
-    program("sample.py", "--config", CONFIG, f"{samples}/lora", f"--sampling.lora={DEMO}/lora.safetensors")
+    folders = {name: DEMO / "samples" / name for name in ("base", "lora")}
+    program("sample.py", "--config", CONFIG, f"--sampling.output={folders['base']}")
+    program("sample.py", "--config", CONFIG, f"--sampling.output={folders['lora']}",
+            f"--sampling.lora={DEMO}/lora.safetensors")  # fmt: skip
+    program("evaluate.py", *map(str, folders.values()), f"--reference={DEMO}/reference",
+            f"--prompts={DEMO}/prompts.txt", f"--json={DEMO}/evaluation.json")  # fmt: skip
     report(ROOT / DEMO)
     print(f"done: see {DEMO}/report.png and {DEMO}/samples/")
 
@@ -61,33 +73,56 @@ def program(name: str, *arguments: str) -> None:
         sys.exit(done.returncode)
 
 
-def read_captions(clips: Path) -> list[str]:
-    with open(clips / "metadata.csv", encoding="utf-8", newline="") as stream:
-        return list(dict.fromkeys(row["prompt"] for row in csv.DictReader(stream)))
-
-
 def report(demo: Path) -> None:
-    """report.png: the loss of every step beside frames of the samples."""
-    metrics = [json.loads(line) for line in (demo / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(14, 5), width_ratios=(2, 3), layout="constrained")
-    steps = [m["step"] for m in metrics]
-    for color, name in zip(("C0", "C1", "C2"), ("loss", "direction", "residual"), strict=True):
-        values = [m[name] for m in metrics]
-        axes[0].plot(steps, values, color=color, alpha=0.2)
-        axes[0].plot(steps, running_mean(values), color=color, label=name)
-    axes[0].set(xlabel="step", yscale="log", title="training")
-    axes[0].legend()
+    """report.png: the loss of every step, the metrics of motion, and frames of samples and of real clips."""
+    figure, axes = plt.subplot_mosaic(
+        [["loss", "samples"], ["table", "samples"]], figsize=(17, 11), width_ratios=(1, 1), layout="constrained"
+    )
+    draw_losses(axes["loss"], read_metrics(demo / "metrics.jsonl"))
+    draw_table(axes["table"], json.loads((demo / "evaluation.json").read_text(encoding="utf-8"))["metrics"])
 
-    settings = parse(SampleRun, ["--config", str(ROOT / CONFIG)], "demo.py", "").clip
+    clip = parse(SampleRun, ["--config", str(ROOT / CONFIG)], "demo.py", "").clip
+    folders = {"base": demo / "samples" / "base", "LoRA": demo / "samples" / "lora", "real": demo / "reference"}
     clips, labels = [], []
-    for number in range(PROMPTS):
-        for kind in ("base", "lora"):
-            file = demo / "samples" / kind / f"{number:03d}.mp4"
-            clips.append(video.read_clip(file, settings.frames, settings.height, settings.width, settings.fps))
+    for number in range(SHOWN):
+        for kind, folder in folders.items():
+            file = sorted(folder.glob("*.mp4"))[number]
+            clips.append(video.read_clip(file, clip.frames, clip.height, clip.width, clip.fps))
             labels.append(f"{number:03d} {kind}")
-    axes[1].imshow(video.contact_sheet(clips, labels))
-    axes[1].set(title="samples: the base model, and with the LoRA, from the same noise", xticks=[], yticks=[])
+    axes["samples"].imshow(video.contact_sheet(clips, labels, columns=9, cell=96))
+    axes["samples"].set(title="samples from the same noise, and a real clip of the caption", xticks=[], yticks=[])
     figure.savefig(demo / "report.png", dpi=110)
+
+
+def draw_losses(axis: Axes, metrics: Sequence[dict[str, Any]]) -> None:
+    steps = [line["step"] for line in metrics]
+    for color, name in zip(("C0", "C1", "C2"), ("loss", "direction", "residual"), strict=True):
+        values = [line[name] for line in metrics]
+        axis.plot(steps, values, color=color, alpha=0.2)
+        axis.plot(steps, running_mean(values), color=color, label=name)
+    axis.set(xlabel="step", yscale="log", title="training")
+    axis.legend()
+
+
+def draw_table(axis: Axes, metrics: dict[str, dict[str, Any]]) -> None:
+    """The rows of evaluation.json that say most, base beside LoRA beside real clips."""
+    rows = {
+        "objects kept in every frame": "tracked", "physics residual, pixels": "residual",
+        "residual below half a pixel": "faithful", "motion, pixels a frame": "speed", "right colours": "colours",
+        "right shapes": "shapes", "right directions": "directions", "Frechet motion distance": "frechet",
+    }  # fmt: skip
+    columns = ("base", "lora", "reference", "floor")
+
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    cells = [[cell(metrics[name].get(column)) for column in columns] for name in rows.values()]
+    table = axis.table(
+        cells, rowLabels=list(rows), colLabels=columns, loc="center", bbox=Bbox.from_bounds(0.45, 0, 0.55, 1)
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(10)
+    axis.set_axis_off()
 
 
 def running_mean(values: list[float], window: int = 20) -> np.ndarray:

@@ -3,8 +3,8 @@
     python scripts/study.py
 
 trains every arm with every seed, samples held-out captions, measures them and writes docs/study.md with its pictures.
-Started again, it goes on where it was stopped; with more arms or seeds, it adds them. Any field of the configuration
-can be given too, such as --optimizer.learning_rate=1e-3.
+Started again, it goes on where it was stopped; with more arms or seeds, it adds them. Started several times at once,
+the processes share the runs. Any field of the configuration can be given too, such as --optimizer.learning_rate=1e-3.
 """
 
 import shlex
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of study.md")
     parser.add_argument("--arms", default=",".join(full.arms), help=f"of {', '.join(protocol.ARMS)} (default: all)")
     parser.add_argument("--seeds", type=int, default=full.seeds, help="training seeds 0, 1, ... (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=full.clips, help="to train on (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=full.prompts, help="captions to sample (default: %(default)s)")
     parser.add_argument("--reference", type=int, default=full.reference, help="real clips (default: %(default)s)")

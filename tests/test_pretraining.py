@@ -29,6 +29,7 @@ TINY = Recipe(
     vae_clips=6,
     base_clips=6,
     held_out=2,
+    samples=2,
     train_vae=VaeRecipe((Phase(2, 1, 32, 4), Phase(2, 5, 32, 2))),
     train_base=BaseRecipe(steps=4, batch=4, unpadded=0.5),
 )
@@ -63,10 +64,11 @@ def test_what_is_trained_is_what_is_kept(made):
 
 
 def test_a_complete_stage_is_not_repeated(made, tmp_path):
-    with pytest.raises(InputError, match="model: already there; expected a new folder"):
+    with pytest.raises(InputError, match="complete already; expected a new folder"):
         pretrain(made, TINY)
     before = (made / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     (made / "model").rename(tmp_path / "model")
+    (made / "samples").rename(tmp_path / "samples")
     pretrain(made, TINY)
     assert (made / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     for file in sorted((made / "model").rglob("*.safetensors")):  # and the other one gives the same again

@@ -15,12 +15,12 @@ import pytest
 import virtual_devices
 import yaml
 from PIL import Image
+from random_model import write_model
 from safetensors.numpy import load_file, save_file
 
 from tfm_jax import cli, video
 from tfm_jax.config import parse
 from tfm_jax.data.records import open_records
-from tfm_jax.embedded.model import write_model
 from tfm_jax.embedded.world import write_clips
 from tfm_jax.lora.files import DIALECTS, Lora, read_lora, write_lora
 from tfm_jax.sampling.pipeline import SampleRun

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 from PIL import Image
+from random_model import write_model
 from test_programs import program
 
 from tfm_jax.data.metadata import read_metadata
-from tfm_jax.embedded.model import write_model
 from tfm_jax.embedded.world import write_clips
 from tfm_jax.errors import InputError
 from tfm_jax.study import protocol, report

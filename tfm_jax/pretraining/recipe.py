@@ -18,6 +18,7 @@ from tfm_jax.embedded.world import LAWS, write_clips
 from tfm_jax.errors import InputError
 from tfm_jax.pretraining.autoencoder import Clips, Phase, VaeRecipe, encode_clips, psnr, train_vae
 from tfm_jax.pretraining.base import BaseRecipe, Captions, train_base
+from tfm_jax.pretraining.quality import sample_captions
 from tfm_jax.wan import load_vae
 from tfm_jax.wan.layouts import TEXT_ENCODER, TRANSFORMER, VAE, find, source_of
 from tfm_jax.wan.saving import save, save_model
@@ -45,8 +46,10 @@ class Recipe(NamedTuple):
     """Clips of BASE_LAWS for the transformer."""
     held_out: int = 64
     """Clips at speeds that are in neither, for the quality of the reconstruction."""
-    train_vae: VaeRecipe = VaeRecipe((Phase(1000, 1, 32, 16), Phase(2400, 5, 32, 8), Phase(400, 9, 64, 2)))
-    train_base: BaseRecipe = BaseRecipe(6000)
+    samples: int = 48
+    """Captions that the finished model is sampled with."""
+    train_vae: VaeRecipe = VaeRecipe((Phase(1000, 1, 32, 16), Phase(1400, 5, 32, 8), Phase(700, 17, 32, 4)))
+    train_base: BaseRecipe = BaseRecipe(5000)
 
     def shortened(self, share: float) -> "Recipe":
         """The same with a share of the clips and of the steps."""
@@ -59,31 +62,25 @@ class Recipe(NamedTuple):
             vae_clips=part(self.vae_clips, 4),
             base_clips=part(self.base_clips, 4),
             held_out=part(self.held_out, 2),
+            samples=part(self.samples, 2),
             train_vae=self.train_vae._replace(phases=phases),
             train_base=self.train_base._replace(steps=part(self.train_base.steps, 2)),
         )
 
 
 def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
-    """Write clips, the logs of both stages and `model/` into `output`. A stage whose result is there is not repeated.
+    """Write clips, the logs of both stages, `model/` and its `samples/` into `output`, and print the model's quality.
+
+    A stage whose result is there is not repeated.
 
     Raises:
-        InputError: the model is there already.
+        InputError: all of them are.
     """
-    if (output / "model").exists():
-        raise InputError(f"{output / 'model'}: already there; expected a new folder")
+    model = output / "model"
+    if (output / "samples").exists():
+        raise InputError(f"{output}: complete already; expected a new folder, or one without some of its results")
     output.mkdir(parents=True, exist_ok=True)
-    folders = {
-        "all": (recipe.vae_clips, tuple(LAWS), False),
-        "base": (recipe.base_clips, BASE_LAWS, False),
-        "held_out": (recipe.held_out, tuple(LAWS), True),
-    }
-    for number, (name, (count, laws, held_out)) in enumerate(folders.items()):
-        if not (output / "clips" / name / "states.json").exists():
-            print(f"making {count} clips in {output / 'clips' / name}", flush=True)
-            write_clips(
-                output / "clips" / name, count, seed=3 * seed + number, laws=laws, objects=OBJECTS, held_out=held_out
-            )
+    _make_clips(output, recipe, seed)
     if not (output / "vae").exists():
         clips, _ = read_clips(output / "clips" / "all")
         vae = train_vae(clips, recipe.vae, recipe.train_vae, seed, output / "vae.jsonl")
@@ -91,15 +88,29 @@ def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
     vae = load_vae(output)
     quality = psnr(vae, read_clips(output / "clips" / "held_out")[0])
     print(f"autoencoder: {quality:.2f} dB on clips at held-out speeds", flush=True)
+    if not model.exists():
+        clips, captions = read_clips(output / "clips" / "base")
+        write_tokenizer(output / "tokenizer", _every_caption(output), recipe.text_encoder.vocab_size)
+        transformer, text_encoder = train_base(
+            encode_clips(vae, clips), _tokens(output, captions), (recipe.transformer, recipe.text_encoder),
+            recipe.train_base, seed, output / "base.jsonl",
+        )  # fmt: skip
+        networks = (source_of(transformer, TRANSFORMER), find(output, VAE), source_of(text_encoder, TEXT_ENCODER))
+        save_model(list(networks), output / "tokenizer", model, "diffusers", jnp.bfloat16)
+    print(sample_captions(model, recipe.transformer, BASE_LAWS, output, recipe.samples), flush=True)
 
-    clips, captions = read_clips(output / "clips" / "base")
-    write_tokenizer(output / "tokenizer", _every_caption(output), recipe.text_encoder.vocab_size)
-    transformer, text_encoder = train_base(
-        encode_clips(vae, clips), _tokens(output, captions), (recipe.transformer, recipe.text_encoder),
-        recipe.train_base, seed, output / "base.jsonl",
-    )  # fmt: skip
-    networks = (source_of(transformer, TRANSFORMER), find(output, VAE), source_of(text_encoder, TEXT_ENCODER))
-    save_model(list(networks), output / "tokenizer", output / "model", "diffusers", jnp.float32)
+
+def _make_clips(output: Path, recipe: Recipe, seed: int) -> None:
+    folders = {
+        "all": (recipe.vae_clips, tuple(LAWS), False),
+        "base": (recipe.base_clips, BASE_LAWS, False),
+        "held_out": (recipe.held_out, tuple(LAWS), True),
+    }
+    for number, (name, (count, laws, held_out)) in enumerate(folders.items()):
+        folder = output / "clips" / name
+        if not (folder / "states.json").exists():  # written last
+            print(f"making {count} clips in {folder}", flush=True)
+            write_clips(folder, count, seed=3 * seed + number, laws=laws, objects=OBJECTS, held_out=held_out)
 
 
 def read_clips(folder: Path) -> tuple[Clips, list[str]]:

@@ -1,6 +1,12 @@
-"""The file of a study: one JSON object a line, written when its part is done, so that a study cut off can go on."""
+"""The file of a study: one JSON object a line, written when its part is done, so that a study cut off can go on.
 
+Several processes may work on one study: each part is taken by whoever has its lock, which goes with its process.
+"""
+
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +48,10 @@ class Results:
         self.records.append(record)
         return record
 
+    def reload(self) -> None:
+        """Read what other processes have added."""
+        self.records = _read(self.file)
+
     def all(self, kind: str, **values: Any) -> list[Record]:
         """Records of this kind with these values."""
         return [r for r in self.records if r["kind"] == kind and all(r.get(n) == v for n, v in values.items())]
@@ -50,6 +60,19 @@ class Results:
         """The only such record; empty where there is none."""
         found = self.all(kind, **values)
         return found[0] if found else {}
+
+
+@contextmanager
+def lock(file: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this process has the lock of that name now; with `wait` it does, sooner or later."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _read(file: Path) -> list[Record]:

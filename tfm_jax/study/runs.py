@@ -30,7 +30,7 @@ from tfm_jax.lora.files import read_lora
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.study import protocol
 from tfm_jax.study.cost import measure_cost, steps_in_the_same_time
-from tfm_jax.study.results import Record, Results
+from tfm_jax.study.results import Record, Results, lock
 from tfm_jax.study.sensitivity import measure_sensitivity
 from tfm_jax.train.export import export
 from tfm_jax.train.loop import TrainRun, train
@@ -62,7 +62,7 @@ class Size(NamedTuple):
     seeds: int = 5
     clips: int = 256
     """To train on."""
-    prompts: int = 32
+    prompts: int = 16
     """Captions that are not among those of training, each sampled once by every arm and seed."""
     reference: int = 128
     """Real clips that samples are compared with."""
@@ -95,22 +95,30 @@ class Study(NamedTuple):
 def run_study(study: Study) -> Results:
     """Run whatever is not in `results.jsonl` yet, seed by seed, so that arms can be compared at any time.
 
+    Any number of processes may do so at once; each ends when all is done.
+
     Raises:
         InputError: the settings are not possible, or not those that the study was started with.
     """
     check(study)
-    results = Results(study.output / "results.jsonl", settings(study))
-    make_clips(study)
-    held_out = choose_prompts(study)
-    reference = measure_folder(study.output / "reference", None, study.stage, least=4)
-    if not results.one("real"):
-        results.add("real", **_measure_autoencoder(study, held_out, reference))
-    if not set(study.size.arms) <= newest_costs(results).keys():
-        results.add("cost", seconds=_costs(study))
-    for seed, arm, steps in plan(study, results):
-        if not results.one("run", arm=arm, seed=seed, steps=steps):
-            print(f"{arm}, seed {seed}, {steps} steps", flush=True)
-            results.add("run", arm=arm, seed=seed, steps=steps, **_run(study, arm, seed, steps, held_out, reference))
+    locks = study.output / "locks"
+    with lock(locks / "start", wait=True):
+        results = Results(study.output / "results.jsonl", settings(study))
+        make_clips(study)
+        held_out = choose_prompts(study)
+        reference = measure_folder(study.output / "reference", None, study.stage, least=4)
+        if not results.one("real"):
+            results.add("real", **_measure_autoencoder(study, held_out, reference))
+        if not set(study.size.arms) <= newest_costs(results).keys():
+            results.add("cost", seconds=_costs(study))
+    for wait in (False, True):  # for what others are at, when nothing else is left
+        for seed, arm, steps in plan(study, results):
+            with lock(locks / f"{arm}_seed{seed}_steps{steps}", wait=wait) as mine:
+                results.reload()
+                if mine and not results.one("run", arm=arm, seed=seed, steps=steps):
+                    print(f"{arm}, seed {seed}, {steps} steps", flush=True)
+                    record = _run(study, arm, seed, steps, held_out, reference)
+                    results.add("run", arm=arm, seed=seed, steps=steps, **record)
     return results
 
 

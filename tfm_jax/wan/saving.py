@@ -122,13 +122,21 @@ def _write_pipeline(directory: Path) -> None:
     """model_index.json and the scheduler, with which `diffusers.WanPipeline` loads the directory."""
     index = {
         "_class_name": "WanPipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
         "transformer": ["diffusers", TRANSFORMER.class_name],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5.0}
+    # Its first order is the Euler method on the noise levels that Wan's own sampling has; diffusers' Euler scheduler
+    # takes others, whose last level does not depend on the number of steps.
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "solver_order": 1,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 5.0,
+    }
     (directory / "scheduler").mkdir()
     for file, values in (("model_index.json", index), ("scheduler/scheduler_config.json", scheduler)):
         (directory / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
