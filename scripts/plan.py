@@ -4,7 +4,7 @@
     python scripts/plan.py --config configs/wan2.1_t2v_14b.yaml --topology=v6e:2x4 --search
 
 No TPU or GPU is needed, nor any weights. The compiler for TPUs comes with `pip install 'jax[tpu]'`. Topologies are
-v5e:2x4, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:8 and the like. Told are the memory of each device, the operations of
+v5e:2x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and the like. Told are the memory of each device, the operations of
 a step, what the devices send to each other, and what compiling took; never a step time, since nothing is run. Exit code
 1: it does not fit.
 

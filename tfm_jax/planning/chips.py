@@ -78,8 +78,8 @@ CHIPS = {
                  233_472, 2250e12),
 }  # fmt: skip
 
-_NAME = re.compile(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)")
-EXAMPLES = "such as v5e:4x4, v6e:2x4, v5p:4x4x4, tpu7x:2x2x1, 2*v5e:16x16 (two slices), h100:8 or h100:2x8 (two hosts)"
+_NAME = re.compile(r"(?:(\d+)x)?(\w+):(\d+(?:x\d+)*)")
+EXAMPLES = "such as v5e:4x4, v6e:2x4, v5p:4x4x4, tpu7x:2x2x1, 2xv5e:16x16 (two slices), h100:8 or h100:2x8 (two hosts)"
 
 
 class Topology(NamedTuple):

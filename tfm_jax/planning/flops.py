@@ -71,9 +71,9 @@ def training_flops(
     last = _maps(config, tokens)[-1]  # of its result only the sum with the block's input is needed, the next block's
     unneeded = last.kernel() + (last.factors(lora.rank)[1] if last.name in targets else 0)
     again = {"full": forward - unneeded, "none": 0}.get(remat, forward - unneeded - attention)
-    stem, head = _outside(config, tokens)
+    text, stem, head = _outside(config, tokens)
     return TrainingFlops(
-        clips * (config.layers * forward + stem + head),
+        clips * (config.layers * forward + text + stem + head),
         clips * (config.layers * backward + head),
         clips * config.layers * again,
         clips * config.layers * score_passes * attention // 2,
@@ -83,7 +83,8 @@ def training_flops(
 def sampling_flops(config: TransformerConfig, clips: int, tokens: int, steps: int, guided: bool) -> int:
     """Of all steps for `clips` clips, each computed twice a step with guidance. Adapters are left out."""
     block = _attention(config, tokens, tokens + TEXT_LENGTH) + sum(layer.kernel() for layer in _maps(config, tokens))
-    return clips * steps * (1 + guided) * (config.layers * block + sum(_outside(config, tokens)))
+    text, stem, head = _outside(config, tokens)  # the text enters once, the blocks see it at every step
+    return clips * (1 + guided) * (steps * (config.layers * block + stem + head) + text)
 
 
 def _attention(config: TransformerConfig, queries: int, keys: int) -> int:
@@ -99,10 +100,10 @@ def _maps(config: TransformerConfig, tokens: int) -> list[_Map]:
     return [*video, *keys, *text, _Map("ffn.0", d, f, tokens), _Map("ffn.2", f, d, tokens)]
 
 
-def _outside(config: TransformerConfig, tokens: int) -> tuple[int, int]:
-    """Before the blocks (patches, text, time) and behind them."""
+def _outside(config: TransformerConfig, tokens: int) -> tuple[int, int, int]:
+    """Of the text and of patches and time before the blocks, and of the head behind them."""
     d = config.dim
     patch = config.channels * PATCH[0] * PATCH[1] * PATCH[2]
     text = 2 * TEXT_LENGTH * (config.text_dim + d) * d
     time = 2 * (config.freq_dim + d + 6 * d) * d
-    return 2 * tokens * patch * d + text + time, 2 * tokens * d * patch
+    return text, 2 * tokens * patch * d + time, 2 * tokens * d * patch
