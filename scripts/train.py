@@ -3,19 +3,23 @@
     python scripts/train.py --config configs/wan2.1_t2v_1.3b.yaml --train.output=runs/my_run [--resume]
 
 Every field of the configuration can be set on the command line; `--help` lists them. `--resume` goes on from the newest
-checkpoint in train.output.
+checkpoint in train.output; SIGTERM saves one there and ends the program.
+
+On several machines start it once on each (`srun` and TPU pods are recognised; elsewhere set JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID); all of them see the same files.
 """
 
 from collections.abc import Sequence
 
-from tfm_jax import cli, config
+from tfm_jax import cli, config, hosts
 from tfm_jax.train.loop import TrainRun, train
 
 
 def main(argv: Sequence[str]) -> None:
     options = [token for token in argv if token != "--resume"]
     run = config.parse(TrainRun, options, "train.py", __doc__ or "")
-    train(run, resume="--resume" in argv)
+    with hosts.joined():
+        train(run, resume="--resume" in argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from tfm_jax.data import records as records_module
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.metadata import read_metadata
-from tfm_jax.data.records import Record, RecordWriter, open_records
+from tfm_jax.data.records import Record, Records, RecordWriter, open_records
 from tfm_jax.errors import InputError
 
 FACTS = {"model": "weights/wan", "frames": 17, "fps": 16.0}
@@ -359,25 +359,33 @@ def test_every_epoch_has_every_clip_once(dataset, batch_size):
 
 
 def test_processes_share_the_batch(dataset):
-    batches = Batches(open_records(dataset), 6, seed=1)
+    records = open_records(dataset)
+    everything = Batches(records, 6, seed=1)
     for step in range(3):
-        whole, clips = batches.at(step)
-        for count in (2, 3):
-            parts = [batches.at(step, index, count) for index in range(count)]
-            assert [clip for part in parts for clip in part[1]] == clips
-            for field in ("latents", "text"):
-                together = np.concatenate([getattr(batch, field) for batch, _ in parts])
-                assert np.array_equal(together, getattr(whole, field))
+        whole, clips = everything.at(step)
+        for rows in ([0, 1, 2], [1, 4], [5]):
+            part, known = Batches(records, 6, seed=1, rows=rows).at(step)
+            assert known == clips
+            assert np.array_equal(part.latents, whole.latents[rows])
+            assert np.array_equal(part.text, whole.text[rows])
+
+
+def test_only_the_rows_of_the_process_are_read(dataset, monkeypatch):
+    records = open_records(dataset)
+    read, get = [], Records.__getitem__
+    monkeypatch.setattr(Records, "__getitem__", lambda self, clip: (read.append(clip), get(self, clip))[1])
+    _, clips = Batches(records, 6, seed=1, rows=[1, 4]).at(2)
+    assert read == [clips[1], clips[4]]
 
 
 @pytest.mark.parametrize("start", [0, 1, 1000])
 def test_iterating_equals_asking(dataset, start):
-    batches = Batches(open_records(dataset), 4, seed=2)
-    for index, count in ((0, 1), (1, 2)):
-        seen = list(itertools.islice(batches.iterate(start, index, count), 9))
+    records = open_records(dataset)
+    for batches in (Batches(records, 4, seed=2), Batches(records, 4, seed=2, rows=[2, 3])):
+        seen = list(itertools.islice(batches.iterate(start), 9))
         assert [step for step, _, _ in seen] == list(range(start, start + 9))
         for step, batch, clips in seen:
-            expected, expected_clips = batches.at(step, index, count)
+            expected, expected_clips = batches.at(step)
             assert clips == expected_clips
             assert np.array_equal(batch.latents, expected.latents)
             assert np.array_equal(batch.text, expected.text)
@@ -388,7 +396,7 @@ def test_iterating_reads_ahead(dataset):
     batches = Batches(open_records(dataset), 2, seed=2)
     asked: list[int] = []
     at = batches.at
-    batches.at = lambda step, *where: (asked.append(step), at(step, *where))[1]
+    batches.at = lambda step: (asked.append(step), at(step))[1]
     iterator = batches.iterate(10)
     next(iterator)
     for _ in range(200):
@@ -408,9 +416,7 @@ def test_damage_reaches_the_training_loop_as_it_is(dataset):
         next(batches.iterate())
 
 
-def test_impossible_batches(dataset):
+def test_a_batch_with_more_rows_than_clips(dataset):
     records = open_records(dataset)
     with pytest.raises(InputError, match=r"train.batch_size=8: .*latents has 7 clips; expected at most"):
         Batches(records, 8, seed=0)
-    with pytest.raises(InputError, match=r"train.batch_size=4: expected a multiple of the 3 processes"):
-        Batches(records, 4, seed=0).at(0, 0, 3)

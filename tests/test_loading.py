@@ -124,9 +124,11 @@ def test_parameters_are_split_over_the_mesh_as_they_are_read(weights):
     program = """
 import jax, jax.numpy as jnp, numpy as np, sys
 from flax import nnx
+from tfm_jax.config import MeshConfig
 from tfm_jax.sharding import make_mesh
 from tfm_jax.wan import load_transformer
-whole, split = (load_transformer(sys.argv[1], jnp.float32, mesh) for mesh in (None, make_mesh(2, 4)))
+mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+whole, split = (load_transformer(sys.argv[1], jnp.float32, mesh) for mesh in (None, mesh))
 kernel = split.blocks.self_attn.q.kernel[...]
 assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 12, 48)}, kernel.sharding
 for a, b in zip(jax.tree.leaves(nnx.state(whole)), jax.tree.leaves(nnx.state(split)), strict=True):

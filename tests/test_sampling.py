@@ -131,7 +131,7 @@ def test_noise_is_a_function_of_seed_and_number(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.layouts, "find", lambda *_: None)
     monkeypatch.setattr(pipeline, "find_base", lambda _: None)
     monkeypatch.setattr(pipeline, "_embed", lambda _, prompts: jnp.zeros((len(prompts), 512, CONFIG.text_dim)))
-    monkeypatch.setattr(pipeline, "load_base", lambda _: TextMean())
+    monkeypatch.setattr(pipeline, "load_base", lambda _, mesh: TextMean())
     monkeypatch.setattr(pipeline, "sample_latents", record)
     monkeypatch.setattr(pipeline, "_write", lambda *_: None)
 

@@ -422,8 +422,8 @@ def test_eight_devices_train_as_one_does(options, tmp_path):
 import sys, runpy, jax
 from tfm_jax.train import loop
 step = loop.make_step
-def watched(graph, optimizer, objective, seed, placement):
-    inner = step(graph, optimizer, objective, seed, placement)
+def watched(*arguments):
+    inner = step(*arguments)
     def call(state, frozen, batch):
         q = frozen["blocks"]["self_attn"]["q"]["kernel"].get_value()
         a = state.lora["blocks"]["self_attn"]["q"]["lora_a"].get_value()
@@ -457,5 +457,7 @@ runpy.run_path(script, run_name="__main__")
 
 
 def test_devices_that_cannot_share_the_batch():
-    with pytest.raises(InputError, match=r"train\.batch_size=4: expected a multiple of the 3 devices"):
+    with pytest.raises(
+        InputError, match=r"train\.batch_size=4: expected a multiple of mesh\.data=3 x mesh\.fsdp=1; use 6"
+    ):
         check_batch(4, jax.sharding.AbstractMesh((3, 1), ("data", "fsdp")))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
 from orbax.checkpoint import v1 as ocp
 
+from tfm_jax import hosts
 from tfm_jax.errors import InputError
 
 _training: Any = ocp.training  # its annotations do not take what its documentation passes
@@ -119,5 +120,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._orbax.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Closing waits for the other processes, which an error may have left behind.
+        if kind is None or not hosts.several():
+            self._orbax.close()

@@ -7,28 +7,26 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from tfm_jax.errors import InputError, NonFiniteLoss
+from tfm_jax import errors
+from tfm_jax.errors import InputError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Call `main` with the command line and exit."""
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and grain tell every step of theirs
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and grain tell every step of theirs
     try:
         main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(_tell(str(error), 2))
-    except NonFiniteLoss as error:
-        sys.exit(_tell(str(error), 1))
-    except OSError as error:  # a disk that is full or read-only, a folder that cannot be made
-        sys.exit(_tell(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2))
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # what writes files below Python has exceptions of its own
-        if "No space left on device" not in str(error):
+    except Exception as error:
+        told = errors.told(error)
+        if told is None:
             raise
-        sys.exit(_tell("no space left on the device that is written to", 2))
+        message, code = told
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(code)
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
@@ -39,8 +37,3 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}; --help tells more")
-
-
-def _tell(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code

@@ -1,8 +1,7 @@
 """Every setting of every program: frozen dataclasses, filled from a YAML file and from the command line.
 
 A program declares the sections it uses as one dataclass (`class TrainConfig: model: ModelConfig; ...`) and calls
-`parse(TrainConfig, argv)`. A YAML file may hold the sections of all programs. Values are checked when they are read;
-what is wrong is told in one line.
+`parse(TrainConfig, argv)`. A YAML file may hold the sections of all programs. Values are checked when read.
 """
 
 import dataclasses
@@ -33,6 +32,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["full", "attention", "attention_offload", "none"]
 
 
 @section
@@ -134,7 +134,7 @@ class TrainConfig:
     steps: Positive
     """Optimizer steps."""
     batch_size: Positive = 1
-    """Clips a step, over all devices."""
+    """Clips a step, over all devices; a multiple of mesh.data x mesh.fsdp."""
     seed: Seed = 0
     """Decides initial adapters, order of clips, noise and noise levels."""
     checkpoint_every: Positive = 500
@@ -143,14 +143,24 @@ class TrainConfig:
     """Newest checkpoints kept."""
     log_every: Positive = 1
     """Steps between lines on the console; metrics.jsonl has every step."""
+    remat: Remat = "full"
+    """What the backward pass finds saved of each block: full only its input, attention also what attention put out,
+    attention_offload that in the memory of the host, none everything. What is not saved is computed again."""
 
 
 @section
 class MeshConfig:
     data: Annotated[int, Field(ge=-1)] = -1
-    """Devices along which only the batch is split; -1 takes all that fsdp leaves."""
+    """Devices along which only the batch is split; -1 takes all that the other three leave."""
     fsdp: Positive = 1
     """Devices along which batch and weights are split."""
+    sequence: Positive = 1
+    """Devices along which the tokens of a clip are split; must divide the tokens."""
+    tensor: Positive = 1
+    """Devices along which heads and feed-forward channels are split; must divide the heads."""
+
+    def __post_init__(self) -> None:
+        _require(self.data != 0, "data", self.data, "1 or more, or -1 for all that the other axes leave")
 
 
 @section

@@ -25,7 +25,7 @@ Seconds = Mapping[str, Sequence[float]]
 
 def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], rounds: int) -> dict[str, list[float]]:
     """Seconds of the training step of `run` with each objective, in `rounds` rounds of all of them in random order."""
-    mesh = make_mesh(run.mesh.data, run.mesh.fsdp)
+    mesh = make_mesh(run.mesh)
     model = load_base(run.model, mesh)
     attach_lora(model, run.lora)
     init_lora(model, jax.random.key(run.train.seed), mesh)
@@ -36,7 +36,7 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
 
         def stepper(objective: ObjectiveConfig) -> Callable[[], None]:
             state, placement = init_state(jax.tree.map(jnp.copy, lora), optimizer, mesh)
-            step = make_step(graph, optimizer, objective, run.train.seed, placement)
+            step = make_step(graph, optimizer, objective, run.train.seed, placement, run.train.remat)
 
             def go() -> None:
                 nonlocal state

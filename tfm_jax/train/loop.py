@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Any
 
 import jax
@@ -10,21 +11,24 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from tfm_jax import config as configs
+from tfm_jax import hosts
 from tfm_jax.checkpoint import Checkpoints, fingerprints, flatten, unflatten
 from tfm_jax.config import section
 from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.data.records import Records, open_records
 from tfm_jax.errors import InputError
 from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
-from tfm_jax.sharding import batch_sharding, make_mesh
+from tfm_jax.sharding import batch_sharding, make_mesh, split
 from tfm_jax.train.metrics import Metrics
 from tfm_jax.train.optimizer import learning_rate, make_optimizer
 from tfm_jax.train.step import init_state, make_step
 from tfm_jax.wan import load_base
-from tfm_jax.wan.transformer import WanTransformer
+from tfm_jax.wan.parallel_attention import check_split
+from tfm_jax.wan.transformer import WanTransformer, token_grid
 
 MAY_CHANGE = {"train.output", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
-              "mesh.data", "mesh.fsdp", "model.path", "data.path", "data.source"}  # fmt: skip
+              "train.remat", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "model.path", "data.path",
+              "data.source"}  # fmt: skip
 """Fields in which a resumed run may differ from the run it goes on with: they do not change what is computed."""
 
 
@@ -44,18 +48,22 @@ class TrainRun:
 def train(run: TrainRun, resume: bool = False) -> None:
     """Train a LoRA and leave config.yaml, metrics.jsonl and checkpoints/ in `run.train.output`.
 
-    With `resume`, go on from the newest checkpoint there, exactly as if the run had not been interrupted.
+    With `resume`, go on from the newest checkpoint there, exactly as if the run had not been interrupted. Several
+    processes (`tfm_jax.hosts`) all call this with the same arguments and see the same files.
 
     Raises:
         InputError: what the configuration names is missing, does not fit together, or would be overwritten.
         NonFiniteLoss: training diverged.
     """
     settings = run.train
-    mesh = make_mesh(run.mesh.data, run.mesh.fsdp)
+    mesh = make_mesh(run.mesh)
+    if hosts.several():
+        hosts.say(f"{jax.process_count()} processes, {mesh.size} devices")
     check_batch(settings.batch_size, mesh)
     _check_output(run, resume)
     records = open_records(run.data.path)
-    batches = Batches(records, settings.batch_size, settings.seed)
+    check_split(run.model.heads, math.prod(token_grid(records[0].latents.shape)), mesh)
+    batches = Batches(records, settings.batch_size, settings.seed, _rows(settings.batch_size, mesh))
     model = load_base(run.model, mesh)
     _check_records(records, model, run)
     attach_lora(model, run.lora)
@@ -64,9 +72,10 @@ def train(run: TrainRun, resume: bool = False) -> None:
     graph, lora, frozen = split_lora(model)
     optimizer = make_optimizer(run.optimizer)
     state, placement = init_state(lora, optimizer, mesh)
-    step_fn = make_step(graph, optimizer, run.objective, settings.seed, placement)
+    step_fn = make_step(graph, optimizer, run.objective, settings.seed, placement, settings.remat)
     base = _digest(frozen)
     schedule = learning_rate(run.optimizer)
+    hosts.meet("every process has checked its input")
     settings.output.mkdir(parents=True, exist_ok=True)
 
     facts = {"config": configs.plain(run), "base": base, "data": records.mark}
@@ -76,30 +85,40 @@ def train(run: TrainRun, resume: bool = False) -> None:
             first = _latest(checkpoints, run, facts)
             arrays = checkpoints.load(first, _abstract(state, placement))
         state = unflatten(state, arrays)
-        print(f"resumed {settings.output} after step {first}")
+        hosts.say(f"resumed {settings.output} after step {first}")
 
+    done, stop = first, False
     with Checkpoints(settings.output / "checkpoints", settings.keep_checkpoints) as checkpoints, jax.set_mesh(mesh):
-        configs.dump(run, settings.output / "config.yaml")
-        with Metrics(
-            settings.output / "metrics.jsonl", first, settings.steps, settings.batch_size, settings.log_every
-        ) as metrics:
+        if hosts.is_first():
+            configs.dump(run, settings.output / "config.yaml")
+        log = settings.output / "metrics.jsonl" if hosts.is_first() else None
+        with Metrics(log, first, settings.steps, settings.batch_size, settings.log_every) as metrics:
             for number, batch, clips in batches.iterate(first):
                 if number >= settings.steps:
                     break
                 rate = float(np.asarray(schedule(number)))
-                state, report = step_fn(state, frozen, _place(batch, mesh))
+                state, report = step_fn(state, frozen, _place(batch, batches, mesh))
                 done = number + 1
                 metrics.add(done, {**report, "learning_rate": rate}, clips)
-                if done % settings.checkpoint_every == 0 or done == settings.steps:
+                stop = hosts.stop_requested(done)
+                if done % settings.checkpoint_every == 0 or done == settings.steps or stop:
                     metrics.flush()  # a diverged state is never saved
                     checkpoints.save(done, flatten(state), facts)
+                if stop:
+                    break
+    if stop and done < settings.steps:
+        hosts.say(f"stopped by SIGTERM after step {done}; the same command with --resume goes on")
 
 
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raise InputError unless every device gets the same number of clips."""
-    devices = mesh.size
-    if batch_size % devices:
-        raise InputError(f"train.batch_size={batch_size}: expected a multiple of the {devices} devices of the mesh")
+    """Raise InputError unless every part of the mesh that shares the batch gets the same number of clips."""
+    parts = split("batch", mesh)
+    if batch_size % parts:
+        above = -(-batch_size // parts) * parts
+        raise InputError(
+            f"train.batch_size={batch_size}: expected a multiple of mesh.data={mesh.shape['data']} x mesh.fsdp="
+            f"{mesh.shape['fsdp']}; use {above}, or split less by data and fsdp and more by sequence or tensor"
+        )
 
 
 def _check_output(run: TrainRun, resume: bool) -> None:
@@ -157,7 +176,22 @@ def _digest(frozen: Any) -> str:
     return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _place(batch: Batch, mesh: Mesh) -> Batch:
-    """The rows of this process, as part of the batch of all devices."""
-    where = batch_sharding(mesh)
-    return Batch(*(jax.make_array_from_process_local_data(where, np.asarray(rows)) for rows in batch))
+def _rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """The rows of a batch that the devices of this process hold."""
+    parts: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(batch_size))})
+
+
+def _place(batch: Batch, batches: Batches, mesh: Mesh) -> Batch:
+    """The batch on the devices of all processes, from the rows of this one."""
+
+    def place(values: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            wanted = range(*index[0].indices(batches.batch_size))
+            start = batches.rows.index(wanted.start)
+            return values[(slice(start, start + len(wanted)), *index[1:])]
+
+        shape = (batches.batch_size, *values.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+    return Batch(*(place(np.asarray(values)) for values in batch))

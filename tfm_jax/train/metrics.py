@@ -15,17 +15,20 @@ class Metrics:
     """Writes what each step reports, one step late, so that the devices never wait for the host.
 
     On the console: loss and its terms, learning rate, gradient norm, clips a second and the time that is left, both
-    over the steps since the last line.
+    over the steps since the last line. Without a `file` it writes nothing and only watches for numbers that are not
+    finite.
     """
 
-    def __init__(self, file: Path, first_step: int, last_step: int, batch_size: int, log_every: int):
+    def __init__(self, file: Path | None, first_step: int, last_step: int, batch_size: int, log_every: int):
         self._last_step = last_step
         self._batch_size = batch_size
         self._log_every = log_every
         self._pending: tuple[int, dict[str, Any], list[int]] | None = None
         self._since = (first_step, time.monotonic())
-        _keep_steps(file, first_step)
-        self._stream = open(file, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
+        self._stream = None
+        if file is not None:
+            _keep_steps(file, first_step)
+            self._stream = open(file, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
 
     def add(self, step: int, report: dict[str, Any], clips: list[int]) -> None:
         """Take the report of a step (still being computed) and write that of the step before.
@@ -42,12 +45,13 @@ class Metrics:
             return
         (step, report, clips), self._pending = self._pending, None
         values = {name: float(report[name]) for name in sorted(report, key=lambda name: name != "loss")}
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
+        if self._stream:
+            self._stream.write(json.dumps({"step": step, **values}) + "\n")
+            self._stream.flush()
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteLoss(f"step {step}: the {name} is {value}; clips of this step: {clips}")
-        if step % self._log_every == 0 or step == self._last_step:
+        if self._stream and (step % self._log_every == 0 or step == self._last_step):
             self._print(step, values)
 
     def _print(self, step: int, values: dict[str, float]) -> None:
@@ -63,7 +67,8 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        if self._stream:
+            self._stream.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, float | int]]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from tfm_jax.arrays import Scalar
-from tfm_jax.config import ObjectiveConfig
+from tfm_jax.config import ObjectiveConfig, Remat
 from tfm_jax.data.batches import Batch
 from tfm_jax.objective import objective_loss
 from tfm_jax.sharding import shardings
@@ -44,6 +44,7 @@ def make_step(
     objective: ObjectiveConfig,
     seed: int,
     placement: TrainState,
+    remat: Remat = "full",
 ) -> Step:
     """The jitted step (state, frozen weights, batch) -> (new state, what to report). The old state is consumed.
 
@@ -52,12 +53,14 @@ def make_step(
     Args:
         graph: of the transformer with its adapters.
         placement: the sharding of every part of the state.
+        remat: what the backward pass finds saved of each block, as `TrainConfig.remat`.
     """
     key = jax.random.key(seed)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, dict[str, Scalar]]:
         def loss_of(lora: nnx.State) -> tuple[Scalar, dict[str, Scalar]]:
             velocity = nnx.merge(graph, lora, frozen)
+            velocity.remat = remat
             step_key = jax.random.fold_in(key, state.step)
             clean, text = jnp.asarray(batch.latents), jnp.asarray(batch.text)
             return objective_loss(velocity, clean, text, step_key, objective)

@@ -13,8 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-Axes = tuple[str | None, ...]
-"""Logical name of every axis of a parameter; `tfm_jax.sharding.RULES` says which mesh axis each one is split over."""
+from tfm_jax.sharding import Axes, gather
 
 
 def param(
@@ -27,7 +26,10 @@ def param(
     bound: float | None = None,
     kind: type[nnx.Variable] = nnx.Param,
 ) -> nnx.Variable:
-    """A parameter drawn from uniform(-bound, bound), by default 1 / sqrt(product of all axes but the last)."""
+    """A parameter drawn from uniform(-bound, bound), by default 1 / sqrt(product of all axes but the last).
+
+    `axes` names its axes: `tfm_jax.sharding.RULES` says which mesh axis each one is split over.
+    """
     assert len(shape) == len(axes), (shape, axes)
     if bound is None:
         bound = 1 / math.sqrt(math.prod(shape[:-1]) or 1)
@@ -41,6 +43,12 @@ def constant(
     """A parameter that starts as one value everywhere (norm scales, biases)."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(jnp.full((*stack, *shape), value, dtype), axes=("layers",) * len(stack) + tuple(axes))
+
+
+def ready(variable: nnx.Variable, dtype: DTypeLike) -> Array:
+    """One layer's parameter in the dtype of the computation, gathered from the devices that share it by `embed`."""
+    value = variable[...]
+    return gather(value.astype(dtype), variable.get_metadata()["axes"][-value.ndim :])
 
 
 class Linear(nnx.Module):
@@ -70,15 +78,15 @@ class Linear(nnx.Module):
         self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ ready(self.kernel, x.dtype)
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + ready(self.bias, x.dtype)
         # Round here: XLA may carry more bits than bfloat16 has into what follows, and not the same with an adapter.
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is not None and self.lora_b is not None:
-            low = x @ self.lora_a[...].astype(x.dtype)
-            y = y + (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
+            low = x @ ready(self.lora_a, x.dtype)
+            y = y + (low @ ready(self.lora_b, x.dtype)) * self.lora_scale
         return y
 
 

@@ -87,6 +87,13 @@ class Source(NamedTuple):
         piece = tuple(slice(None) if a == "1" else index[after.index(a)] for a in before)
         return rearrange(theirs.read(piece), row.axes)
 
+    def outermost(self, row: names.Row) -> int:
+        """Which of our axes (without that of stacked layers) varies slowest in the file."""
+        if self.layout == "tfm_jax":
+            return 0
+        before, after = (side.split() for side in row.axes.split("->"))
+        return after.index(next(a for a in before if a != "1"))
+
 
 # --- Finding ---------------------------------------------------------------------------------------------------------
 

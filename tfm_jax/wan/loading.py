@@ -1,5 +1,6 @@
 """Directories of weights, in any layout -> networks, placed on the devices of a mesh tensor by tensor."""
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Shaped
 
 from tfm_jax.config import ModelConfig
 from tfm_jax.errors import InputError
@@ -114,19 +115,44 @@ def _placements(flat: dict[str, nnx.Variable], mesh: Mesh) -> list[NamedSharding
 
 
 def _assemble(source: Source, rows: list[Row], like: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-    """One parameter, stacked from the rows of its layers; every device is given its own part and no more is read."""
+    """One parameter, stacked from the rows of its layers; every process reads what its devices hold, once."""
+    parts: dict[tuple, np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
-        if rows[0].layer is None:
-            return np.ascontiguousarray(source.read(rows[0], index), like.dtype)
-        layers = rows[index[0]]
-        shape = [len(range(*piece.indices(length))) for piece, length in zip(index, like.shape, strict=True)]
-        out = np.empty(shape, like.dtype)
-        for number, row in enumerate(layers):
-            copy_into(out[number], source.read(row, index[1:]))
-        return out
+        key = tuple(piece.indices(length) for piece, length in zip(index, like.shape, strict=True))
+        if key not in parts:
+            parts[key] = _read(source, rows, index, [len(range(*piece)) for piece in key], like.dtype)
+        return parts[key]
 
-    return jax.make_array_from_callback(like.shape, sharding, part)
+    value = jax.make_array_from_callback(like.shape, _reading(source, rows[0], like.shape, sharding), part)
+    return value if value.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(value)
+
+
+def _read(
+    source: Source, rows: list[Row], index: tuple[slice, ...], shape: list[int], dtype: DTypeLike
+) -> Shaped[np.ndarray, "..."]:
+    if rows[0].layer is None:
+        return np.ascontiguousarray(source.read(rows[0], index), dtype)
+    out = np.empty(shape, dtype)
+    for number, row in enumerate(rows[index[0]]):
+        copy_into(out[number], source.read(row, index[1:]))
+    return out
+
+
+def _reading(source: Source, row: Row, shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """How processes share the reading of a parameter: by the axis that varies slowest in the file, where that divides.
+
+    A cut along another axis is many pieces shorter than a page, for which a disk delivers the whole file. The devices
+    exchange the parts afterwards.
+    """
+    if sharding.is_fully_addressable:
+        return sharding
+    split = [name for part in sharding.spec for name in ((part,) if isinstance(part, str) else part or ())]
+    axis = source.outermost(row) + (row.layer is not None)
+    if shape[axis] % math.prod(sharding.mesh.shape[name] for name in split):
+        return sharding
+    spec = [tuple(split) if number == axis else None for number in range(len(shape))]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 @jax.jit

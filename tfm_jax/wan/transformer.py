@@ -2,9 +2,14 @@
 
 A block is self-attention over the video's tokens with 3-D rotary positions, cross-attention to the text, and a
 feed-forward network, each branch modulated by the time embedding. All blocks have one shape, so they are built as one
-stack and run by `jax.lax.scan`; each is recomputed in the backward pass.
+stack and run by `jax.lax.scan`; what the backward pass finds saved of each, `remat` says.
+
+On a mesh every activation `[b s d]` is split over batch and tokens, and every map of a block over heads or feed-forward
+channels: only attention and the sums behind `o` and `down` communicate, beside the weights.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -16,15 +21,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tfm_jax.arrays import Latents, PerVideo, Text
-from tfm_jax.sharding import constrain, per_device
-from tfm_jax.wan.attention import attention
-from tfm_jax.wan.layers import LayerNorm, Linear, RMSNorm, constant, param
+from tfm_jax.config import Remat
+from tfm_jax.sharding import constrain
+from tfm_jax.wan.layers import LayerNorm, Linear, RMSNorm, constant, param, ready
+from tfm_jax.wan.parallel_attention import check_split, cross_attention, self_attention
+from tfm_jax.wan.remat import POLICIES
 
 PATCH = (1, 2, 2)
 TEXT_LENGTH = 512
 ROTARY_THETA = 10_000.0
 
 Tokens = Float[Array, "b s d"]
+ACTIVATION = ("batch", "tokens", None)
 Rotary = Float[Array, "s k"]
 
 
@@ -44,6 +52,12 @@ class TransformerConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+
+def token_grid(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Tokens along time, height and width of latents `[f h w c]`."""
+    f, h, w = (length // step for length, step in zip(shape, PATCH, strict=False))
+    return f, h, w
 
 
 def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Rotary, Rotary]:
@@ -107,7 +121,7 @@ class Attention(nnx.Module):
         query, key, value = (rearrange(y, "b s (n k) -> b s n k", n=self.heads) for y in (query, key, value))
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        out = per_device(attention, query, key, value)
+        out = self_attention(query, key, value) if rotary is not None else cross_attention(query, key, value)
         return self.o(rearrange(out, "b s n k -> b s (n k)"))
 
 
@@ -133,7 +147,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Tokens, time: Float[Array, "b six d"], text: Float[Array, "b l d"], rotary: tuple[Rotary, Rotary]
     ) -> Tokens:
-        x = constrain(x, ("batch", "tokens", None))
+        x = constrain(x, ACTIVATION)
         modulation = self.modulation[...][None] + time  # float32, as are the norms and the gated sums
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
 
@@ -144,18 +158,20 @@ class Block(nnx.Module):
         x = x + self.cross_attn(y, text, None)
 
         y = (self.norm_ffn(x) * (1 + scale2) + shift2).astype(x.dtype)
-        return (x + self.ffn(y) * gate2).astype(x.dtype)
+        return constrain((x + self.ffn(y) * gate2).astype(x.dtype), ACTIVATION)
 
 
 class WanTransformer(nnx.Module):
     """Predicts the velocity `noise - clean` of noisy latents.
 
-    Kernels and computation are in `dtype`; time embedding, modulation, norms and softmax stay in float32.
+    Kernels and computation are in `dtype`; time embedding, modulation, norms and softmax stay in float32. `remat` is a
+    name in `tfm_jax.wan.remat.POLICIES`.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.bfloat16):
         self.config = config
         self.dtype = dtype
+        self.remat: Remat = "full"
         dim = config.dim
 
         def linear(features_in: int, features_out: int, dtype: DTypeLike, axes: tuple = (None, "embed")) -> Linear:
@@ -180,11 +196,13 @@ class WanTransformer(nnx.Module):
             latents: noisy normalised latents.
             timestep: `[b]` in 0..1000, 1000 times the noise level.
             text: `[b l d]` embeddings of the prompts, zero-padded to 512 tokens: padding takes part in attention.
+
+        Raises:
+            InputError: the mesh of `jax.set_mesh` cannot split the heads or the tokens.
         """
-        p, q, r = PATCH
-        _, f, h, w, _ = latents.shape
-        grid = (f // p, h // q, w // r)
-        x = self.patch_in(latents.astype(self.dtype))
+        grid = token_grid(latents.shape[1:])
+        check_split(self.config.heads, math.prod(grid))
+        x = self.patch_in(constrain(latents.astype(self.dtype), ("batch",)))
         context = self.text_out(jax.nn.gelu(self.text_in(text.astype(self.dtype)), approximate=True))
         time = self.time_out(jax.nn.silu(self.time_in(time_features(timestep, self.config.freq_dim))))
         block_time = rearrange(self.time_projection(jax.nn.silu(time)), "b (six d) -> b six d", six=6)
@@ -193,13 +211,16 @@ class WanTransformer(nnx.Module):
         def body(x: Tokens, block: Block) -> tuple[Tokens, None]:
             return block(x, block_time, context, rotary), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(body), x, self.blocks)
+        # Forward and backward pass are loops of their own: nothing that is computed again can be merged with the first.
+        body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, self.blocks)
 
         shift, scale = jnp.split(self.head_modulation[...][None] + time[:, None], 2, axis=1)
         x = self.head((self.norm_head(x) * (1 + scale) + shift).astype(self.dtype))
-        gf, gh, gw = grid
+        x = constrain(x, ACTIVATION)  # gathered after the head, which leaves little of it
+        (gf, gh, gw), (p, q, r) = grid, PATCH
         x = rearrange(x, "b (f h w) (p q r c) -> b (f p) (h q) (w r) c", f=gf, h=gh, w=gw, p=p, q=q, r=r)
-        return x.astype(jnp.float32)
+        return constrain(x.astype(jnp.float32), ("batch",))
 
 
 class PatchIn(nnx.Module):
@@ -213,4 +234,6 @@ class PatchIn(nnx.Module):
     def __call__(self, latents: Latents) -> Tokens:
         p, q, r = PATCH
         patches = rearrange(latents, "b (f p) (h q) (w r) c -> b (f h w) p q r c", p=p, q=q, r=r)
-        return jnp.einsum("bspqrc,pqrcd->bsd", patches, self.kernel[...]) + self.bias[...]
+        patches = constrain(patches, ("batch", "tokens"))
+        kernel, bias = (ready(x, latents.dtype) for x in (self.kernel, self.bias))
+        return constrain(jnp.einsum("bspqrc,pqrcd->bsd", patches, kernel) + bias, ACTIVATION)

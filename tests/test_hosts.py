@@ -1,0 +1,343 @@
+"""Several processes as one run: the program itself, on two processes of four CPU devices each that talk over gloo."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import virtual_devices
+from safetensors.numpy import load_file
+from wan_reference import SIZES, reference_transformer
+
+from tfm_jax import config, hosts
+from tfm_jax.checkpoint import Checkpoints
+from tfm_jax.data.batches import Batches
+from tfm_jax.data.records import Record, RecordWriter, open_records
+from tfm_jax.errors import InputError
+from tfm_jax.train import loop
+from tfm_jax.train.metrics import Metrics, read_metrics
+
+CONFIG = SIZES["small"]
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "train.py"
+BATCH = 8
+CLIPS = 24
+PATIENCE = 900
+"""Seconds; many times what a run takes, for machines that have other work."""
+
+FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+COUNTED = """
+import atexit, json, os, runpy, sys
+from tfm_jax.wan import layouts
+reads, open_tensors = {}, layouts.open_tensors
+
+def counted(files):
+    def entry(name, tensor):
+        def read(index):
+            values = tensor.read(index)
+            rows = [piece.indices(length) for piece, length in zip(index, tensor.shape)]
+            whole = all(piece == (0, length, 1) for piece, length in zip(rows[1:], tensor.shape[1:]))
+            reads.setdefault(name, []).append({"bytes": values.nbytes, "first": rows[0][0], "rows_are_whole": whole})
+            return values
+        return tensor._replace(read=read)
+    return {name: entry(name, tensor) for name, tensor in open_tensors(files).items()}
+
+layouts.open_tensors = counted
+file = f"{sys.argv[1]}/reads{os.environ['JAX_PROCESS_ID']}.json"
+sys.argv = sys.argv[2:]
+atexit.register(lambda: open(file, "w").write(json.dumps(reads)))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""The program, leaving a file of what it read from the weights."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A transformer, prepared clips and a configuration of a run on eight devices that share the weights."""
+    path = tmp_path_factory.mktemp("hosts")
+    reference_transformer(CONFIG).save_pretrained(path / "model" / "transformer")
+    rng = np.random.default_rng(0)
+    with RecordWriter(path / "latents", {}) as writer:
+        for number in range(CLIPS):
+            clip = rng.standard_normal((2, 4, 4, CONFIG.channels), np.float32)
+            writer.write(Record(clip, rng.standard_normal((3, CONFIG.text_dim), np.float32), "", f"{number}.mp4"))
+    values = {
+        "model": {"path": str(path / "model"), "dim": CONFIG.dim, "ffn_dim": CONFIG.ffn_dim, "heads": CONFIG.heads,
+                  "layers": CONFIG.layers, "dtype": "float32"},
+        "data": {"path": str(path / "latents")},
+        "lora": {"rank": 2, "targets": ["self_attn.q", "ffn.2"]},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"output": str(path / "run"), "steps": 1000, "batch_size": BATCH, "checkpoint_every": 1000},
+        "mesh": {"data": 1, "fsdp": 8},
+    }  # fmt: skip
+    (path / "config.yaml").write_text(json.dumps(values))  # JSON is YAML
+    return path
+
+
+@pytest.fixture
+def launch(folder):
+    """Start the program: `launch(processes, ["--train.steps=2"])`; what is left of them at the end is killed."""
+    started: list[subprocess.Popen] = []
+
+    def start(count: int, options: list[str], program: list[str] | None = None) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        environment = virtual_devices.environment(8 // count)
+        environment["XLA_FLAGS"] += FAST_COMPILATION
+        environment |= {
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        for index in range(count):
+            several = {
+                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+            }
+            process = subprocess.Popen(
+                [sys.executable, *(program or []), str(SCRIPT), "--config", str(folder / "config.yaml"), *options],
+                env=environment | (several if count > 1 else {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.append(process)
+        return started[-count:]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition, processes) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), processes[0].communicate()
+        time.sleep(0.1)
+
+
+def lines_of(output: Path) -> int:
+    file = output / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def saved(output: Path) -> tuple[list[int], dict[str, np.ndarray]]:
+    """The steps of the checkpoints, and the arrays of the last."""
+    with Checkpoints(output / "checkpoints") as checkpoints:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = checkpoints.abstract(checkpoints.steps[-1])
+        placed = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in wanted.items()}
+        return checkpoints.steps, {n: np.asarray(a) for n, a in checkpoints.load(checkpoints.steps[-1], placed).items()}
+
+
+# --- Two processes ---------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_stopped_resumed_and_equal_one(folder, launch):
+    """Started on 2 x 4 devices, stopped by SIGTERM to one process, resumed on 2 x 4; compared with 1 x 8 throughout."""
+    output = folder / "two"
+    two = launch(2, [f"--train.output={output}"], ["-c", COUNTED, str(folder)])
+    wait_for(lambda: lines_of(output) >= 2, two)
+    two[1].send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    two[1].send_signal(signal.SIGTERM)
+    (out, err), (out_of_other, err_of_other) = (process.communicate(timeout=PATIENCE) for process in two)
+    assert [process.returncode for process in two] == [0, 0], err + err_of_other
+    (stopped,) = saved(output)[0]
+    assert "2 processes, 8 devices" in out
+    assert f"stopped by SIGTERM after step {stopped}; the same command with --resume goes on" in out
+    assert not any(word in out_of_other + err_of_other for word in ("processes", "stopped", "step 1/"))
+    assert [line["step"] for line in read_metrics(output / "metrics.jsonl")] == list(range(1, stopped + 1))
+    check_reads(folder)
+
+    steps = f"--train.steps={stopped + 2}"
+    two = launch(2, [f"--train.output={output}", steps, "--resume"])
+    (out, err), _ = (process.communicate(timeout=PATIENCE) for process in two)
+    assert [process.returncode for process in two] == [0, 0], err
+    assert f"resumed {output} after step {stopped}" in out
+
+    (one,) = launch(1, [f"--train.output={folder / 'one'}", steps, "--mesh.data=2", "--mesh.fsdp=4"])
+    _, err = one.communicate(timeout=PATIENCE)
+    assert one.returncode == 0, err
+    ours, theirs = (read_metrics(folder / name / "metrics.jsonl") for name in ("two", "one"))
+    assert len(ours) == len(theirs) == stopped + 2
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    (_, ours), (_, theirs) = saved(folder / "two"), saved(folder / "one")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert np.abs(ours[name] - value).max() <= 1e-5 * np.abs(value).max(), name
+
+
+def check_reads(folder: Path) -> None:
+    """Every device's share of a kernel is an eighth of its bytes, in one piece, and no process read another's."""
+    tensors = load_file(folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    reads = [json.loads((folder / f"reads{index}.json").read_text()) for index in range(2)]
+    kernels = [name for name in tensors if re.fullmatch(r"blocks\.\d+\..*\.weight", name) and tensors[name].ndim == 2]
+    assert len(kernels) == 10 * CONFIG.layers
+    for name in kernels:
+        parts = [part for process in reads for part in process[name]]
+        eighth, rows = tensors[name].nbytes // 8, len(tensors[name]) // 8
+        assert [len(process[name]) for process in reads] == [4, 4]
+        assert [part["bytes"] for part in parts] == [eighth] * 8, name
+        assert sorted(part["first"] for part in parts) == [rows * device for device in range(8)]
+        assert all(part["rows_are_whole"] for part in parts), name
+    everything = sum(tensor.nbytes for tensor in tensors.values())
+    for process in reads:
+        assert process.keys() == tensors.keys()
+        assert sum(part["bytes"] for parts in process.values() for part in parts) <= 0.6 * everything
+
+
+def test_an_error_of_one_process_ends_all(folder, launch):
+    """A clip is damaged that one process reads at the third step, while the other waits for that step's gradients."""
+    clip = Batches(open_records(folder / "latents"), BATCH, seed=0).at(2)[1][BATCH - 1]
+    damage(folder / "latents", folder / "damaged", clip)
+    two = launch(2, [f"--train.output={folder / 'failed'}", f"--data.path={folder / 'damaged'}"])
+    error = two[1].stderr.readline()
+    while error and not error.startswith("error"):
+        error = two[1].stderr.readline()
+    noticed = time.monotonic()
+    (_, err), (_, rest) = (process.communicate(timeout=PATIENCE) for process in two)
+    assert time.monotonic() - noticed < 30
+    assert [process.returncode for process in two] == [2, 2], err + rest
+    assert error.startswith(f"error: process 1 of 2: {folder / 'damaged'}: clip {clip} is damaged"), error + rest
+    assert not any(word in err + rest for word in ("error", "Traceback"))
+    assert lines_of(folder / "failed") >= 1
+
+
+def damage(dataset: Path, copy: Path, clip: int) -> None:
+    """`dataset` with one bit of one clip turned."""
+    shutil.copytree(dataset, copy)
+    (shard,) = copy.glob("*.array_record*")
+    content = shard.read_bytes()
+    for place in range(0, len(content), 400):
+        bad = bytearray(content)
+        bad[place] ^= 4
+        shard.write_bytes(bad)
+        try:
+            records = open_records(copy)
+        except InputError:
+            continue
+        if damaged(records) == [clip]:
+            return
+    pytest.fail("no such place")
+
+
+def damaged(records) -> list[int]:
+    found = []
+    for clip in range(len(records)):
+        try:
+            records[clip]
+        except InputError:
+            found.append(clip)
+    return found
+
+
+# --- One process -----------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypatch, capsys):
+    add = Metrics.add
+
+    def watched(self, step, *rest):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, step, *rest)
+
+    monkeypatch.setattr(Metrics, "add", watched)
+    options = ["--config", str(folder / "config.yaml"), "--mesh.fsdp=1", "--train.batch_size=1"]
+    run = config.parse(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"], "train.py", "")
+    before = signal.getsignal(signal.SIGTERM)
+    with hosts.joined():
+        loop.train(run)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert saved(tmp_path / "run")[0] == [2]
+    assert "stopped by SIGTERM after step 2; the same command with --resume goes on" in capsys.readouterr().out
+
+
+# --- What the environment says ---------------------------------------------------------------------------------------
+
+EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node1:4321", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+def test_settings_of_the_environment():
+    assert hosts.arguments({}) is None
+    wanted = {"coordinator_address": "node1:4321", "num_processes": 4, "process_id": 3}
+    assert hosts.arguments(SLURM | EXPLICIT) == wanted | {"cluster_detection_method": "deactivate"}
+    slurm = {"cluster_detection_method": "slurm"}
+    assert hosts.arguments(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == slurm
+    one_a_machine = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    assert hosts.arguments(one_a_machine) == slurm | {"local_device_ids": []}
+    assert hosts.arguments(one_a_machine | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == slurm
+    assert hosts.arguments(SLURM | {"SLURM_NTASKS": "1"}) is None
+    assert hosts.arguments(SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID is not set, but JAX_COORDINATOR_ADDRESS=node1:4321, JAX_NUM_PROC"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expected how many processes there are, at least 1"),
+        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES=0: expected"),
+        ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID=4: expected the number of this process, from 0 to 3"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: expected"),
+        ({"JAX_COORDINATOR_ADDRESS": "node1"}, "JAX_COORDINATOR_ADDRESS=node1: expected the host and a free port"),
+        ({"JAX_COORDINATOR_ADDRESS": "node1:99999"}, "JAX_COORDINATOR_ADDRESS=node1:99999: expected"),
+        ({"JAX_COORDINATOR_ADDRESS": ":80"}, "JAX_COORDINATOR_ADDRESS=:80: expected"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(change, message):
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        hosts.arguments(EXPLICIT | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_is_told():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"JAX_COORDINATOR_ADDRESS={address}: port .*in use"):
+            hosts.arguments(EXPLICIT | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": "0"})
+
+
+def test_a_process_that_nobody_meets_ends():
+    program = "from tfm_jax import hosts\nhosts.MEET_SECONDS = 2\nwith hosts.joined():\n    print('met')"
+    with socket.socket() as free:
+        free.bind(("", 0))
+        settings = EXPLICIT | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=virtual_devices.environment(1) | settings | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: process 3 of 4: not all of 4 processes came to localhost:\d+ within 2 s; .*\n", done.stderr
+    )
+    assert not done.stdout

@@ -1,0 +1,170 @@
+"""Kinds of chips, and the devices of a machine that is not there.
+
+JAX compiles for TPUs with libtpu and for NVIDIA GPUs with its CUDA plugin; neither needs the hardware. Memory is
+counted per device of JAX, which is a chip, but half of one on v4 and tpu7x.
+"""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from jax.experimental import topologies
+
+from tfm_jax.errors import InputError
+from tfm_jax.wan import attention
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """A kind of device."""
+
+    memory: int
+    """Bytes for programs on one device."""
+    peak: float
+    """bfloat16 operations a second of one device, dense."""
+    per_chip: int = 1
+    """Devices a chip."""
+    target: str = ""
+    """For GPUs: what the compiler has to know of them (a GpuTargetConfigProto)."""
+
+
+def _tpu(gib: float, peak: float, per_chip: int = 1) -> Chip:
+    return Chip(round(gib * GIB), peak / per_chip, per_chip)
+
+
+def _gpu(name: str, capability: str, cores: int, lanes: int, memory: int, bandwidth: int, cache: int, clock: float,
+         shared: int, peak: float) -> Chip:  # fmt: skip
+    major, minor = capability.split(".")
+    target = f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared - 1024}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          core_count: {cores} fpus_per_core: {lanes} clock_rate_ghz: {clock}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          memory_bandwidth: {bandwidth} l2_cache_size: {cache} device_memory_size: {memory}
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 13 }} runtime_version {{ major: 13 }}
+        device_description_str: "{name}"
+    """
+    return Chip(memory, peak, target=target)
+
+
+# Memory of TPUs is what libtpu 0.0.42 says is available when a program exceeds it; operations a second are those of
+# cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x). GPUs: OpenXLA's xla/backends/gpu/target_config/specs, and
+# NVIDIA's data sheets for operations a second.
+CHIPS = {
+    "v4": _tpu(15.25, 275e12, per_chip=2),
+    "v5e": _tpu(15.75, 197e12),
+    "v5p": _tpu(95.74, 459e12),
+    "v6e": _tpu(31.25, 918e12),
+    "tpu7x": _tpu(94.75, 2307e12, per_chip=2),
+    "a100": _gpu("NVIDIA A100-SXM4-80GB", "8.0", 108, 64, 85_100_068_864, 2_039_040_000_000, 41_943_040, 1.41,
+                 167_936, 312e12),
+    "h100": _gpu("NVIDIA H100 80GB HBM3", "9.0", 132, 128, 84_942_979_072, 3_352_320_000_000, 52_428_800, 1.98,
+                 233_472, 989e12),
+    "h200": _gpu("NVIDIA H200 141GB HBM3e", "9.0", 132, 128, 151_397_597_184, 4_800_000_000_000, 52_428_800, 1.98,
+                 233_472, 989e12),
+    "b200": _gpu("NVIDIA B200", "10.0", 148, 128, 191_514_411_008, 7_672_320_000_000, 132_644_864, 1.965,
+                 233_472, 2250e12),
+}  # fmt: skip
+
+_NAME = re.compile(r"(?:(\d+)x)?(\w+):(\d+(?:x\d+)*)")
+EXAMPLES = "such as v5e:4x4, v6e:2x4, v5p:4x4x4, tpu7x:2x2x1, 2xv5e:16x16 (two slices), h100:8 or h100:2x8 (two hosts)"
+
+
+class Topology(NamedTuple):
+    """Devices to compile for."""
+
+    name: str
+    kind: str
+    devices: Sequence[Any]
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def chips(self) -> int:
+        return len(self.devices) // self.chip.per_chip
+
+    @property
+    def memory(self) -> int:
+        """Bytes for programs on one device. JAX takes 3/4 of a GPU's memory unless it is told otherwise."""
+        return round(self.chip.memory * (_gpu_share() if self.chip.target else 1))
+
+    def tracing(self) -> AbstractContextManager:
+        """While a program is traced and lowered for these devices."""
+        return _as_with_cudnn() if self.chip.target else nullcontext()
+
+
+def topology(name: str) -> Topology:
+    """The devices of a topology by its name: chips along each axis of a TPU slice, or hosts x GPUs.
+
+    Nothing is attached, taken or locked: the devices can only be compiled for.
+
+    Raises:
+        InputError: no such topology, or its compiler is not installed.
+    """
+    match = _NAME.fullmatch(name)
+    if not match or match[2] not in CHIPS:
+        raise InputError(f"--topology={name}: expected one of {', '.join(CHIPS)} and its shape, {EXAMPLES}")
+    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # it misses what running would need
+    slices, kind, shape = int(match[1] or 1), match[2], match[3]
+    devices = _gpus(name, kind, slices, shape) if CHIPS[kind].target else _tpus(name, slices, f"{kind}:{shape}")
+    return Topology(name, kind, devices)
+
+
+def _tpus(name: str, slices: int, shape: str) -> Sequence[Any]:
+    if not find_spec("libtpu"):
+        wheel = f"pip install 'jax[tpu]=={version('jax')}'"
+        raise InputError(f"--topology={name}: needs libtpu, the TPU compiler, but no TPU: {wheel}")
+    # It must not look for a TPU on this machine, nor take its lock from another program.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_HOST_BOUNDS": "1,1,1",
+    }  # fmt: skip
+    for variable in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
+        os.environ.setdefault(variable, "3")
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(map(int, shape.partition(":")[2].split("x"))) == 1:
+        more["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=shape, **more).devices
+    except Exception as error:  # the compiler's own, of several types
+        reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
+        raise InputError(f"--topology={name}: {reason[:200]}; expected a shape that exists, {EXAMPLES}") from None
+
+
+def _gpus(name: str, kind: str, slices: int, shape: str) -> Sequence[Any]:
+    hosts, _, gpus = f"1x{shape}".rpartition("x")
+    counts = [int(n) for n in hosts.split("x")]
+    if slices != 1 or len(counts) > 2:
+        raise InputError(f"--topology={name}: expected GPUs, or hosts x GPUs, {EXAMPLES}")
+    if not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13")):
+        wheel = "pip install --no-deps jax-cuda13-pjrt=={0} jax-cuda13-plugin=={0}".format(version("jax"))
+        raise InputError(f"--topology={name}: needs JAX's CUDA plugin, but no GPU: {wheel}")
+    return topologies.get_topology_desc(
+        name, platform="cuda", target_config=CHIPS[kind].target, topology=f"1x{math.prod(counts)}x{gpus}"
+    ).devices
+
+
+def _gpu_share() -> float:
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+
+
+def _as_with_cudnn() -> AbstractContextManager:
+    """Attention takes cuDNN where JAX has found a GPU and the library; the machine that is planned for has both."""
+    stack = ExitStack()
+    stack.enter_context(patch.object(attention, "backends", lambda: {"cuda": None}))
+    stack.enter_context(patch.object(attention.cudnn, "check_cudnn_version", lambda: 91300))
+    return stack

@@ -1,0 +1,146 @@
+"""The programs that a run compiles, from a configuration alone: shapes and shardings stand for weights and clips."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from tfm_jax import config as configs
+from tfm_jax.config import section
+from tfm_jax.data.batches import Batch
+from tfm_jax.lora.adapters import attach_lora, split_lora
+from tfm_jax.sampling.pipeline import sample_latents
+from tfm_jax.sharding import batch_sharding, shardings, split
+from tfm_jax.train.loop import check_batch
+from tfm_jax.train.optimizer import make_optimizer
+from tfm_jax.train.step import TrainState, init_state, make_step
+from tfm_jax.wan import layouts
+from tfm_jax.wan.parallel_attention import check_split
+from tfm_jax.wan.transformer import TEXT_LENGTH, TransformerConfig, WanTransformer, token_grid
+
+
+@section
+class TrainPlan:
+    """What decides the training step."""
+
+    model: configs.ModelConfig
+    clip: configs.ClipConfig
+    train: configs.TrainConfig
+    lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
+    objective: configs.ObjectiveConfig = dataclasses.field(default_factory=configs.ObjectiveConfig)
+    optimizer: configs.OptimizerConfig = dataclasses.field(default_factory=configs.OptimizerConfig)
+    mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
+
+
+@section
+class SamplePlan:
+    """What decides the sampling program: that of the base where `sampling.lora` is null, else with the adapters."""
+
+    model: configs.ModelConfig
+    clip: configs.ClipConfig
+    sampling: configs.SamplingConfig
+    lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
+    mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
+
+
+def network(model: configs.ModelConfig) -> TransformerConfig:
+    """The transformer of a configuration; what all Wan2.1-T2V models share is as they have it."""
+    return TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
+
+
+def latent_shape(run: TrainPlan | SamplePlan) -> tuple[int, int, int, int]:
+    """Frames, height, width and channels of a clip's latents."""
+    clip = run.clip
+    return (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8, network(run.model).channels
+
+
+def tokens(run: TrainPlan | SamplePlan) -> int:
+    """Of a clip."""
+    return math.prod(token_grid(latent_shape(run)))
+
+
+def clips(run: TrainPlan | SamplePlan, mesh: Mesh) -> int:
+    """That one call of the program handles."""
+    return run.train.batch_size if isinstance(run, TrainPlan) else split("batch", mesh)
+
+
+def check(run: TrainPlan | SamplePlan, mesh: Mesh | AbstractMesh) -> None:
+    """Raise InputError where the mesh cannot split the model, the clip or the batch."""
+    if isinstance(run, TrainPlan):
+        check_batch(run.train.batch_size, mesh)
+    check_split(run.model.heads, tokens(run), mesh)
+
+
+def lower(run: TrainPlan | SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
+    """The program for the devices of a mesh, and the bytes of its arguments on each of them.
+
+    Raises:
+        InputError: as `check`, or the mesh cannot split a parameter.
+    """
+    check(run, mesh)
+    return _training_step(run, mesh) if isinstance(run, TrainPlan) else _sampling(run, mesh)
+
+
+def _training_step(run: TrainPlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
+    model = _abstract_model(run.model)
+    attach_lora(model, run.lora)
+    graph, lora, frozen = split_lora(model)
+    optimizer = make_optimizer(run.optimizer)
+    state, placement = _initial_state(lora, optimizer, mesh)
+    step: Any = make_step(graph, optimizer, run.objective, run.train.seed, placement, run.train.remat)
+    clips, text_dim = run.train.batch_size, network(run.model).text_dim
+    batch = Batch(_rows((clips, *latent_shape(run)), mesh), _rows((clips, TEXT_LENGTH, text_dim), mesh))
+    args = (_placed(state, placement), _placed(frozen, shardings(frozen, mesh)), batch)
+    with jax.set_mesh(mesh):
+        return step.lower(*args), _bytes(args)
+
+
+def _sampling(run: SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
+    settings = run.sampling
+    model = _abstract_model(run.model)
+    if settings.lora:
+        attach_lora(model, run.lora)
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, _placed(state, shardings(state, mesh)))
+    videos, text_dim = split("batch", mesh), network(run.model).text_dim
+    text = _rows((videos, TEXT_LENGTH, text_dim), mesh)
+    args = (model, _rows((videos, *latent_shape(run)), mesh), text, text)
+    static = {"steps": settings.steps, "shift": settings.shift, "guidance": settings.guidance}
+    program: Any = sample_latents
+    with jax.set_mesh(mesh):
+        return program.lower(*args, **static), _bytes(args)
+
+
+def _abstract_model(model: configs.ModelConfig) -> WanTransformer:
+    return layouts.abstract(layouts.TRANSFORMER, network(model), jnp.dtype(model.dtype))  # pyright: ignore
+
+
+def _initial_state(
+    lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    placements = []
+
+    def init(lora: nnx.State) -> TrainState:
+        state, placement = init_state(lora, optimizer, mesh)
+        placements.append(placement)
+        return state
+
+    return jax.eval_shape(init, lora), placements[0]
+
+
+def _rows(shape: tuple[int, ...], mesh: Mesh) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+
+
+def _placed(shapes: Any, where: Any) -> Any:
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where)
+
+
+def _bytes(args: Any) -> int:
+    """On each device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(args))

@@ -1,0 +1,256 @@
+"""What fits where: the plans of both models on many machines, as one document with one picture.
+
+Every program is compiled by a process of its own, and its plan is a line of a file: a maker that was
+interrupted goes on where it was.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from tfm_jax import config
+from tfm_jax.errors import InputError
+from tfm_jax.planning.chips import GIB, Topology, topology
+from tfm_jax.planning.plan import CompilerError, Plan
+from tfm_jax.planning.programs import TrainPlan
+from tfm_jax.planning.search import RULE, Run, search
+from tfm_jax.sharding import MESH_AXES
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = {"1.3B": "configs/wan2.1_t2v_1.3b.yaml", "14B": "configs/wan2.1_t2v_14b.yaml"}
+CLIPS = {"480p": (480, 832), "720p": (720, 1280)}
+MACHINES = {
+    "v5e-8": "v5e:2x4",
+    "v5e-16": "v5e:4x4",
+    "v6e-8": "v6e:2x4",
+    "v5p-8 (4 chips)": "v5p:2x2x1",
+    "v5p-64 (32 chips)": "v5p:2x4x4",
+    "v5p-512 (256 chips)": "v5p:4x8x8",
+    "tpu7x-8 (4 chips)": "tpu7x:2x2x1",
+    "4 x H100 80 GB": "h100:4",
+}
+"""As they are rented -> topology. Google counts the cores of v5p, two a chip, in such a name."""
+
+SMALL_BATCH, SMALL = 4, 16
+"""The paper's batch, on machines of up to so many devices; larger ones have a clip a device."""
+
+GROWING = ("v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16")
+FIXED_BATCH = 16
+
+
+class Case(NamedTuple):
+    """A row of the table."""
+
+    model: str
+    clip: str
+    machine: str
+
+
+Found = Sequence[tuple[Case, Plan | None]]
+Curves = Mapping[str, Sequence[Plan]]
+
+
+class Scaling:
+    """The plans that there are, and the file they are in.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+
+    def __init__(self, file: Path, compile_missing: bool = True):
+        self.file = file
+        self.compile_missing = compile_missing
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            records = [json.loads(line) for line in lines if line.endswith("}")]
+            self.plans = {record["key"]: record["plan"] for record in records}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: not the results of scaling.py ({error}); name another --output") from None
+
+    def plan(self, model: str, run: Run, where: Topology) -> Plan:
+        """From the file, else compiled and written there.
+
+        Raises:
+            LookupError: it is not there and is not to be compiled.
+            CompilerError: the compiler failed on it, now or before.
+        """
+        options = _options(run, where)
+        key = " ".join([model, *options])
+        if key not in self.plans:
+            if not self.compile_missing:
+                raise LookupError(key)
+            values = _compile(MODELS[model], options)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"key": key, "plan": values}) + "\n")
+            self.plans[key] = values
+        if "error" in self.plans[key]:
+            raise CompilerError(self.plans[key]["error"])
+        return Plan.from_json(self.plans[key])
+
+
+def _options(run: Run, where: Topology) -> list[str]:
+    assert isinstance(run, TrainPlan)
+    mesh = [f"--mesh.{axis}={getattr(run.mesh, axis)}" for axis in MESH_AXES]
+    clip = [f"--clip.height={run.clip.height}", f"--clip.width={run.clip.width}"]
+    train = [f"--train.batch_size={run.train.batch_size}", f"--train.remat={run.train.remat}"]
+    return [f"--topology={where.name}", *mesh, *clip, *train]
+
+
+def _compile(file: str, options: Sequence[str]) -> dict:
+    """The plan that scripts/plan.py gives, or the error that it ends with."""
+    command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", str(ROOT / file), "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.stdout:
+        return json.loads(done.stdout)
+    if done.returncode < 0:  # killed, with this process or for memory: to be tried again
+        raise KeyboardInterrupt
+    return {"error": " ".join(done.stderr.split())[-300:]}
+
+
+def rows(scaling: Scaling, tries: int, machines: Sequence[str] = tuple(MACHINES)) -> Iterator[tuple[Case, Plan | None]]:
+    """The best plan of every case by `RULE`; None where it has not been compiled."""
+    places = {machine: topology(MACHINES[machine]) for machine in machines}  # a compiler that is missing is told first
+    for machine, where in places.items():
+        for model in MODELS:
+            for clip in CLIPS:
+                run = _run(model, clip, SMALL_BATCH if len(where.devices) <= SMALL else len(where.devices))
+                try:
+                    found = search(run, where, tries, lambda run, where, model=model: scaling.plan(model, run, where))
+                    yield Case(model, clip, machine), found[0]
+                except (LookupError, CompilerError):
+                    yield Case(model, clip, machine), None
+
+
+def growth(scaling: Scaling) -> dict[str, list[Plan]]:
+    """14B at 480p on more and more chips: one clip a chip, weights over 8; and a batch that stays."""
+    curves: dict[str, list[Plan]] = {}
+    for shape in GROWING:
+        where = topology(shape)
+        chips = len(where.devices)
+        across = min(chips, FIXED_BATCH)
+        sequence = min(chips // across, 8)
+        cases = {
+            "one clip a chip": (chips, {"fsdp": 8}),
+            f"{FIXED_BATCH} clips": (
+                FIXED_BATCH,
+                {"fsdp": across, "sequence": sequence, "tensor": chips // across // sequence},
+            ),
+        }
+        for name, (batch, mesh) in cases.items():
+            run = _run("14B", "480p", batch, [f"--mesh.{axis}={size}" for axis, size in mesh.items()])
+            try:
+                curves.setdefault(name, []).append(scaling.plan("14B", run, where))
+            except (LookupError, CompilerError):
+                continue
+    return curves
+
+
+def _run(model: str, clip: str, batch: int, mesh: Sequence[str] = ()) -> TrainPlan:
+    height, width = CLIPS[clip]
+    fields = [f"--clip.height={height}", f"--clip.width={width}", f"--train.batch_size={batch}", *mesh]
+    return config.parse(TrainPlan, ["--config", str(ROOT / MODELS[model]), *fields], "scaling.py", "")
+
+
+def write_document(found: Found, curves: Curves, docs: Path, command: str) -> Path:
+    """docs/scaling.md and docs/scaling.png."""
+    docs.mkdir(parents=True, exist_ok=True)
+    draw(curves, docs / "scaling.png")
+    file = docs / "scaling.md"
+    file.write_text(_document(found, curves, command), encoding="utf-8")
+    return file
+
+
+COLUMNS = ("machine", "model", "clip", "batch", "data x fsdp x sequence x tensor", "remat", "GiB of a device",
+           "GiB over", "PFLOP", "again", "GiB sent", "CPU s")  # fmt: skip
+
+PAGE = """\
+# What fits where
+
+Compiled, not run: every row is the training step of `scripts/train.py`, compiled for chips that were not there. LoRA of
+rank 32 on all maps, 81 frames, AdamW, bfloat16 weights. No step time follows from this, and none is told.
+
+    {command}
+
+makes this page; it goes on where it was interrupted. A row by itself is `scripts/plan.py` with the mesh and the policy
+that stand in it:
+
+    python scripts/plan.py --config configs/wan2.1_t2v_14b.yaml --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4
+
+Shown is the best of the meshes and remat policies tried that fits, or else the one that lacks least, by {rule}.
+
+- GiB of a device: what the program needs, of what there is. A device is a chip; tpu7x has two a chip.
+- PFLOP: products of forward and backward pass, over all devices. Again: what the remat policy adds.
+- GiB sent: by one device in a step.
+- CPU s: what compiling took.
+- GPUs: an estimate. XLA tunes its kernels and asks cuDNN for its workspace only where a GPU is; and JAX takes 3/4 of
+  the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
+
+{table}
+
+## More and more chips
+
+14B at 480p on v5p, remat=full: one clip a chip (fsdp=8, the rest data), and {batch} clips in all (fsdp up to {batch},
+then sequence up to 8, then tensor).
+
+![Memory and bytes sent of a chip, as chips grow](scaling.png)
+
+{growth}
+"""
+
+
+def _document(found: Found, curves: Curves, command: str) -> str:
+    table = [_line(COLUMNS), "|---" * len(COLUMNS) + "|", *(_line(_cells(case, plan)) for case, plan in found)]
+    columns = ("chips", "clips", *COLUMNS[4:7], "GiB sent")
+    plans = [plan for curve in curves.values() for plan in curve]
+    growth = [_line(columns), "|---" * len(columns) + "|", *(_line((str(p.chips), *_facts(p))) for p in plans)]
+    return PAGE.format(command=command, rule=RULE, table="\n".join(table), growth="\n".join(growth), batch=FIXED_BATCH)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _facts(plan: Plan) -> tuple[str, ...]:
+    mesh = " x ".join(str(plan.mesh[axis]) for axis in MESH_AXES)
+    memory = f"{plan.needed / GIB:.2f} of {plan.available / GIB:.2f}"
+    return str(plan.clips), mesh, str(plan.remat), memory, _sent(plan)
+
+
+def _sent(plan: Plan) -> str:
+    return "-" if plan.collectives is None else f"{plan.sent / GIB:.1f}"
+
+
+def _cells(case: Case, plan: Plan | None) -> tuple[str, ...]:
+    names = (case.machine, case.model, case.clip)
+    if plan is None:
+        return (*names, *("not compiled",) * (len(COLUMNS) - len(names)))
+    *facts, sent = _facts(plan)
+    over = "fits" if plan.fits else f"{plan.over / GIB:.2f}"
+    model = (plan.flops["forward"] + plan.flops["backward"]) / 1e15
+    return (*names, *facts, over, f"{model:.1f}", f"{plan.recomputed / 1e15:.1f}", sent, f"{plan.cpu_seconds:.0f}")
+
+
+def draw(curves: Curves, file: Path) -> None:
+    """Memory and bytes sent of a chip over the number of chips."""
+    figure, (memory, sent) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for name, plans in curves.items():
+        chips = [plan.chips for plan in plans]
+        memory.plot(chips, [plan.needed / GIB for plan in plans], "o-", label=name)
+        sent.plot(chips, [plan.sent / GIB for plan in plans], "o-", label=name)
+    for axis, title in ((memory, "GiB needed on a chip"), (sent, "GiB sent by a chip in a step")):
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("v5p chips")
+        axis.set_title(title, fontsize=10)
+    memory.legend()
+    figure.savefig(file, dpi=80)
+    plt.close(figure)

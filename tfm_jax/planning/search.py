@@ -1,0 +1,150 @@
+"""Meshes and remat policies for a topology: those that make sense are compiled, those that fit are ranked."""
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from jax.sharding import AbstractMesh
+
+from tfm_jax.config import MeshConfig, Remat
+from tfm_jax.errors import InputError
+from tfm_jax.planning import programs
+from tfm_jax.planning.chips import Topology
+from tfm_jax.planning.plan import CompilerError, Plan, flops, gib, make_plan
+from tfm_jax.planning.programs import SamplePlan, TrainPlan
+from tfm_jax.sharding import MESH_AXES
+
+RULE = "operations computed again, fewest first, then bytes that a device sends"
+
+POLICIES: tuple[Remat, ...] = ("none", "attention", "full")
+"""From the one that computes least again to the one that keeps least. Offloading is left to who asks for it by name:
+whether its traffic hides behind the arithmetic, no compiler tells."""
+
+
+Run = TrainPlan | SamplePlan
+
+
+class Candidate(NamedTuple):
+    mesh: MeshConfig
+    arguments: int
+    """Bytes on a device, at least: the frozen weights."""
+    sent: float
+    """Bytes that a device sends, roughly: what decides which candidates are compiled first."""
+
+
+def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topology], Plan] = make_plan) -> list[Plan]:
+    """The plans that fit, best first by `RULE`; if none does, the one that lacks least.
+
+    Of every mesh the policies are tried from the one that computes least again, up to the first that fits, and none
+    that computes more again than the best so far. What is tried and found is told on the error stream.
+
+    Args:
+        tries: meshes at most, those first that look as if they send least.
+        make: compiles.
+
+    Raises:
+        InputError: no mesh of these devices splits the model, the clip and the batch.
+        CompilerError: the compiler failed on all of them.
+    """
+    if tries < 1:
+        raise InputError(f"--tries={tries}: expected 1 or more")
+    found = candidates(run, topology)
+    _tell(f"{topology.name}: {len(found)} meshes make sense; {min(tries, len(found))} are compiled")
+    plans: list[Plan] = []
+    for number, candidate in enumerate(found[:tries], 1):
+        for variant in _variants(run, candidate.mesh):
+            if _recomputed(variant, topology) > min((plan.recomputed for plan in plans if plan.fits), default=math.inf):
+                break
+            name = f"{number}/{min(tries, len(found))} {_name(variant)}"
+            try:
+                plan = make(variant, topology)
+            except CompilerError as error:
+                _tell(f"{name}: the compiler failed: {error}")
+                continue
+            _tell(f"{name}: {gib(-plan.over)} to spare" if plan.fits else f"{name}: {gib(plan.over)} over")
+            plans.append(plan)
+            if plan.fits:
+                break
+    if not plans:
+        raise CompilerError(f"the compiler failed on every mesh for {topology.name}")
+    fitting = [plan for plan in plans if plan.fits]
+    return sorted(fitting, key=lambda plan: (plan.recomputed, plan.sent)) or [min(plans, key=lambda plan: plan.over)]
+
+
+def candidates(run: Run, topology: Topology) -> list[Candidate]:
+    """Meshes that split everything evenly and whose weights leave room, those that look cheapest first.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = []
+    for sizes in _factors(len(topology.devices), len(MESH_AXES)):
+        mesh = MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True)))
+        try:
+            programs.check(run, AbstractMesh(sizes, MESH_AXES))
+        except InputError:
+            continue
+        candidate = _rate(run, mesh)
+        if candidate.arguments < topology.memory and run.model.dim % mesh.fsdp == run.model.ffn_dim % mesh.tensor == 0:
+            found.append(candidate)
+    if not found:
+        devices = f"{len(topology.devices)} devices of {gib(topology.memory)}"
+        batch = f"a batch of {run.train.batch_size}, " if isinstance(run, TrainPlan) else ""
+        raise InputError(
+            f"--topology={topology.name}: no mesh of {devices} holds the weights and splits {batch}{run.model.heads} "
+            f"heads and {programs.tokens(run)} tokens; expected more devices, or another train.batch_size"
+        )
+    return sorted(found, key=lambda candidate: candidate.sent)
+
+
+def _variants(run: Run, mesh: MeshConfig) -> Iterator[Run]:
+    run = dataclasses.replace(run, mesh=mesh)
+    if isinstance(run, SamplePlan):
+        yield run
+        return
+    for remat in POLICIES:
+        yield dataclasses.replace(run, train=dataclasses.replace(run.train, remat=remat))
+
+
+def _recomputed(run: Run, topology: Topology) -> int:
+    return flops(run, topology, run.train.batch_size)["recomputed"] if isinstance(run, TrainPlan) else 0
+
+
+def _rate(run: Run, mesh: MeshConfig) -> Candidate:
+    """Layers trade activations along `sequence` and sum them along `tensor`.
+
+    A step gathers the weights for the forward pass and for the backward pass, which uses them to recompute too; the
+    activations travel in all three.
+    """
+    model = run.model
+    width = 2 if model.dtype == "bfloat16" else 4
+    weights = width * model.layers * (8 * model.dim**2 + 2 * model.dim * model.ffn_dim) / mesh.tensor
+    batch = run.train.batch_size if isinstance(run, TrainPlan) else mesh.data * mesh.fsdp
+    tokens = batch / (mesh.data * mesh.fsdp) * programs.tokens(run) / mesh.sequence
+    activation = width * model.layers * tokens * model.dim
+    gathers, passes = (2, 3) if isinstance(run, TrainPlan) else (1, 1)
+    ring = model.heads // mesh.tensor % mesh.sequence != 0
+    trades = 2 * (mesh.sequence - 1) if ring else 4 * (1 - 1 / mesh.sequence)
+    traded = activation * (trades / mesh.tensor + 3 * 2 * (1 - 1 / mesh.tensor))
+    sent = gathers * weights * (1 - 1 / mesh.fsdp) + passes * traded
+    return Candidate(mesh, round(weights / mesh.fsdp), sent)
+
+
+def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as an ordered product."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    for sizes in itertools.product(divisors, repeat=parts - 1):
+        if number % math.prod(sizes) == 0:
+            yield (number // math.prod(sizes), *sizes)
+
+
+def _name(run: Run) -> str:
+    mesh = " ".join(f"{axis}={getattr(run.mesh, axis)}" for axis in MESH_AXES)
+    return f"{mesh} remat={run.train.remat}" if isinstance(run, TrainPlan) else mesh
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
