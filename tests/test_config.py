@@ -218,7 +218,7 @@ def test_missing(file):
         ("--trian.log_every=1", "did you mean train.log_every?"),
         ("--rank=1", "did you mean lora.rank?"),
         ("--train.learning_rate=1", "did you mean optimizer.learning_rate?"),
-        ("--mesh.tensor=1", "expected one of mesh.data, mesh.fsdp"),
+        ("--mesh.pipeline=1", "expected one of mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor"),
         ("--xyz=1", "expected one of model.*, clip.*, data.*, train.*, sampling.*, lora.*, objective.*, "
                     "optimizer.*, mesh.*"),
     ],

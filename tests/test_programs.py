@@ -335,7 +335,7 @@ def test_weights_that_are_not_numbers(refused, world, tmp_path):
         ("--lora.targets=[q, to_q]", ("lora.targets: 'to_q' names no linear map", "ffn.0")),
         ("--lora.rank=97", ("lora.rank=97", "width of self_attn.q, 96")),
         ("--train.batch_size=5", ("train.batch_size=5", "latents has 4 clips")),
-        ("--mesh.fsdp=2", ("mesh.fsdp=2 does not divide 1 devices", "use one of 1")),
+        ("--mesh.fsdp=2", ("mesh.fsdp=2 does not divide the 1 devices", "use one of 1")),
         ("--data.path=nowhere", ("nowhere", "expected a folder that prepare_data.py wrote")),
     ],
 )
@@ -351,7 +351,7 @@ def test_batch_that_the_devices_cannot_share(world, tmp_path):
         capture_output=True,
         text=True,
     )
-    words = "train.batch_size=4: expected a multiple of the 3 devices"
+    words = "train.batch_size=4: expected a multiple of mesh.data=3 x mesh.fsdp=1; use 6"
     assert_refused(Outcome(done.returncode, done.stdout, done.stderr), words)
     assert not list(tmp_path.iterdir())
 
