@@ -180,6 +180,9 @@ def refusal(file, *options, kind=Config) -> str:
         ("--objective.kind=mse", "expected 'tfm', 'fm', 'fm_direction', 'tfm_mse' or 'fm_warp'"),
         ("--model.dtype=float16", "expected 'float32' or 'bfloat16'"),
         ("--mesh.data=-2", "expected at least -1"),
+        ("--mesh.data=0", "expected 1 or more, or -1 for all that the other axes leave"),
+        ("--mesh.tensor=0", "expected at least 1"),
+        ("--train.remat=some", "expected 'full', 'attention', 'attention_offload' or 'none'"),
     ],
 )
 def test_values_that_cannot_be(file, option, message):
