@@ -118,4 +118,4 @@ def test_a_share_of_the_recipe():
     full, short = Recipe(), Recipe().shortened(0.01)
     assert (short.base_clips, short.train_base.steps) == (full.base_clips // 100, full.train_base.steps // 100)
     assert [phase.steps for phase in short.train_vae.phases] == [phase.steps // 100 for phase in full.train_vae.phases]
-    assert Recipe().shortened(1) == full
+    assert Recipe().shortened(1.0) == full
