@@ -73,10 +73,10 @@ def test_every_array_is_split_as_the_rules_say(runs):
     """Shape of a device's part, and the number of different parts: 8 clips, width 96, 128 channels, rank 4."""
     expected = {
         #            q kernel      down kernel    q's A        q's B        down's B     latents
-        "2x2x2x1": ([48, 96, 2], [128, 48, 2], [48, 4, 2], [4, 96, 1], [4, 48, 2], [2, 4]),
-        "1x4x2x1": ([24, 96, 4], [128, 24, 4], [24, 4, 4], [4, 96, 1], [4, 24, 4], [2, 4]),
+        "2x2x2x1": ([24, 96, 4], [128, 24, 4], [24, 4, 4], [4, 96, 1], [4, 24, 4], [2, 4]),
+        "1x4x2x1": ([12, 96, 8], [128, 12, 8], [12, 4, 8], [4, 96, 1], [4, 12, 8], [2, 4]),
         "8x1x1x1": ([96, 96, 1], [128, 96, 1], [96, 4, 1], [4, 96, 1], [4, 96, 1], [1, 8]),
-        "1x2x2x2": ([48, 48, 4], [64, 48, 4], [48, 4, 2], [4, 48, 2], [4, 48, 2], [4, 2]),
+        "1x2x2x2": ([24, 48, 8], [64, 24, 8], [24, 4, 4], [4, 48, 2], [4, 24, 4], [4, 2]),
     }
     for mesh, (q, down, q_a, q_b, down_b, clips) in expected.items():
         found = runs["trainings"][mesh]["parts"]

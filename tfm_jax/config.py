@@ -155,7 +155,7 @@ class MeshConfig:
     fsdp: Positive = 1
     """Devices along which batch and weights are split."""
     sequence: Positive = 1
-    """Devices along which the tokens of a clip are split; must divide the tokens."""
+    """Devices along which the tokens of a clip are split, and the weights once more; must divide the tokens."""
     tensor: Positive = 1
     """Devices along which heads and feed-forward channels are split; must divide the heads."""
 

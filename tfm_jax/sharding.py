@@ -22,7 +22,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "tokens": ("sequence",),
     # parameters
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "sequence"),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": (),
@@ -136,7 +136,7 @@ def shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
         axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
         for axis, length in zip(axes, shape, strict=True):
             if length % split(axis, mesh):
-                names = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in RULES[axis])
+                names = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in RULES[axis] if mesh.shape[name] > 1)
                 raise InputError(
                     f"{names} does not divide the {axis} axis of length {length} of a parameter; use a divisor of it"
                 )

@@ -35,6 +35,7 @@ MACHINES = {
     "v5p-64 (32 chips)": "v5p:2x4x4",
     "v5p-512 (256 chips)": "v5p:4x8x8",
     "tpu7x-8 (4 chips)": "tpu7x:2x2x1",
+    "4 x A100 80 GB": "a100:4",
     "4 x H100 80 GB": "h100:4",
 }
 """As they are rented -> topology. Google counts the cores of v5p, two a chip, in such a name."""

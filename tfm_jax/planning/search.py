@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
@@ -31,6 +31,8 @@ class Candidate(NamedTuple):
     mesh: MeshConfig
     arguments: int
     """Bytes on a device, at least: the frozen weights."""
+    kept: int
+    """Bytes on a device, roughly, that the policy which keeps least keeps."""
     sent: float
     """Bytes that a device sends, roughly: what decides which candidates are compiled first."""
 
@@ -42,7 +44,8 @@ def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topolo
     that computes more again than the best so far. What is tried and found is told on the error stream.
 
     Args:
-        tries: meshes at most, those first that look as if they send least.
+        tries: meshes at most, those that look as if they send least; where none of them fits, one more: that which
+            looks as if it needs least memory.
         make: compiles.
 
     Raises:
@@ -54,11 +57,11 @@ def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topolo
     found = candidates(run, topology)
     _tell(f"{topology.name}: {len(found)} meshes make sense; {min(tries, len(found))} are compiled")
     plans: list[Plan] = []
-    for number, candidate in enumerate(found[:tries], 1):
+    for number, candidate in enumerate(_chosen(found, tries, plans), 1):
         for variant in _variants(run, candidate.mesh):
             if _recomputed(variant, topology) > min((plan.recomputed for plan in plans if plan.fits), default=math.inf):
                 break
-            name = f"{number}/{min(tries, len(found))} {_name(variant)}"
+            name = f"{number}. {_name(variant)}"
             try:
                 plan = make(variant, topology)
             except CompilerError as error:
@@ -72,6 +75,14 @@ def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topolo
         raise CompilerError(f"the compiler failed on every mesh for {topology.name}")
     fitting = [plan for plan in plans if plan.fits]
     return sorted(fitting, key=lambda plan: (plan.recomputed, plan.sent)) or [min(plans, key=lambda plan: plan.over)]
+
+
+def _chosen(found: Sequence[Candidate], tries: int, plans: Sequence[Plan]) -> Iterator[Candidate]:
+    """What `search` compiles, as its `plans` come in."""
+    yield from found[:tries]
+    leanest = min(found, key=lambda candidate: candidate.arguments + candidate.kept)
+    if leanest not in found[:tries] and not any(plan.fits for plan in plans):
+        yield leanest
 
 
 def candidates(run: Run, topology: Topology) -> list[Candidate]:
@@ -88,7 +99,8 @@ def candidates(run: Run, topology: Topology) -> list[Candidate]:
         except InputError:
             continue
         candidate = _rate(run, mesh)
-        if candidate.arguments < topology.memory and run.model.dim % mesh.fsdp == run.model.ffn_dim % mesh.tensor == 0:
+        divides = run.model.dim % (mesh.fsdp * mesh.sequence) == run.model.ffn_dim % mesh.tensor == 0
+        if divides and candidate.arguments < topology.memory:
             found.append(candidate)
     if not found:
         devices = f"{len(topology.devices)} devices of {gib(topology.memory)}"
@@ -122,15 +134,16 @@ def _rate(run: Run, mesh: MeshConfig) -> Candidate:
     model = run.model
     width = 2 if model.dtype == "bfloat16" else 4
     weights = width * model.layers * (8 * model.dim**2 + 2 * model.dim * model.ffn_dim) / mesh.tensor
+    shares = mesh.fsdp * mesh.sequence
     batch = run.train.batch_size if isinstance(run, TrainPlan) else mesh.data * mesh.fsdp
     tokens = batch / (mesh.data * mesh.fsdp) * programs.tokens(run) / mesh.sequence
-    activation = width * model.layers * tokens * model.dim
+    activations = width * model.layers * tokens * model.dim
     gathers, passes = (2, 3) if isinstance(run, TrainPlan) else (1, 1)
     ring = model.heads // mesh.tensor % mesh.sequence != 0
     trades = 2 * (mesh.sequence - 1) if ring else 4 * (1 - 1 / mesh.sequence)
-    traded = activation * (trades / mesh.tensor + 3 * 2 * (1 - 1 / mesh.tensor))
-    sent = gathers * weights * (1 - 1 / mesh.fsdp) + passes * traded
-    return Candidate(mesh, round(weights / mesh.fsdp), sent)
+    traded = activations * (trades / mesh.tensor + 3 * 2 * (1 - 1 / mesh.tensor))
+    sent = gathers * weights * (1 - 1 / shares) + passes * traded
+    return Candidate(mesh, round(weights / shares), round(activations), sent)
 
 
 def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
