@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tfm_jax import cli
 from tfm_jax.errors import InputError
-from tfm_jax.planning.scaling import MACHINES, Scaling, growth, rows, write_document
+from tfm_jax.planning.scaling import MACHINES, Scaling, growth, policies, rows, write_document
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,9 +33,9 @@ def main(argv: Sequence[str]) -> None:
             raise InputError(f"--machines: {name!r}: expected some of {', '.join(MACHINES)}")
     scaling = Scaling(options.output, compile_missing=not options.write)
     found = list(rows(scaling, options.tries, options.machines.split(",")))
-    curves = growth(scaling)
+    levers, curves = policies(scaling), growth(scaling)
     command = f"python scripts/scaling.py {shlex.join(argv)}".strip()
-    print(f"done: see {write_document(found, curves, options.docs, command)}")
+    print(f"done: see {write_document(found, levers, curves, options.docs, command)}")
 
 
 if __name__ == "__main__":

@@ -240,12 +240,11 @@ def test_no_kernel_of_another_platform(cuda, platform):
     assert "custom_call" not in text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "queries", "keys"), [("v5e:2x2", 1560, 512), ("v5p:2x2x1", 1560, 1560), ("v6e:2x4", 32760, 32760)]
 )
 def test_a_program_compiled_for_tpu_runs_splash(monkeypatch, topology, queries, keys):
-    """Needs the TPU compiler: `pip install 'jax[tpu]'`, 213 MB. Fails without it."""
+    """Compiled by libtpu, which is in the extra `test`; it needs no TPU."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies

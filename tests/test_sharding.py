@@ -301,9 +301,8 @@ def test_outputs_go_to_the_host_and_back(policy, moves):
 # --- TPUs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_split_attention_compiles_for_tpu(monkeypatch):
-    """Splash below an all-to-all (12 heads, 4 devices) and in a ring (8 devices). Needs `jax[tpu]`."""
+    """Splash below an all-to-all (12 heads, 4 devices) and in a ring (8 devices)."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies

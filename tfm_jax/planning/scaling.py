@@ -4,12 +4,13 @@ Every program is compiled by a process of its own, and its plan is a line of a f
 interrupted goes on where it was.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import matplotlib
 
@@ -17,6 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from tfm_jax import config
+from tfm_jax.config import Remat
 from tfm_jax.errors import InputError
 from tfm_jax.planning.chips import GIB, Topology, topology
 from tfm_jax.planning.plan import CompilerError, Plan
@@ -45,6 +47,9 @@ SMALL_BATCH, SMALL = 4, 16
 
 GROWING = ("v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16")
 FIXED_BATCH = 16
+
+POLICIES_ON, POLICIES_MESH = "v5p:2x2x1", "--mesh.sequence=4"
+"""Where even the policy that keeps everything fits: 1.3B at 480p, one clip."""
 
 
 class Case(NamedTuple):
@@ -148,30 +153,40 @@ def growth(scaling: Scaling) -> dict[str, list[Plan]]:
         }
         for name, (batch, mesh) in cases.items():
             run = _run("14B", "480p", batch, [f"--mesh.{axis}={size}" for axis, size in mesh.items()])
-            try:
+            with contextlib.suppress(LookupError, CompilerError):
                 curves.setdefault(name, []).append(scaling.plan("14B", run, where))
-            except (LookupError, CompilerError):
-                continue
     return curves
 
 
-def _run(model: str, clip: str, batch: int, mesh: Sequence[str] = ()) -> TrainPlan:
+def policies(scaling: Scaling) -> list[Plan]:
+    """Of one program with every remat policy."""
+    where, plans = topology(POLICIES_ON), []
+    for remat in get_args(Remat):
+        with contextlib.suppress(LookupError, CompilerError):
+            run = _run("1.3B", "480p", 1, [POLICIES_MESH, f"--train.remat={remat}"])
+            plans.append(scaling.plan("1.3B", run, where))
+    return plans
+
+
+def _run(model: str, clip: str, batch: int, more: Sequence[str] = ()) -> TrainPlan:
     height, width = CLIPS[clip]
-    fields = [f"--clip.height={height}", f"--clip.width={width}", f"--train.batch_size={batch}", *mesh]
+    fields = [f"--clip.height={height}", f"--clip.width={width}", f"--train.batch_size={batch}", *more]
     return config.parse(TrainPlan, ["--config", str(ROOT / MODELS[model]), *fields], "scaling.py", "")
 
 
-def write_document(found: Found, curves: Curves, docs: Path, command: str) -> Path:
+def write_document(found: Found, levers: Sequence[Plan], curves: Curves, docs: Path, command: str) -> Path:
     """docs/scaling.md and docs/scaling.png."""
     docs.mkdir(parents=True, exist_ok=True)
     draw(curves, docs / "scaling.png")
     file = docs / "scaling.md"
-    file.write_text(_document(found, curves, command), encoding="utf-8")
+    file.write_text(_document(found, levers, curves, command), encoding="utf-8")
     return file
 
 
 COLUMNS = ("machine", "model", "clip", "batch", "data x fsdp x sequence x tensor", "remat", "GiB of a device",
            "GiB over", "PFLOP", "again", "GiB sent", "CPU s")  # fmt: skip
+
+LEVERS = ("remat", "GiB of a device", "GiB of the host", "PFLOP again")
 
 PAGE = """\
 # What fits where
@@ -197,6 +212,13 @@ Shown is the best of the meshes and remat policies tried that fits, or else the 
 
 {table}
 
+## What to keep for the backward pass
+
+1.3B at 480p, one clip on {where} with {mesh}: what each `train.remat` needs of every chip, and what all chips together
+compute again in a step.
+
+{levers}
+
 ## More and more chips
 
 14B at 480p on v5p, remat=full: one clip a chip (fsdp=8, the rest data), and {batch} clips in all (fsdp up to {batch},
@@ -208,12 +230,22 @@ then sequence up to 8, then tensor).
 """
 
 
-def _document(found: Found, curves: Curves, command: str) -> str:
-    table = [_line(COLUMNS), "|---" * len(COLUMNS) + "|", *(_line(_cells(case, plan)) for case, plan in found)]
-    columns = ("chips", "clips", *COLUMNS[4:7], "GiB sent")
+def _document(found: Found, levers: Sequence[Plan], curves: Curves, command: str) -> str:
     plans = [plan for curve in curves.values() for plan in curve]
-    growth = [_line(columns), "|---" * len(columns) + "|", *(_line((str(p.chips), *_facts(p))) for p in plans)]
-    return PAGE.format(command=command, rule=RULE, table="\n".join(table), growth="\n".join(growth), batch=FIXED_BATCH)
+    return PAGE.format(
+        command=command,
+        rule=RULE,
+        batch=FIXED_BATCH,
+        where=POLICIES_ON,
+        mesh=POLICIES_MESH.removeprefix("--"),
+        table=_table(COLUMNS, (_cells(case, plan) for case, plan in found)),
+        levers=_table(LEVERS, map(_lever, levers)),
+        growth=_table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), ((str(p.chips), *_facts(p)) for p in plans)),
+    )
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join([_line(columns), "|---" * len(columns) + "|", *map(_line, rows)])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -238,6 +270,11 @@ def _cells(case: Case, plan: Plan | None) -> tuple[str, ...]:
     over = "fits" if plan.fits else f"{plan.over / GIB:.2f}"
     model = (plan.flops["forward"] + plan.flops["backward"]) / 1e15
     return (*names, *facts, over, f"{model:.1f}", f"{plan.recomputed / 1e15:.1f}", sent, f"{plan.cpu_seconds:.0f}")
+
+
+def _lever(plan: Plan) -> tuple[str, ...]:
+    host, recomputed = (f"{number:.2f}" for number in ((plan.host or 0) / GIB, plan.recomputed / 1e15))
+    return str(plan.remat), f"{plan.needed / GIB:.2f}", host, recomputed
 
 
 def draw(curves: Curves, file: Path) -> None:
