@@ -15,9 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from tfm_jax.arrays import Text
 from tfm_jax.errors import InputError
 from tfm_jax.wan.text_encoder import UMT5Encoder
-
-TEXT_LENGTH = 512
-"""Tokens per prompt that Wan was trained with, the end-of-sequence token included."""
+from tfm_jax.wan.transformer import TEXT_LENGTH
 
 PLACES = ("tokenizer", "google/umt5-xxl")
 """Where the tokenizer lies in a model directory: the Diffusers layout, the original layout."""

@@ -29,6 +29,8 @@ from tfm_jax.wan.remat import POLICIES
 
 PATCH = (1, 2, 2)
 TEXT_LENGTH = 512
+"""Tokens per prompt that Wan was trained with, the end-of-sequence token included."""
+
 ROTARY_THETA = 10_000.0
 
 Tokens = Float[Array, "b s d"]
