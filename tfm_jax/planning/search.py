@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
@@ -19,22 +19,32 @@ from tfm_jax.sharding import MESH_AXES
 
 RULE = "operations computed again, fewest first, then bytes that a device sends"
 
-POLICIES: tuple[Remat, ...] = ("none", "attention", "full")
-"""From the one that computes least again to the one that keeps least. Offloading is left to who asks for it by name:
-whether its traffic hides behind the arithmetic, no compiler tells."""
+POLICIES: dict[Remat, int] = {"none": 60, "attention": 3, "full": 1}
+"""From the one that computes least again to the one that keeps least: how many activations of a block it keeps, as
+found by compiling. Offloading is left to who asks for it by name: whether its traffic hides behind the arithmetic, no
+compiler tells."""
 
+AT_WORK = 25
+"""Activations of the one block that is being computed, as found by compiling."""
 
 Run = TrainPlan | SamplePlan
 
 
 class Candidate(NamedTuple):
+    """A mesh, and what decides how early it is compiled. All numbers are rough."""
+
     mesh: MeshConfig
     arguments: int
-    """Bytes on a device, at least: the frozen weights."""
-    kept: int
-    """Bytes on a device, roughly, that the policy which keeps least keeps."""
-    sent: float
-    """Bytes that a device sends, roughly: what decides which candidates are compiled first."""
+    """Bytes of the frozen weights on a device."""
+    memory: tuple[int, ...]
+    """Bytes on a device, by policy."""
+    sent: int
+    """Bytes that a device sends."""
+
+    def order(self, available: int) -> tuple[int, int]:
+        """Those first whose memory seems to allow the policy that computes least again, then those that send least."""
+        fitting = [place for place, memory in enumerate(self.memory) if memory < available]
+        return (fitting[0], self.sent) if fitting else (len(self.memory), self.memory[-1])
 
 
 def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topology], Plan] = make_plan) -> list[Plan]:
@@ -44,8 +54,7 @@ def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topolo
     that computes more again than the best so far. What is tried and found is told on the error stream.
 
     Args:
-        tries: meshes at most, those that look as if they send least; where none of them fits, one more: that which
-            looks as if it needs least memory.
+        tries: meshes at most, those that look best.
         make: compiles.
 
     Raises:
@@ -57,7 +66,7 @@ def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topolo
     found = candidates(run, topology)
     _tell(f"{topology.name}: {len(found)} meshes make sense; {min(tries, len(found))} are compiled")
     plans: list[Plan] = []
-    for number, candidate in enumerate(_chosen(found, tries, plans), 1):
+    for number, candidate in enumerate(found[:tries], 1):
         for variant in _variants(run, candidate.mesh):
             if _recomputed(variant, topology) > min((plan.recomputed for plan in plans if plan.fits), default=math.inf):
                 break
@@ -77,16 +86,8 @@ def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topolo
     return sorted(fitting, key=lambda plan: (plan.recomputed, plan.sent)) or [min(plans, key=lambda plan: plan.over)]
 
 
-def _chosen(found: Sequence[Candidate], tries: int, plans: Sequence[Plan]) -> Iterator[Candidate]:
-    """What `search` compiles, as its `plans` come in."""
-    yield from found[:tries]
-    leanest = min(found, key=lambda candidate: candidate.arguments + candidate.kept)
-    if leanest not in found[:tries] and not any(plan.fits for plan in plans):
-        yield leanest
-
-
 def candidates(run: Run, topology: Topology) -> list[Candidate]:
-    """Meshes that split everything evenly and whose weights leave room, those that look cheapest first.
+    """Meshes that split everything evenly and whose weights leave room, those that look best first.
 
     Raises:
         InputError: there is none.
@@ -109,7 +110,7 @@ def candidates(run: Run, topology: Topology) -> list[Candidate]:
             f"--topology={topology.name}: no mesh of {devices} holds the weights and splits {batch}{run.model.heads} "
             f"heads and {programs.tokens(run)} tokens; expected more devices, or another train.batch_size"
         )
-    return sorted(found, key=lambda candidate: candidate.sent)
+    return sorted(found, key=lambda candidate: candidate.order(topology.memory))
 
 
 def _variants(run: Run, mesh: MeshConfig) -> Iterator[Run]:
@@ -137,13 +138,17 @@ def _rate(run: Run, mesh: MeshConfig) -> Candidate:
     shares = mesh.fsdp * mesh.sequence
     batch = run.train.batch_size if isinstance(run, TrainPlan) else mesh.data * mesh.fsdp
     tokens = batch / (mesh.data * mesh.fsdp) * programs.tokens(run) / mesh.sequence
-    activations = width * model.layers * tokens * model.dim
-    gathers, passes = (2, 3) if isinstance(run, TrainPlan) else (1, 1)
+    activation = width * tokens * model.dim
+    if isinstance(run, TrainPlan):
+        gathers, passes, kept = 2, 3, [blocks * model.layers for blocks in POLICIES.values()]
+    else:
+        gathers, passes, kept = 1, 1, [0]
     ring = model.heads // mesh.tensor % mesh.sequence != 0
     trades = 2 * (mesh.sequence - 1) if ring else 4 * (1 - 1 / mesh.sequence)
-    traded = activations * (trades / mesh.tensor + 3 * 2 * (1 - 1 / mesh.tensor))
+    traded = model.layers * activation * (trades / mesh.tensor + 3 * 2 * (1 - 1 / mesh.tensor))
     sent = gathers * weights * (1 - 1 / shares) + passes * traded
-    return Candidate(mesh, round(weights / shares), round(activations), sent)
+    memory = tuple(round(weights / shares + activation * (blocks + AT_WORK)) for blocks in kept)
+    return Candidate(mesh, round(weights / shares), memory, round(sent))
 
 
 def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
