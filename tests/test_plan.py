@@ -487,7 +487,8 @@ def test_sampling_is_compiled_for_tpus(parsed):
 def test_a_step_too_large_exits_with_1_and_the_bytes_over(tmp_path):
     sizes = ["--model.dim=5120", "--model.ffn_dim=13824", "--model.heads=40", "--model.layers=40"]
     clip = ["--clip.frames=81", "--clip.height=480", "--clip.width=832", "--model.dtype=bfloat16"]
-    done = run_program(tmp_path, "--topology=v5e:2x2", "--mesh.fsdp=2", "--mesh.sequence=2", *sizes, *clip)
+    mesh = ["--topology=v5e:2x2", "--mesh.fsdp=2", "--mesh.sequence=2", "--train.batch_size=8"]
+    done = run_program(tmp_path, *mesh, *sizes, *clip)
     assert done.returncode == 1, done.stderr
     over = re.search(r"DOES NOT FIT: ([\d,]+) bytes", done.stdout)
     assert int(over[1].replace(",", "")) > GIB
