@@ -177,9 +177,9 @@ def constrain(x: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
 
 
 def gather(x: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
-    """A parameter as computation needs it: whole along the mesh axes that split the batch too, else left as it lies.
+    """A parameter as computation needs it: whole along the mesh axes that split batch or tokens, else left as it lies.
 
     Left to itself the compiler may move the activations instead, which are larger.
     """
-    whole = set(RULES["batch"])
+    whole = {*RULES["batch"], *RULES["tokens"]}
     return constrain(x, tuple(None if axis and whole & set(RULES[axis]) else axis for axis in axes))

@@ -54,7 +54,7 @@ def ready(variable: nnx.Variable, dtype: DTypeLike) -> Array:
 class Linear(nnx.Module):
     """`x @ kernel + bias`, with an optional low-rank adapter on the side.
 
-    kernel is `[in, out]` in the dtype of the base. `tfm_jax.lora.add_lora` fills `lora_a` `[in, rank]`, `lora_b`
+    kernel is `[in, out]` in the dtype of the base. `tfm_jax.lora.adapters` fills `lora_a` `[in, rank]`, `lora_b`
     `[rank, out]` (float32 masters, used in the dtype of the input) and `lora_scale` = alpha / rank.
     """
 
