@@ -8,9 +8,9 @@ v5e:2x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and the like. Told are the 
 a step, what the devices send to each other, and what compiling took; never a step time, since nothing is run. Exit code
 1: it does not fit.
 
---sampling: the sampling program instead. --search: try the meshes and remat policies that make sense, and rank those
-that fit. --tries=N: with --search, so many meshes at most. --json: the same for programs. Every field of the
-configuration can be set on the command line.
+--sampling: the sampling program instead. --search, or --search=N: try the N (8) meshes that look best, and the remat
+policies, and rank those that fit. --json: the same for programs. Every field of the configuration can be set on the
+command line.
 """
 
 import os
@@ -22,31 +22,41 @@ import sys
 from collections.abc import Sequence
 
 from tfm_jax import cli, config
-from tfm_jax.planning.chips import topology
+from tfm_jax.errors import InputError
+from tfm_jax.planning.chips import CHIPS, EXAMPLES, topology
 from tfm_jax.planning.plan import make_plan, told
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.planning.search import RULE, search
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE")
+    parser = cli.parser(None, add_help=False)  # the configuration's help has all
+    parser.add_argument("--topology", default="")
     parser.add_argument("--sampling", action="store_true")
-    parser.add_argument("--search", action="store_true")
-    parser.add_argument("--tries", type=int, default=8)
+    parser.add_argument("--search", type=int, nargs="?", const=8)
     parser.add_argument("--json", action="store_true")
     options, fields = parser.parse_known_args(argv)
     run = config.parse(SamplePlan if options.sampling else TrainPlan, fields, "plan.py", __doc__ or "")
+    if options.search is not None:
+        _check_free(fields)
+    if not options.topology:
+        raise InputError(f"--topology is missing; expected one of {', '.join(CHIPS)} and its shape, {EXAMPLES}")
     devices = topology(options.topology)
-    plans = search(run, devices, options.tries) if options.search else [make_plan(run, devices)]
+    plans = [make_plan(run, devices)] if options.search is None else search(run, devices, options.search)
     if options.json:
-        print(json.dumps([plan.as_json() for plan in plans] if options.search else plans[0].as_json()))
+        print(json.dumps(plans[0].as_json() if options.search is None else [plan.as_json() for plan in plans]))
     else:
         print("\n\n".join(map(told, plans)))
-        if options.search:
+        if options.search is not None:
             print(f"\nranked by {RULE}")
     if not any(plan.fits for plan in plans):
         sys.exit(1)
+
+
+def _check_free(fields: Sequence[str]) -> None:
+    for field in fields:
+        if field.startswith(("--mesh.", "--train.remat")):
+            raise InputError(f"{field}: --search chooses meshes and policies itself; leave out one of the two")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID); all of them see the same files.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from tfm_jax import cli, config, hosts
 from tfm_jax.train.loop import TrainRun, train
@@ -17,9 +18,11 @@ from tfm_jax.train.loop import TrainRun, train
 
 def main(argv: Sequence[str]) -> None:
     options = [token for token in argv if token != "--resume"]
-    run = config.parse(TrainRun, options, "train.py", __doc__ or "")
+    parse = partial(config.parse, TrainRun, options, "train.py", __doc__ or "")
+    if not {"-h", "--help"}.isdisjoint(options):
+        parse()  # prints and ends, without the other processes
     with hosts.joined():
-        train(run, resume="--resume" in argv)
+        train(parse(), resume="--resume" in argv)
 
 
 if __name__ == "__main__":

@@ -306,6 +306,12 @@ def test_settings_of_the_environment():
     assert hosts.arguments(SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
+def test_a_tpu_machine_is_recognised(monkeypatch):
+    monkeypatch.setattr(hosts.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    assert hosts.arguments({}) == hosts.arguments({"JAX_PLATFORMS": "tpu,cpu"}) == {}
+    assert hosts.arguments({"JAX_PLATFORMS": "cpu"}) is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

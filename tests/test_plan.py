@@ -8,21 +8,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import virtual_devices
 
-from tfm_jax import config
+from tfm_jax import config, errors
 from tfm_jax.config import LoraConfig, MeshConfig
-from tfm_jax.errors import InputError
+from tfm_jax.errors import CompilerError, InputError
 from tfm_jax.planning import chips, hlo, programs, scaling
 from tfm_jax.planning import search as searching
 from tfm_jax.planning.chips import CHIPS, GIB, Topology, topology
 from tfm_jax.planning.flops import sampling_flops, training_flops
 from tfm_jax.planning.hlo import Traffic
-from tfm_jax.planning.plan import CompilerError, Plan, flops, make_plan, told, too_large
+from tfm_jax.planning.plan import Plan, flops, make_plan, told, too_large
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.planning.search import candidates, search
 from tfm_jax.sharding import make_mesh
@@ -180,6 +181,12 @@ HloModule jit_step, is_scheduled=true, num_partitions=8
   ROOT %add = f32[] add(%a, %b)
 }
 
+%called (g: bf16[4,640], t: token[]) -> bf16[8,640] {
+  %g = bf16[4,640]{1,0} parameter(0)
+  %t = token[] parameter(1)
+  ROOT %gather.3 = bf16[8,640]{1,0} all-gather(%g), replica_groups=mesh['x'=4,'y'=2] {'y'}
+}, execution_thread="sparsecore"
+
 %all-reduce-scatter.1 (r: f32[64,10]) -> f32[16,10] {
   %r = f32[64,10]{1,0} parameter(0)
   %reduce = f32[64,10]{1,0} all-reduce(%r), channel_id=4, replica_groups=[2,4]<=[8], to_apply=%sum
@@ -194,6 +201,8 @@ ENTRY %main (x: bf16[32,640], y: bf16[1,640], z: f32[64,10]) -> bf16[32,640] {
   %fusion.1 = (bf16[1,640]{1,0}, bf16[8,640]{1,0}) fusion(%y), kind=kCustom, calls=%starts
   %fusion.2 = bf16[8,640]{1,0} fusion(%y), kind=kCustom, calls=%ends
   %fusion.3 = f32[16,10]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
+  %call-start = ((bf16[4,640]{1,0}, token[]), bf16[8,640]{1,0}) call-start(%y, %z), async_execution_thread="sparsecore", to_apply=%called
+  %call-done = bf16[8,640]{1,0} call-done(%call-start)
   %first = (u32[]{:T(128)}, bf16[32,640]{1,0:T(8,128)(2,1)}) tuple(%zero, %x)
   %loop = (u32[]{:T(128)}, bf16[32,640]{1,0:T(8,128)(2,1)}) while(%first), condition=%cond, body=%body
   ROOT %out = bf16[32,640]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
@@ -204,11 +213,41 @@ ENTRY %main (x: bf16[32,640], y: bf16[1,640], z: f32[64,10]) -> bf16[32,640] {
 def test_collectives_of_a_tpu_program():
     found = hlo.collectives(hlo.Module(TPU_PROGRAM))
     assert found.kinds == {
-        "all-gather": Traffic(1, 7 * 640 * 2),
+        "all-gather": Traffic(2, 7 * 640 * 2 + 4 * 640 * 2),
         "reduce-scatter": Traffic(1, 3 * 16 * 10 * 4),
         "collective-permute": Traffic(2, 2 * 32 * 640 * 2),
     }
     assert found.uncounted_loops == 0
+
+
+GPU_PROGRAM = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%scatter (p: f32[64,10]) -> f32[16,10] {
+  %p = f32[64,10]{1,0} parameter(0)
+  ROOT %part = f32[16,10]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%sum
+}
+
+ENTRY %main (x: bf16[32,640], z: f32[64,10]) -> bf16[32,640] {
+  %x = bf16[32,640]{1,0} parameter(0)
+  %z = f32[64,10]{1,0} parameter(1)
+  %trade = ((bf16[32,640]{1,0}), bf16[32,640]{1,0}) all-to-all-start(%x), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %part = ((f32[64,10]{1,0}), f32[16,10]{1,0}) reduce-scatter-start(%z), replica_groups={{0,1,2,3}}, dimensions={0}
+  %whole = (bf16[32,640]{1,0}, bf16[128,640]{1,0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %whole-done = bf16[128,640]{1,0} all-gather-done(%whole)
+  %part-done = f32[16,10]{1,0} reduce-scatter-done(%part)
+  ROOT %out = bf16[32,640]{1,0} all-to-all-done(%trade)
+}
+"""
+
+
+def test_collectives_of_a_gpu_program():
+    """What starts one holds its operands as well as its result."""
+    assert hlo.collectives(hlo.Module(GPU_PROGRAM)).kinds == {
+        "all-gather": Traffic(1, 3 * 32 * 640 * 2),
+        "reduce-scatter": Traffic(1, 3 * 16 * 10 * 4),
+        "all-to-all": Traffic(1, 16 * 640 * 2),
+    }
 
 
 def test_a_loop_of_unknown_length_is_told():
@@ -264,7 +303,8 @@ def test_a_plan_survives_json():
 
 
 @pytest.mark.parametrize(
-    "name", ["v9:2x2", "v5e", "v5e:", "v5e:2y2", "v5e:2x4 ", "h100:2x2x2", "2xh100:4", "-1xv5e:2x4"]
+    "name",
+    ["v9:2x2", "v5e", "v5e:", "v5e:2y2", "v5e:2x4 ", "h100:2x2x2", "2xh100:4", "-1xv5e:2x4", "0xv5e:2x4", "h100:0"],
 )
 def test_an_unknown_topology_is_one_line(name):
     with pytest.raises(InputError) as told:
@@ -284,7 +324,7 @@ def test_a_compiler_that_is_missing_is_one_line_with_the_command(monkeypatch, na
 
 def nowhere(kind, devices):
     """A topology for what does not compile."""
-    return Topology(f"{kind}:{devices}", kind, tuple(range(devices)))
+    return Topology(f"{kind}:{devices}", kind, (SimpleNamespace(platform="cpu"),) * devices)
 
 
 def paper(batch=4):
@@ -297,7 +337,12 @@ def test_memory_of_gpus_is_what_jax_takes_of_it(monkeypatch):
     assert nowhere("h100", 4).memory == round(0.75 * CHIPS["h100"].memory)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     assert nowhere("h100", 4).memory == round(0.9 * CHIPS["h100"].memory)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.95")  # the newer name
+    assert nowhere("h100", 4).memory == round(0.95 * CHIPS["h100"].memory)
     assert nowhere("v5e", 4).memory == round(15.75 * GIB)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(InputError, match="XLA_CLIENT_MEM_FRACTION=most: expected a number"):
+        _ = nowhere("h100", 4).memory
 
 
 def test_candidates_split_everything_evenly_and_hold_the_weights():
@@ -321,6 +366,13 @@ def test_candidates_that_nothing_makes_fit_come_by_memory():
     found = candidates(paper(batch=64), nowhere("v5e", 8))
     assert all(min(memory) > 15.75 * GIB for _, _, memory, _ in found)
     assert [memory[-1] for _, _, memory, _ in found] == sorted(memory[-1] for _, _, memory, _ in found)
+
+
+def test_candidates_split_data_over_slices():
+    chips = [SimpleNamespace(platform="tpu", slice_index=number // 8) for number in range(16)]
+    found = candidates(paper(batch=16), Topology("2xv5e:2x4", "v5e", chips))
+    assert found
+    assert all(candidate.mesh.data % 2 == 0 for candidate in found)
 
 
 def test_no_candidate_is_one_line():
@@ -354,7 +406,7 @@ def test_search_goes_on_after_a_failure_of_the_compiler(capsys):
 
     found = search(paper(), nowhere("v5e", 16), 4, make)
     assert found
-    assert "remat=none: the compiler failed: no such kernel" in capsys.readouterr().err
+    assert "remat=none: no such kernel" in capsys.readouterr().err
     with pytest.raises(CompilerError, match="on every mesh"):
         search(paper(), nowhere("v5e", 8), 1, make)
 
@@ -387,11 +439,10 @@ def compiled(monkeypatch, tmp_path):
 
 
 def test_the_page_goes_on_where_it_was_interrupted(compiled, tmp_path):
-    file = tmp_path / "plans.jsonl"
+    file = tmp_path / "plans.json"
     maker = scaling.Scaling(file)
     first = list(scaling.rows(maker, 2, ["v5e-16"]))
-    assert len(compiled) == len(file.read_text().splitlines()) == 4 * 2 * 3
-    file.write_text(file.read_text() + '{"key": "cut o')
+    assert len(compiled) == len(json.loads(file.read_text())) == 4 * 2 * 3
     again = scaling.Scaling(file)
     assert list(scaling.rows(again, 2, ["v5e-16"])) == first
     assert len(compiled) == 24
@@ -410,7 +461,7 @@ def test_the_page_goes_on_where_it_was_interrupted(compiled, tmp_path):
 
 
 def test_the_page_says_what_is_not_compiled_yet(compiled, tmp_path):
-    maker = scaling.Scaling(tmp_path / "plans.jsonl", compile_missing=False)
+    maker = scaling.Scaling(tmp_path / "plans.json", compile_missing=False)
     found = list(scaling.rows(maker, 2, ["v5e-8"]))
     levers, curves = scaling.policies(maker), scaling.growth(maker)
     page = scaling.write_document(found, levers, curves, tmp_path, "scaling.py").read_text()
@@ -418,10 +469,11 @@ def test_the_page_says_what_is_not_compiled_yet(compiled, tmp_path):
     assert "| v5e-8 | 14B | 480p | not compiled |" in page
 
 
-def test_results_of_something_else_are_one_line(tmp_path):
-    (tmp_path / "plans.jsonl").write_text('{"a": 1}\n')
+@pytest.mark.parametrize("content", ['{"a": 1}', "[]", "{", '{"a": {"program": 1}}'])
+def test_results_of_something_else_are_one_line(tmp_path, content):
+    (tmp_path / "plans.json").write_text(content)
     with pytest.raises(InputError, match="not the results of scaling"):
-        scaling.Scaling(tmp_path / "plans.jsonl")
+        scaling.Scaling(tmp_path / "plans.json")
 
 
 def run_program(tmp_path, *options):
@@ -430,11 +482,27 @@ def run_program(tmp_path, *options):
     return subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "tpu"}, capture_output=True, text=True)
 
 
-def test_the_program_tells_bad_input_in_one_line(tmp_path):
-    done = run_program(tmp_path, "--topology=v9:2x2")
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--topology=v9:2x2"], "--topology=v9:2x2: expected one of"),
+        ([], "--topology is missing; expected one of"),
+        (["--topology=v5e:2x2", "--search", "--mesh.fsdp=2"], "--mesh.fsdp=2: --search chooses"),
+        (["--topology=v5e:2x2", "--model.heads=7"], "--model.heads=7: expected a divisor of dim=64"),
+    ],
+)
+def test_the_program_tells_bad_input_in_one_line(tmp_path, options, problem):
+    done = run_program(tmp_path, *options)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: --topology=v9:2x2: expected one of")
+    assert done.stderr.startswith(f"error: {problem}")
     assert done.stderr.count("\n") == 1
+
+
+def test_help_has_the_options_and_all_fields(tmp_path):
+    done = run_program(tmp_path, "--help")
+    assert done.returncode == 0
+    assert "--search" in done.stdout
+    assert "--mesh.fsdp" in done.stdout
 
 
 # What follows needs the TPU compiler, which is in the extra `test`.
@@ -494,6 +562,34 @@ def test_a_step_too_large_exits_with_1_and_the_bytes_over(tmp_path):
     assert int(over[1].replace(",", "")) > GIB
 
 
+def test_what_the_compiler_refuses_by_less_than_it_says_does_not_fit(parsed, monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("total memory (15.75G) exceeds available HBM (15.75G)")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    found = make_plan(parsed(TrainPlan, "--mesh.sequence=2", "--mesh.fsdp=2"), topology("v5e:2x2"))
+    assert not found.fits
+    assert found.over == 1
+
+
+def test_a_failure_of_the_compiler_is_told(parsed, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no\nway")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    with pytest.raises(CompilerError) as caught:
+        make_plan(parsed(TrainPlan, "--mesh.sequence=2", "--mesh.fsdp=2"), topology("v5e:2x2"))
+    assert errors.told(caught.value) == ("the compiler failed: INTERNAL: no way", 3)
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "2xv5e:2x2"])
+def test_tpus_form_a_mesh(name):
+    where = topology(name)
+    slices, per_chip = (2 if name.startswith("2x") else 1), CHIPS[where.kind].per_chip
+    assert where.chips == 4 * slices
+    assert make_mesh(MeshConfig(data=slices, fsdp=4 * per_chip), where.devices).size == 4 * slices * per_chip
+
+
 def plan_of_14b(*options):
     """Of the paper's recipe: 480 x 832 x 81, rank 32."""
     file = str(ROOT / "configs/wan2.1_t2v_14b.yaml")
@@ -521,4 +617,4 @@ def test_14b_fits_on_small_machines_with_four_clips(where, sequence):
 def test_devices_of_a_chip():
     assert nowhere("tpu7x", 8).chips == 4
     assert np.isclose(CHIPS["tpu7x"].peak, 2307e12 / 2)
-    assert searching.POLICIES[0] == "none"
+    assert next(iter(searching.KEPT)) == "none"

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -206,7 +205,7 @@ def test_two_axes_of_an_array_cannot_share_a_mesh_axis():
 class Chip:
     """A device of a pod of several slices, as far as a mesh can tell."""
 
-    platform, device_kind = "cpu", "chip"
+    platform, device_kind = "tpu", "chip"
 
     def __init__(self, number, chips):
         self.id, self.slice_index, self.process_index = number, number // chips, number
@@ -226,7 +225,7 @@ REMAT = TransformerConfig(dim=48, ffn_dim=128, heads=4, layers=3, text_dim=16, f
 
 
 def loss_and_gradient(config=REMAT):
-    """A jitted function (model, latents) -> loss and its gradient; and the shapes of both."""
+    """A jitted function (latents, model) -> loss, and its gradient in the latents."""
 
     def loss(latents, model):
         text = jnp.sin(jnp.arange(32.0 * config.text_dim)).reshape(1, 32, -1)
@@ -318,7 +317,7 @@ def test_split_attention_compiles_for_tpu(monkeypatch):
         with jax.set_mesh(mesh):
             where = jax.sharding.NamedSharding(mesh, partition_spec(("batch", "tokens", "heads", None)))
             arrays = [jax.ShapeDtypeStruct((2, 4160, 12, 128), jnp.bfloat16, sharding=where)] * 4
-            program = jax.jit(partial(run)).lower(*arrays).compile().as_text()
+            program = jax.jit(run).lower(*arrays).compile().as_text()
         assert program.count('custom_call_target="tpu_custom_call"') == 3
         assert f" {kind}-start(" in program or f" {kind}(" in program
         assert " all-gather" not in program

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tfm_jax import errors
 from tfm_jax.errors import InputError
@@ -29,9 +29,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(code)
 
 
-def parser(about: str | None) -> argparse.ArgumentParser:
-    """A parser for a program without a configuration file, with what is wrong told in one line."""
-    return _Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(about: str | None, **settings: Any) -> argparse.ArgumentParser:
+    """A parser for options that are no fields of a configuration, with what is wrong told in one line."""
+    return _Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
 
 class _Parser(argparse.ArgumentParser):

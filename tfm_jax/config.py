@@ -50,6 +50,11 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"
     """Type of the frozen weights and of the computation; adapters, norms and the objective are float32."""
 
+    def __post_init__(self) -> None:
+        width, rest = divmod(self.dim, self.heads)
+        fits = not rest and width >= 6 and width % 2 == 0  # rotary positions turn pairs of channels along three axes
+        _require(fits, "heads", self.heads, f"a divisor of dim={self.dim} that makes heads of an even width, 6 or more")
+
 
 @section
 class ClipConfig:

@@ -228,11 +228,13 @@ def _fail(error: BaseException) -> NoReturn:
     try:
         _client().key_value_set(_ERROR, str(code))
     except RuntimeError:  # another process was first, or process 0 is gone and none can be asked
-        first = _code_of_the_first_error() is None
+        code_of_the_cause = _code_of_the_first_error()
     else:
-        first = True
-    if first:
+        code_of_the_cause = None
+    if code_of_the_cause is None:
         _tell(message)
+    else:
+        code = code_of_the_cause
     _part()
     _exit(code)
 

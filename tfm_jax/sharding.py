@@ -36,14 +36,15 @@ Axes = tuple[str | None, ...]
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that a configuration names, over all devices or those given, neighbours in it being near on the network.
 
-    Several slices of a pod, which only a data-centre network joins, are split along `data` alone.
+    Several slices of a TPU pod, which only a data-centre network joins, are split along `data` alone. GPUs lie in their
+    own order, host by host: the last axes are within a host.
 
     Raises:
         InputError: the product is not the number of devices, or `data` is not a multiple of the slices.
     """
     devices = _devices() if devices is None else list(devices)
     sizes = _sizes(config, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slices_of(devices)
     if sizes[0] % slices:
         raise InputError(
             f"mesh.data={sizes[0]}: the devices are {slices} slices, and only data spans slices; use a multiple of "
@@ -55,6 +56,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return _mesh(grid)
+
+
+def slices_of(devices: Sequence[Any]) -> int:
+    """How many slices of a TPU pod the devices are. To JAX every host of GPUs is a slice too, but not to us."""
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
 def one_device_mesh() -> Mesh:

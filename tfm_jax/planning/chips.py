@@ -1,7 +1,7 @@
 """Kinds of chips, and the devices of a machine that is not there.
 
 JAX compiles for TPUs with libtpu and for NVIDIA GPUs with its CUDA plugin; neither needs the hardware. Memory is
-counted per device of JAX, which is a chip, but half of one on v4 and tpu7x.
+counted per device of JAX, which is a chip, but half of one on tpu7x.
 """
 
 import logging
@@ -63,7 +63,7 @@ def _gpu(name: str, capability: str, cores: int, lanes: int, memory: int, bandwi
 # cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x). GPUs: OpenXLA's xla/backends/gpu/target_config/specs, and
 # NVIDIA's data sheets for operations a second.
 CHIPS = {
-    "v4": _tpu(15.25, 275e12, per_chip=2),
+    "v4": _tpu(30.75, 275e12),
     "v5e": _tpu(15.75, 197e12),
     "v5p": _tpu(95.74, 459e12),
     "v6e": _tpu(31.25, 918e12),
@@ -78,7 +78,8 @@ CHIPS = {
                  233_472, 2250e12),
 }  # fmt: skip
 
-_NAME = re.compile(r"(?:(\d+)x)?(\w+):(\d+(?:x\d+)*)")
+_NUMBER = r"[1-9]\d{0,3}"
+_NAME = re.compile(rf"(?:({_NUMBER})x)?(\w+):({_NUMBER}(?:x{_NUMBER})*)")
 EXAMPLES = "such as v5e:4x4, v6e:2x4, v5p:4x4x4, tpu7x:2x2x1, 2xv5e:16x16 (two slices), h100:8 or h100:2x8 (two hosts)"
 
 
@@ -136,6 +137,8 @@ def _tpus(name: str, slices: int, shape: str) -> Sequence[Any]:
     for variable in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
         os.environ.setdefault(variable, "3")
     more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if shape.startswith("v4:"):
+        more["chip_config_name"] = "megacore"  # both cores as one device
     if math.prod(map(int, shape.partition(":")[2].split("x"))) == 1:
         more["chips_per_host_bounds"] = (1, 1, 1)
     try:
@@ -159,7 +162,13 @@ def _gpus(name: str, kind: str, slices: int, shape: str) -> Sequence[Any]:
 
 
 def _gpu_share() -> float:
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the second is deprecated
+        if given := os.environ.get(name):
+            try:
+                return float(given)
+            except ValueError:
+                raise InputError(f"{name}={given}: expected a number, such as 0.9") from None
+    return 0.75
 
 
 def _as_with_cudnn() -> AbstractContextManager:

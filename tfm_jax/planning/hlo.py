@@ -78,7 +78,7 @@ class Module:
             if header := _COMPUTATION.match(line):
                 name, instructions, root = header[2], {}, ""
                 self.entry = name if header[1] else self.entry
-            elif line == "}":
+            elif line.startswith("}"):  # behind it may stand which kind of core runs it
                 self.computations[name] = Computation(instructions, root)
             elif named := _NAMED.match(line):
                 instructions[named[2]] = _instruction(named[2], line[named.end() :])
@@ -286,7 +286,7 @@ def _continues(instruction: Instruction, computation: Computation) -> bool:
 
 def _result(instruction: Instruction) -> str:
     """The shape of what a collective makes; that of a start may hold operands and tokens too."""
-    if instruction.op in ("all-gather-start", "collective-permute-start"):
+    if instruction.op in ("all-gather-start", "collective-permute-start") or instruction.shape.startswith("(("):
         return _split(instruction.shape[1:-1])[1]
     return instruction.shape
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tfm_jax.errors import CompilerError
 from tfm_jax.planning import hlo, programs
 from tfm_jax.planning.chips import GIB, Topology
 from tfm_jax.planning.flops import sampling_flops, training_flops
@@ -24,10 +25,6 @@ _TOO_LARGE = (
     re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
 )
 """The compiler's words for a program that does not fit: bytes needed and bytes there are."""
-
-
-class CompilerError(RuntimeError):
-    """The compiler gave up on a program, for another reason than the memory of the device."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,9 @@ def make_plan(run: TrainPlan | SamplePlan, topology: Topology) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         sizes = too_large(str(error))
         if sizes is None:
-            raise CompilerError(" ".join(str(error).split())[:300]) from error
-        return Plan(**known, needed=sizes[0], available=sizes[1], **_cost(start, cpu))
+            raise CompilerError(f"the compiler failed: {' '.join(str(error).split())[:300]}") from error
+        needed = max(sizes[0], sizes[1] + 1)  # the compiler rounds both, to the same number where little is lacking
+        return Plan(**known, needed=needed, available=sizes[1], **_cost(start, cpu))
     cost = _cost(start, cpu)
     memory: Any = compiled.memory_analysis()
     sent = hlo.collectives(hlo.Module(compiled.as_text() or ""))
@@ -190,7 +188,7 @@ def _cpu_seconds() -> float:
 def told(plan: Plan) -> str:
     """A plan as a reader wants it."""
     device = "chip" if plan.devices == plan.chips else "device"
-    chips = f"{plan.chips} chips" + (f", {plan.devices} devices" if device == "device" else "")
+    chips = f"{plan.chips} chip{'s' * (plan.chips > 1)}" + (f", {plan.devices} devices" if device == "device" else "")
     mesh = " ".join(f"{name}={size}" for name, size in plan.mesh.items())
     remat = f", remat={plan.remat}" if plan.remat else ""
     lines = [

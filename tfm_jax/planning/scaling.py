@@ -1,7 +1,8 @@
 """What fits where: the plans of both models on many machines, as one document with one picture.
 
-Every program is compiled by a process of its own, and its plan is a line of a file: a maker that was
-interrupted goes on where it was.
+Every program is compiled by a process of its own, and its plan is kept in a file: a maker that was interrupted
+goes on where it was. The file does not know which code and compiler it comes from: after a change of either,
+begin a new one.
 """
 
 import contextlib
@@ -19,9 +20,9 @@ import matplotlib.pyplot as plt
 
 from tfm_jax import config
 from tfm_jax.config import Remat
-from tfm_jax.errors import InputError
+from tfm_jax.errors import CompilerError, InputError
 from tfm_jax.planning.chips import GIB, Topology, topology
-from tfm_jax.planning.plan import CompilerError, Plan
+from tfm_jax.planning.plan import Plan
 from tfm_jax.planning.programs import TrainPlan
 from tfm_jax.planning.search import RULE, Run, search
 from tfm_jax.sharding import MESH_AXES
@@ -75,32 +76,32 @@ class Scaling:
         self.file = file
         self.compile_missing = compile_missing
         try:
-            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-            records = [json.loads(line) for line in lines if line.endswith("}")]
-            self.plans = {record["key"]: record["plan"] for record in records}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file}: not the results of scaling.py ({error}); name another --output") from None
+            plans = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            self.plans = {key: Plan.from_json(values) for key, values in plans.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: not the results of scaling.py ({error!r}); name another --output") from None
 
     def plan(self, model: str, run: Run, where: Topology) -> Plan:
         """From the file, else compiled and written there.
 
         Raises:
             LookupError: it is not there and is not to be compiled.
-            CompilerError: the compiler failed on it, now or before.
+            CompilerError: there is no plan of it.
         """
         options = _options(run, where)
         key = " ".join([model, *options])
         if key not in self.plans:
             if not self.compile_missing:
                 raise LookupError(key)
-            values = _compile(MODELS[model], options)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"key": key, "plan": values}) + "\n")
-            self.plans[key] = values
-        if "error" in self.plans[key]:
-            raise CompilerError(self.plans[key]["error"])
-        return Plan.from_json(self.plans[key])
+            self.plans[key] = Plan.from_json(_compile(MODELS[model], options))
+            self._save()
+        return self.plans[key]
+
+    def _save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.file.with_name(self.file.name + ".part")
+        whole.write_text(json.dumps({key: plan.as_json() for key, plan in self.plans.items()}), encoding="utf-8")
+        whole.replace(self.file)
 
 
 def _options(run: Run, where: Topology) -> list[str]:
@@ -112,17 +113,15 @@ def _options(run: Run, where: Topology) -> list[str]:
 
 
 def _compile(file: str, options: Sequence[str]) -> dict:
-    """The plan that scripts/plan.py gives, or the error that it ends with."""
+    """What scripts/plan.py prints."""
     command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", str(ROOT / file), "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.stdout:
-        return json.loads(done.stdout)
-    if done.returncode < 0:  # killed, with this process or for memory: to be tried again
-        raise KeyboardInterrupt
-    return {"error": " ".join(done.stderr.split())[-300:]}
+    if not done.stdout:
+        raise CompilerError(f"plan.py ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
+    return json.loads(done.stdout)
 
 
-def rows(scaling: Scaling, tries: int, machines: Sequence[str] = tuple(MACHINES)) -> Iterator[tuple[Case, Plan | None]]:
+def rows(scaling: Scaling, tries: int, machines: Iterable[str] = MACHINES) -> Iterator[tuple[Case, Plan | None]]:
     """The best plan of every case by `RULE`; None where it has not been compiled."""
     places = {machine: topology(MACHINES[machine]) for machine in machines}  # a compiler that is missing is told first
     for machine, where in places.items():
@@ -208,7 +207,7 @@ Shown is the best of the meshes and remat policies tried that fits, or else the 
 - GiB sent: by one device in a step.
 - CPU s: what compiling took.
 - GPUs: an estimate. XLA tunes its kernels and asks cuDNN for its workspace only where a GPU is; and JAX takes 3/4 of
-  the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
+  the memory unless XLA_CLIENT_MEM_FRACTION says more.
 
 {table}
 

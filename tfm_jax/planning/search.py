@@ -10,16 +10,16 @@ from typing import NamedTuple
 from jax.sharding import AbstractMesh
 
 from tfm_jax.config import MeshConfig, Remat
-from tfm_jax.errors import InputError
+from tfm_jax.errors import CompilerError, InputError
 from tfm_jax.planning import programs
 from tfm_jax.planning.chips import Topology
-from tfm_jax.planning.plan import CompilerError, Plan, flops, gib, make_plan
+from tfm_jax.planning.plan import Plan, flops, gib, make_plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
-from tfm_jax.sharding import MESH_AXES
+from tfm_jax.sharding import MESH_AXES, slices_of
 
-RULE = "operations computed again, fewest first, then bytes that a device sends"
+RULE = "operations computed again, fewest first, then bytes that a device sends for a clip"
 
-POLICIES: dict[Remat, int] = {"none": 60, "attention": 3, "full": 1}
+KEPT: dict[Remat, int] = {"none": 60, "attention": 3, "full": 1}
 """From the one that computes least again to the one that keeps least: how many activations of a block it keeps, as
 found by compiling. Offloading is left to who asks for it by name: whether its traffic hides behind the arithmetic, no
 compiler tells."""
@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
     memory: tuple[int, ...]
     """Bytes on a device, by policy."""
     sent: int
-    """Bytes that a device sends."""
+    """Bytes that a device sends for a clip."""
 
     def order(self, available: int) -> tuple[int, int]:
         """Those first whose memory seems to allow the policy that computes least again, then those that send least."""
@@ -62,7 +62,7 @@ def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topolo
         CompilerError: the compiler failed on all of them.
     """
     if tries < 1:
-        raise InputError(f"--tries={tries}: expected 1 or more")
+        raise InputError(f"--search={tries}: expected how many meshes to compile, 1 or more")
     found = candidates(run, topology)
     _tell(f"{topology.name}: {len(found)} meshes make sense; {min(tries, len(found))} are compiled")
     plans: list[Plan] = []
@@ -74,7 +74,7 @@ def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topolo
             try:
                 plan = make(variant, topology)
             except CompilerError as error:
-                _tell(f"{name}: the compiler failed: {error}")
+                _tell(f"{name}: {error}")
                 continue
             _tell(f"{name}: {gib(-plan.over)} to spare" if plan.fits else f"{name}: {gib(plan.over)} over")
             plans.append(plan)
@@ -83,7 +83,9 @@ def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topolo
     if not plans:
         raise CompilerError(f"the compiler failed on every mesh for {topology.name}")
     fitting = [plan for plan in plans if plan.fits]
-    return sorted(fitting, key=lambda plan: (plan.recomputed, plan.sent)) or [min(plans, key=lambda plan: plan.over)]
+    return sorted(fitting, key=lambda plan: (plan.recomputed, plan.sent / plan.clips)) or [
+        min(plans, key=lambda plan: plan.over)
+    ]
 
 
 def candidates(run: Run, topology: Topology) -> list[Candidate]:
@@ -92,7 +94,7 @@ def candidates(run: Run, topology: Topology) -> list[Candidate]:
     Raises:
         InputError: there is none.
     """
-    found = []
+    found, slices = [], slices_of(topology.devices)
     for sizes in _factors(len(topology.devices), len(MESH_AXES)):
         mesh = MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True)))
         try:
@@ -101,7 +103,7 @@ def candidates(run: Run, topology: Topology) -> list[Candidate]:
             continue
         candidate = _rate(run, mesh)
         divides = run.model.dim % (mesh.fsdp * mesh.sequence) == run.model.ffn_dim % mesh.tensor == 0
-        if divides and candidate.arguments < topology.memory:
+        if divides and mesh.data % slices == 0 and candidate.arguments < topology.memory:
             found.append(candidate)
     if not found:
         devices = f"{len(topology.devices)} devices of {gib(topology.memory)}"
@@ -118,7 +120,7 @@ def _variants(run: Run, mesh: MeshConfig) -> Iterator[Run]:
     if isinstance(run, SamplePlan):
         yield run
         return
-    for remat in POLICIES:
+    for remat in KEPT:
         yield dataclasses.replace(run, train=dataclasses.replace(run.train, remat=remat))
 
 
@@ -140,7 +142,7 @@ def _rate(run: Run, mesh: MeshConfig) -> Candidate:
     tokens = batch / (mesh.data * mesh.fsdp) * programs.tokens(run) / mesh.sequence
     activation = width * tokens * model.dim
     if isinstance(run, TrainPlan):
-        gathers, passes, kept = 2, 3, [blocks * model.layers for blocks in POLICIES.values()]
+        gathers, passes, kept = 2, 3, [blocks * model.layers for blocks in KEPT.values()]
     else:
         gathers, passes, kept = 1, 1, [0]
     ring = model.heads // mesh.tensor % mesh.sequence != 0
@@ -148,7 +150,7 @@ def _rate(run: Run, mesh: MeshConfig) -> Candidate:
     traded = model.layers * activation * (trades / mesh.tensor + 3 * 2 * (1 - 1 / mesh.tensor))
     sent = gathers * weights * (1 - 1 / shares) + passes * traded
     memory = tuple(round(weights / shares + activation * (blocks + AT_WORK)) for blocks in kept)
-    return Candidate(mesh, round(weights / shares), memory, round(sent))
+    return Candidate(mesh, round(weights / shares), memory, round(sent / batch))
 
 
 def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -72,6 +72,7 @@ def train(run: TrainRun, resume: bool = False) -> None:
     graph, lora, frozen = split_lora(model)
     optimizer = make_optimizer(run.optimizer)
     state, placement = init_state(lora, optimizer, mesh)
+    del model, lora  # the state has copies
     step_fn = make_step(graph, optimizer, run.objective, settings.seed, placement, settings.remat)
     base = _digest(frozen)
     schedule = learning_rate(run.optimizer)

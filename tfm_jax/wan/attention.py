@@ -17,8 +17,8 @@ may come from a softmax over more keys than the `key` at hand; the gradients are
   caller's back is worse than slow. It is plain XLA: batch and heads split without communication.
 
 The choice falls when a program is lowered, not when it is traced: `jax.default_backend()` says cpu while a program is
-compiled on an ordinary machine for a TPU that is not there. cuDNN is the exception: it can only be traced where its
-library is, so only a machine with an NVIDIA GPU can compile for one.
+compiled on an ordinary machine for a TPU that is not there. cuDNN is the exception: JAX traces it only where it finds
+an NVIDIA GPU and the library (`tfm_jax.planning.chips` pretends both).
 """
 
 from collections.abc import Callable
