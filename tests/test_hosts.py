@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from tfm_jax import config, hosts
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import Record, RecordWriter, open_records
-from tfm_jax.errors import InputError
+from tfm_jax.errors import InputError, NonFiniteLoss
 from tfm_jax.train import loop
 from tfm_jax.train.metrics import Metrics, read_metrics
 
@@ -279,6 +280,25 @@ def test_sigterm_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypatc
     assert signal.getsignal(signal.SIGTERM) is before
     assert saved(tmp_path / "run")[0] == [2]
     assert "stopped by SIGTERM after step 2; the same command with --resume goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("first", "code"), [(None, 1), ("2", 2)])
+def test_what_fails_after_another_is_silent_and_exits_with_its_code(monkeypatch, capsys, first, code):
+    def key_value_set(name, value):
+        if first:
+            raise RuntimeError("ALREADY_EXISTS")
+
+    client = SimpleNamespace(
+        key_value_set=key_value_set,
+        key_value_try_get=lambda name: first,
+        wait_at_barrier=lambda name, milliseconds: None,
+    )
+    monkeypatch.setattr(hosts, "_client", lambda: client)
+    monkeypatch.setattr(hosts, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        hosts._fail(NonFiniteLoss("step 3"))
+    assert ended.value.code == code
+    assert ("step 3" in capsys.readouterr().err) == (first is None)
 
 
 # --- What the environment says ---------------------------------------------------------------------------------------
