@@ -205,7 +205,7 @@ def test_two_axes_of_an_array_cannot_share_a_mesh_axis():
 class Chip:
     """A device of a pod of several slices, as far as a mesh can tell."""
 
-    platform, device_kind = "tpu", "chip"
+    platform, device_kind = "cpu", "chip"
 
     def __init__(self, number, chips):
         self.id, self.slice_index, self.process_index = number, number // chips, number

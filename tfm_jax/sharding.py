@@ -60,7 +60,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def slices_of(devices: Sequence[Any]) -> int:
     """How many slices of a TPU pod the devices are. To JAX every host of GPUs is a slice too, but not to us."""
-    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform != "gpu"}) or 1
 
 
 def one_device_mesh() -> Mesh:
