@@ -41,10 +41,11 @@ class Candidate(NamedTuple):
     sent: int
     """Bytes that a device sends for a clip."""
 
-    def order(self, available: int) -> tuple[int, int]:
-        """Those first whose memory seems to allow the policy that computes least again, then those that send least."""
+    def order(self, available: int) -> tuple[int, int, int]:
+        """Those first whose memory seems to allow the policy that computes least again, then those that send least;
+        last those for which no policy keeps little enough, by their memory."""
         fitting = [place for place, memory in enumerate(self.memory) if memory < available]
-        return (fitting[0], self.sent) if fitting else (len(self.memory), self.memory[-1])
+        return (fitting[0], 0, self.sent) if fitting else (len(self.memory), self.memory[-1], self.sent)
 
 
 def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topology], Plan] = make_plan) -> list[Plan]:
