@@ -285,6 +285,7 @@ def draw(curves: Curves, file: Path) -> None:
         sent.plot(chips, [plan.sent / GIB for plan in plans], "o-", label=name)
     for axis, title in ((memory, "GiB needed on a chip"), (sent, "GiB sent by a chip in a step")):
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_ylim(bottom=0)
         axis.set_xlabel("v5p chips")
         axis.set_title(title, fontsize=10)
