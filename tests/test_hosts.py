@@ -38,7 +38,7 @@ PATIENCE = 900
 FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 LOADING = """
-import json, math, sys
+import json, sys
 from pathlib import Path
 import jax
 from tfm_jax import hosts

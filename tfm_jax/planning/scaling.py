@@ -198,7 +198,8 @@ rank 32 on all maps, 81 frames, AdamW, bfloat16 weights. No step time follows fr
 makes this page; it goes on where it was interrupted. A row by itself is `scripts/plan.py` with the mesh and the policy
 that stand in it:
 
-    python scripts/plan.py --config configs/wan2.1_t2v_14b.yaml --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4
+    python scripts/plan.py --config configs/wan2.1_t2v_14b.yaml --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4 \\
+        --train.remat=attention
 
 Shown is the best of the meshes and remat policies tried that fits, or else the one that lacks least, by {rule}.
 
