@@ -224,7 +224,7 @@ class _Watch:
 
 def _fail(error: BaseException) -> NoReturn:
     """End this process, and by that the others, and tell why: the first error is the cause of all that follow."""
-    message, code = errors.told(error) or ("".join(traceback.format_exception(error)), 1)
+    message, code = errors.describe(error) or ("".join(traceback.format_exception(error)), 1)
     try:
         _client().key_value_set(_ERROR, str(code))
     except RuntimeError:  # another process was first, or process 0 is gone and none can be asked

@@ -3,10 +3,7 @@
 Several processes may work on one study: each part is taken by whoever has its lock, which goes with its process.
 """
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +57,6 @@ class Results:
         """The only such record; empty where there is none."""
         found = self.all(kind, **values)
         return found[0] if found else {}
-
-
-@contextmanager
-def lock(file: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether this process has the lock of that name now; with `wait` it does, sooner or later."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def _read(file: Path) -> list[Record]:

@@ -25,12 +25,13 @@ from tfm_jax.data.records import Records, open_records
 from tfm_jax.embedded.world import LAWS, Stage, write_clips
 from tfm_jax.errors import InputError, NonFiniteLoss
 from tfm_jax.evaluation.report import Clips, Row, compare, measure_folder
+from tfm_jax.files import lock
 from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import read_lora
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.study import protocol
 from tfm_jax.study.cost import measure_cost, steps_in_the_same_time
-from tfm_jax.study.results import Record, Results, lock
+from tfm_jax.study.results import Record, Results
 from tfm_jax.study.sensitivity import measure_sensitivity
 from tfm_jax.train.export import export
 from tfm_jax.train.loop import TrainRun, train

@@ -1,0 +1,89 @@
+"""Ctrl-C and SIGTERM.
+
+The first signal raises an exception in the main thread (KeyboardInterrupt or `Terminated`), so that `finally` blocks
+clean up. Where work can be kept, `postponed` only records the first signal, and the program stops at its next safe
+point. A second signal always ends the process at once, even while the main thread waits for a device or a compiler.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from tfm_jax.errors import Terminated
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_plan: str | None = None
+"""What the program does after the first signal while `postponed` is active; None: it raises an exception."""
+
+_requested: str | None = None
+"""The name of the signal that was postponed."""
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Handle both signals inside the block. Outside the main thread, where Python cannot, this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    # Python runs handlers in the main thread, which may be inside a long call; the thread hears of a signal at once.
+    threading.Thread(target=_listen, args=(receiver,), daemon=True).start()
+    descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    # A shell that starts a program in the background makes it ignore Ctrl-C: respect that.
+    chosen = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, _raise) for number in chosen}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(descriptor)
+        sender.close()
+
+
+@contextlib.contextmanager
+def postponed(plan: str) -> Iterator[None]:
+    """Inside the block the first signal only sets `requested`; `plan` is printed to say what follows.
+
+    Args:
+        plan: such as "saving a checkpoint after this step".
+    """
+    global _plan, _requested
+    _plan, _requested = plan, None
+    try:
+        yield
+    finally:
+        _plan = None
+
+
+def requested() -> str | None:
+    """The name of the signal that arrived inside `postponed`: SIGINT or SIGTERM."""
+    return _requested
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    del frame
+    if _plan is None:
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _listen(receiver: socket.socket) -> None:
+    """Runs in a thread: records the first signal, ends the process at the second."""
+    global _requested
+    count = 0
+    with receiver:
+        while data := receiver.recv(1):
+            if data[0] not in SIGNALS:
+                continue
+            count += 1
+            if count > 1:
+                os._exit(128 + data[0])
+            if _plan is not None:
+                _requested = signal.Signals(data[0]).name
+                os.write(2, f"{_requested}: {_plan}; send it again to end the program at once\n".encode())
