@@ -47,8 +47,9 @@ def main(argv: Sequence[str]) -> None:
     if chosen.search is None:
         plans = [make_plan(run, devices)]
     else:
-        fixed = isinstance(run, TrainPlan) and any(field.startswith("--train.remat") for field in fields)
-        plans = search(run, devices, chosen.search, [run.train.remat] if fixed else list(KEPT))
+        given = any(field.startswith("--train.remat") for field in fields)
+        policies = [run.train.remat] if isinstance(run, TrainPlan) and given else list(KEPT)
+        plans = search(run, devices, chosen.search, policies)
     if chosen.json:
         print(json.dumps(plans[0].as_json() if chosen.search is None else [plan.as_json() for plan in plans]))
     else:
