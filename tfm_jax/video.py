@@ -4,6 +4,7 @@ We open every file ourselves and give the decoder a stream and the container for
 playlist called `.mp4` therefore cannot make the decoder open any other file.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -95,6 +96,16 @@ def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def find_clips(folder: Path) -> list[Path]:
+    """The mp4 files of a folder, in the order of the numbers in their names: 999.mp4 comes before 1000.mp4."""
+
+    def key(file: Path) -> tuple[list[str | int], str]:
+        parts = re.split(r"([0-9]+)", file.name)  # every second part is a number
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
+
+    return sorted(folder.glob("*.mp4"), key=key)
 
 
 def from_uint8(pixels: UInt8[np.ndarray, "*any 3"]) -> Float[np.ndarray, "*any 3"]:
