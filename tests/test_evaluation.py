@@ -10,13 +10,13 @@ import pytest
 from scipy import linalg, stats
 from test_programs import program
 
-from tfm_jax import cli
+from tfm_jax import cli, video
 from tfm_jax.embedded import world
 from tfm_jax.embedded.world import LAWS, Stage, make_clip, write_clips
 from tfm_jax.errors import InputError
 from tfm_jax.evaluation import metrics
 from tfm_jax.evaluation.physics import residual
-from tfm_jax.evaluation.report import compare, measure
+from tfm_jax.evaluation.report import Counts, compare, list_clips, measure, show
 from tfm_jax.evaluation.tracking import track
 from tfm_jax.video import read_clip, write_clip
 
@@ -115,6 +115,9 @@ def test_a_second_object_and_another_colour_are_noticed():
     assert measure(two.pixels, one.caption, 16).whole == 0
     assert measure(one.pixels, two.caption, 16).whole == 0
     assert measure(one.pixels, two.caption, 16).residual == np.inf
+    partly = measure(one.pixels, two.caption, 16)  # one of its two objects is there
+    assert np.isnan([partly.speed, partly.roughness]).all()
+    assert {row.metric: row.generated for row in compare([partly] * 2, [partly] * 4)[0]}["tracked"] == 0
     body = one.bodies[0]
     for change, wrong in (
         ({"colour": "green" if body.colour == "red" else "red"}, "colours"),
@@ -271,6 +274,36 @@ def test_the_program(folders, tmp_path, capsys):
     assert numbers["thresholds"]["faithful"] == 0.5
 
 
+def test_clips_come_in_the_order_of_their_numbers(tmp_path):
+    names = ["1.mp4", "02.mp4", "9.mp4", "101.mp4", "999.mp4", "1000.mp4", "a2.mp4", "a10.mp4", "a10b.mp4"]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    assert [file.name for file in video.find_clips(tmp_path)] == names
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join([f"caption\u2028of {name}" for name in names]), encoding="utf-8")
+    for path, caption in list_clips(tmp_path, prompts, least=2):
+        assert caption == f"caption\u2028of {path.name}"
+
+
+def test_every_cell_without_a_number_has_its_reason(reference):
+    captions = "-: colours, shapes and directions need captions"
+    lost = "-: too few clips have every object in every frame"
+    infinite = "inf: an object is missing in half of the clips or more"
+
+    def reasons(generated: list, real: list) -> list[str]:
+        table, compared = compare(generated, real)
+        printed = show({"samples": table}, Counts(len(generated), len(real), compared)).splitlines()
+        assert all(len(line) <= 120 for line in printed)
+        return [reason for reason in (infinite, captions, lost) if any(line.startswith(reason) for line in printed)]
+
+    clip = scene("uniform", objects=[1])
+    bare, empty = measure(clip.pixels, None, 16), measure(np.zeros_like(clip.pixels), clip.caption, 16)
+    assert reasons(reference[:4], reference[4:12]) == []
+    assert reasons([bare] * 4, reference[:8]) == [captions]
+    assert reasons([empty] * 4, reference[:8]) == [infinite, lost]
+    assert reasons(reference[:4], [empty] * 8) == [infinite, lost]
+
+
 def test_folders_side_by_side(folders, tmp_path, capsys):
     shutil.copytree(folders / "samples", tmp_path / "others")
     evaluate(folders / "samples", tmp_path / "others", folders / "real", "--frames=9")
@@ -301,10 +334,18 @@ def test_bad_input(folders, tmp_path):
     refused(r"samples: 3 mp4 files; expected at least 4", samples, samples, "--frames=9")
     refused(r"000.mp4: 9 frames, .* expected enough for 17 frames", samples, real)
     refused(r"two.txt: 2 captions; expected 3, one for each mp4", samples, real, f"--prompts={tmp_path}/two.txt")
-    refused(r"latin.txt: .*expected a text file, a caption a line", samples, real, f"--prompts={tmp_path}/latin.txt")
+    refused(r"latin.txt: byte 3 is not UTF-8; expected UTF-8 text", samples, real, f"--prompts={tmp_path}/latin.txt")
     refused(r"none.txt: .*No such file", samples, real, f"--prompts={tmp_path}/none.txt")
-    refused(r"--frames=2: expected at least 5", samples, real, "--frames=2")
-    refused(r"--fps=nan: expected at least 1", samples, real, "--fps=nan")
+    refused(r"--frames=2: expected 5 to 1000", samples, real, "--frames=2")
+    for fps in ("nan", "inf", "-inf", "0", "1e300"):
+        refused(r"--fps=.*: expected 1 to 1000", samples, real, f"--fps={fps}")
+    refused(r"--height=1000000: expected 16 to 4096", samples, real, "--height=1000000", "--width=1000000")
+    large = ["--frames=81", "--height=4096", "--width=4096"]
+    refused(
+        r"81 frames of 4096 x 4096: 1,358,954,496 pixels a clip; expected at most 100,000,000", samples, real, *large
+    )
+    refused(r"--json=.*none/a.json: cannot be written", samples, real, f"--json={tmp_path}/none/a.json")
+    refused(r"--json=.*: cannot be written", samples, real, f"--json={tmp_path}")
     with pytest.raises(InputError, match="required: --reference"):
         program("evaluate").main([str(samples)])
     refused(r"samples: the name of 2 folders; expected each to have its own", samples, samples, real, "--frames=9")
@@ -313,6 +354,62 @@ def test_bad_input(folders, tmp_path):
         shutil.copy(samples / "000.mp4", tmp_path / "fewer" / f"{number}.mp4")
     expected = "samples has 3, fewer has 2 clips; expected as many in each folder"
     refused(expected, samples, tmp_path / "fewer", real, "--frames=9")
+
+
+def test_everything_is_checked_before_a_clip_is_read(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "read_clip", lambda *_: pytest.fail("a clip was read"))
+    shutil.copytree(folders / "samples", tmp_path / "more")
+    shutil.copy(folders / "samples" / "000.mp4", tmp_path / "more" / "003.mp4")
+    for message, arguments in (
+        ("none: no such folder", [folders / "samples", tmp_path / "none"]),
+        ("samples has 3, more has 4 clips", [folders / "samples", tmp_path / "more", folders / "real"]),
+        ("3 mp4 files; expected at least 4", [folders / "samples", folders / "samples"]),
+        ("3 captions; expected 4", [tmp_path / "more", folders / "real", f"--prompts={folders}/prompts.txt"]),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(*arguments)
+
+
+# --- Where the sizes come from ---------------------------------------------------------------------------------------
+
+
+class FirstRead(Exception):
+    """Raised instead of reading the first clip, with the frames, height, width and rate that were asked for."""
+
+
+@pytest.fixture
+def stage_read(folders, tmp_path, monkeypatch):
+    """A function: options, and the text of a configuration -> the frames, height, width and rate that are read."""
+
+    def read_clip(path, *stage):
+        raise FirstRead(stage)
+
+    def read(*options: str, config: str) -> tuple:
+        (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+        with pytest.raises(FirstRead) as caught:
+            evaluate(folders / "samples", folders / "real", f"--config={tmp_path}/config.yaml", *options)
+        return caught.value.args[0]
+
+    monkeypatch.setattr(video, "read_clip", read_clip)
+    return read
+
+
+CLIP = "clip: {frames: 9, height: 32, width: 48, fps: 8}\n"
+
+
+def test_sizes_of_a_configuration(stage_read):
+    assert stage_read(config=CLIP) == (9, 32, 48, 8)
+    assert stage_read(config=f"lora: {{rank: 4}}\n{CLIP}") == (9, 32, 48, 8)
+    assert stage_read("--fps=16", "--frames=5", config=CLIP) == (5, 32, 48, 16)
+
+
+def test_a_configuration_without_a_clip(stage_read):
+    with pytest.raises(InputError, match=r"config.yaml: clip is missing; expected it in the file"):
+        stage_read(config="lora: {rank: 4}\n")
+    with pytest.raises(InputError, match=r"config.yaml: clip.frames=1: expected 5 to 1000"):
+        stage_read(config=CLIP.replace("frames: 9", "frames: 1"))
+    with pytest.raises(InputError, match=r"none.yaml: No such file"):
+        stage_read("--config=none.yaml", config=CLIP)
 
 
 def test_bad_input_ends_with_code_2(tmp_path, capsys, monkeypatch):

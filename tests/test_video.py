@@ -1,5 +1,10 @@
 """Video files in and out: the pixels, the choice of frames, and what is refused."""
 
+import hashlib
+import os
+import subprocess
+import sys
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,6 +47,7 @@ def encode(
     *,
     stamps: list[float] | None = None,
     rotation: int = 0,
+    matrix: list[int] | None = None,
     codec: str = "libx264",
     container: str = "mp4",
     pix_fmt: str = "yuv420p",
@@ -53,6 +59,8 @@ def encode(
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pix_fmt
         if rotation:
             stream.set_display_rotation(rotation)
+        if matrix:
+            stream.set_display_matrix(matrix)
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
         if stamps:
@@ -112,6 +120,65 @@ def test_odd_sizes_are_not_written(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+# --- The same bytes every time ---------------------------------------------------------------------------------------
+
+SIZES = [(17, 64, 64), (17, 62, 90), (9, 34, 50), (2, 480, 832)]
+"""Frames, height and width: multiples of 16, of 2 only, and a picture that x264 splits over threads by default."""
+
+WRITE_EVERY_SIZE = """
+import hashlib, os, sys
+from pathlib import Path
+from test_video import SIZES, smooth_clip
+from tfm_jax.video import write_clip
+
+if sys.argv[2] == "one core" and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+for size in SIZES:
+    write_clip(Path(sys.argv[1]), smooth_clip(*size), 16)
+    print(hashlib.sha256(Path(sys.argv[1]).read_bytes()).hexdigest())
+"""
+
+
+def test_a_file_does_not_depend_on_fresh_memory_or_cores(tmp_path):
+    """glibc fills every new block of memory with a given byte: a read of uninitialised memory shows in the file."""
+    programs = []
+    for number, (fill, cores) in enumerate([("1", "all cores"), ("170", "one core"), ("254", "all cores")]):
+        environment = os.environ | {"MALLOC_PERTURB_": fill, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", WRITE_EVERY_SIZE, str(tmp_path / f"{number}.mp4"), cores]
+        programs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    first, *others = [program.communicate()[0].split() for program in programs]
+    assert len(first) == len(SIZES)
+    assert others == [first, first]
+
+
+def test_files_and_pixels_are_the_same_under_load(tmp_path):
+    done = threading.Event()
+
+    def keep_busy() -> None:
+        rng = np.random.default_rng(0)
+        while not done.is_set():
+            rng.integers(0, 256, rng.integers(1, 1_000_000), np.uint8)
+
+    busy = [threading.Thread(target=keep_busy) for _ in range(2)]
+    for thread in busy:
+        thread.start()
+    try:
+        for size in SIZES[:2]:
+            clip, files, pixels = smooth_clip(*size), set(), set()
+            for _ in range(10):
+                write_clip(tmp_path / "a.mp4", clip, FPS)
+                files.add(hashlib.sha256((tmp_path / "a.mp4").read_bytes()).hexdigest())
+                pixels.add(hashlib.sha256(read_clip(tmp_path / "a.mp4", *size, FPS).tobytes()).hexdigest())
+            assert (len(files), len(pixels)) == (1, 1), size
+    finally:
+        done.set()
+        for thread in busy:
+            thread.join()
+
+
+# --- What is read ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("suffix", "container", "codec"), [("mkv", "matroska", "libx264"), ("webm", "webm", "libvpx")])
 def test_other_containers(tmp_path, suffix, container, codec):
     """Matroska has whole milliseconds only: 1 / 16 s is not one of them, and no frame may be missed for it."""
@@ -140,12 +207,69 @@ def test_a_clip_that_starts_late_starts_at_its_first_frame(tmp_path):
     assert which(read_clip(path, 5, 64, 64, FPS)) == [0, 1, 2, 3, 4]
 
 
+def display_matrix(a: float, b: float, c: float, d: float, u: float = 0) -> list[int]:
+    """As the container holds it: 16.16 fixed point, in the last column 2.30."""
+    return [round(n) for n in (a * 2**16, b * 2**16, u * 2**30, c * 2**16, d * 2**16, 0, 0, 0, 2**30)]
+
+
 @pytest.mark.parametrize("rotation", [90, -90, 180])
-def test_rotation_is_honoured(tmp_path, rotation):
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_rotation_is_honoured(tmp_path, rotation, suffix):
     clip = smooth_clip(3)
-    path = encode(tmp_path / "a.mp4", clip, rotation=rotation)
+    container = {"mp4": "mp4", "mkv": "matroska"}[suffix]
+    path = encode(tmp_path / f"a.{suffix}", clip, rotation=rotation, container=container)
     upright = np.rot90(clip, rotation // 90, axes=(1, 2))
     assert psnr(read_clip(path, 3, *upright.shape[1:3], FPS), upright) > 30
+
+
+@pytest.mark.parametrize("x_to_y", [False, True])
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+def test_all_eight_orientations(tmp_path, signs, x_to_y):
+    """The expected picture comes from moving every pixel by the matrix, as FFmpeg defines it."""
+    clip = smooth_clip(2)
+    a, b, c, d = (0, signs[0], signs[1], 0) if x_to_y else (signs[0], 0, 0, signs[1])
+    q, p = np.mgrid[:64, :96]
+    x, y = a * p + c * q, b * p + d * q
+    shown = np.zeros((2, *((96, 64) if x_to_y else (64, 96)), 3), np.uint8)
+    shown[:, y - y.min(), x - x.min()] = clip
+    path = encode(tmp_path / "a.mp4", clip, matrix=display_matrix(a, b, c, d))
+    assert psnr(read_clip(path, 2, *shown.shape[1:3], FPS), shown) > 30
+
+
+def test_a_mirrored_clip_by_its_corners(tmp_path):
+    """Red is stored on the upper left: flipped horizontally it is on the upper right."""
+    clip = np.zeros((1, 32, 32, 3), np.uint8)
+    clip[:, :16, :16, 0] = 255
+    shown = read_clip(encode(tmp_path / "a.mp4", clip, matrix=display_matrix(-1, 0, 0, 1)), 1, 32, 32, FPS)
+    assert [bool(shown[0, y, x, 0] > 200) for y, x in ((4, 4), (4, 28), (28, 4), (28, 28))] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_scale_in_the_display_matrix_does_not_turn(tmp_path):
+    clip = smooth_clip(1)
+    path = encode(tmp_path / "a.mp4", clip, matrix=display_matrix(2, 0, 0, 2))
+    assert psnr(read_clip(path, 1, 64, 96, FPS), clip) > 30
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        display_matrix(0.7071, 0.7071, -0.7071, 0.7071),  # 45 degrees
+        display_matrix(0.9986, 0.0523, -0.0523, 0.9986),  # 3 degrees
+        display_matrix(1, 0, 1, 0),  # both axes on one
+        display_matrix(1, 0, 0.3, 1),  # sheared
+        display_matrix(0, 0, 0, 1),
+        display_matrix(1, 0, 0, 1, u=0.5),  # perspective
+    ],
+)
+def test_other_display_matrices_are_refused(tmp_path, matrix):
+    refused(
+        encode(tmp_path / "a.mp4", smooth_clip(1), matrix=matrix), r"display matrix \[.*\]; expected flips", frames=1
+    )
 
 
 def test_cover_and_centre_crop(tmp_path):
@@ -280,6 +404,90 @@ def test_the_decoder_checks_the_size_too(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", grey_clip(1, 128, 128))
     monkeypatch.setattr(video, "MAX_FRAME_PIXELS", PassesTheFirstCheck(1000))
     refused(path, "damaged or not a video", frames=1)
+
+
+MEASURE_REFUSAL = """
+import re, sys
+from pathlib import Path
+from tfm_jax.errors import InputError
+from tfm_jax.video import read_clip
+
+try:
+    read_clip(Path(sys.argv[1]), 1, 64, 64, 16)
+except InputError as error:
+    print(error)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+def test_a_large_picture_is_refused_before_it_is_decoded(tmp_path):
+    """Opening the file must not decode it either: that alone would take 200 MB and more."""
+    path = encode(tmp_path / "a.mp4", np.zeros((1, 12288, 12288, 3), np.uint8))
+    done = subprocess.run([sys.executable, "-c", MEASURE_REFUSAL, str(path)], capture_output=True, text=True)
+    message, peak = done.stdout.splitlines()
+    assert "frames of 12288 x 12288 pixels" in message
+    assert int(peak) < 250_000
+
+
+def test_a_codec_without_a_decoder(tmp_path):
+    path = encode(tmp_path / "a.mp4", smooth_clip(1))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    refused(path, "no decoder for its video stream", frames=1)
+
+
+def test_frames_that_go_back_in_time(tmp_path):
+    """A Matroska block holds its own time in milliseconds, and one frame of this codec."""
+    path = encode(tmp_path / "a.mkv", grey_clip(4), container="matroska", codec="mjpeg", pix_fmt="yuvj420p")
+    third = b"\x81" + (125).to_bytes(2, "big") + b"\x80\xff\xd8"
+    assert path.read_bytes().count(third) == 1
+    path.write_bytes(path.read_bytes().replace(third, b"\x81" + (10).to_bytes(2, "big") + b"\x80\xff\xd8"))
+    refused(path, "frame 2 is shown before frame 1", frames=4)
+
+
+def damage(content: bytes, rng: np.random.Generator) -> bytes:
+    """A few bytes changed, removed or inserted, half of the places in the header."""
+    data = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        place, size = int(rng.integers(min(len(data), rng.choice([len(data), 1200])))), int(rng.integers(1, 20))
+        match rng.integers(4):
+            case 0:
+                data[place] ^= 1 << int(rng.integers(8))
+            case 1:
+                data[place : place + 4] = rng.choice([0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]).astype(">u4").tobytes()
+            case 2:
+                del data[place : place + size]
+            case 3:
+                data[place:place] = rng.bytes(size)
+    return bytes(data)
+
+
+def check_damaged_files(folder: Path, stride: int, damages: int) -> None:
+    """Pixels of the right shape or an InputError in one line, whatever the bytes."""
+    rng = np.random.default_rng(0)
+    for name, container in (("a.mp4", "mp4"), ("a.mkv", "matroska"), ("a.mov", "mov")):
+        path = encode(folder / name, smooth_clip(3, 32, 48), container=container, rotation=90)
+        content, messages = path.read_bytes(), []
+        cut = [content[:length] for length in range(0, len(content), stride)]
+        for data in cut + [damage(content, rng) for _ in range(damages)]:
+            path.write_bytes(data)
+            try:
+                pixels = read_clip(path, 3, 48, 32, FPS)
+            except InputError as error:
+                messages.append(str(error))
+            else:
+                assert pixels.shape == (3, 48, 32, 3)
+        assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
+
+
+def test_cut_and_damaged_files(tmp_path):
+    check_damaged_files(tmp_path, stride=13, damages=100)
+
+
+@pytest.mark.slow
+def test_files_cut_everywhere_and_thousands_of_damaged_ones(tmp_path):
+    check_damaged_files(tmp_path, stride=1, damages=2000)
 
 
 # --- Values and pictures ---------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Video files: pixels of a clip out of one, a clip into one, several clips on one picture.
 
-Every file is opened by us and handed over as a stream with its container format said, so that a name such as
-`concat:...` or a playlist that is called `.mp4` cannot make the decoder open anything else.
+We open every file ourselves and give the decoder a stream and the container format. A name such as `concat:...` or a
+playlist called `.mp4` therefore cannot make the decoder open any other file.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.reformatter import Interpolation
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from tfm_jax.errors import InputError
@@ -31,8 +32,16 @@ CLOCK_TOLERANCE = Fraction(1, 1000)
 TO_RGB = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 """Colour at full resolution; the default repeats every second column of it, which costs 4 dB."""
 
+TO_YUV = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
+"""Without accurate rounding the result depends on the instruction set of the CPU."""
+
 BT709 = 1
 LIMITED_RANGE = 1
+
+ENCODER_OPTIONS = {"crf": "12", "x264-params": "cpu-independent=1"}
+"""x264's AVX-512 code for the macroblock tree takes eight blocks at a time and reads uninitialised memory behind the
+last row of a picture whose width is not a multiple of 128 (x264 revision c24e06c2, common/x86/mc-a2.asm,
+mbtree_propagate_list_internal). With cpu-independent it uses the C code for this part."""
 
 
 def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int) -> UInt8[np.ndarray, "t y x 3"]:
@@ -61,6 +70,8 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int
 def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int) -> None:
     """Write an mp4 file (H.264, 4:2:0, BT.709) that looks like the clip; an existing file is replaced at the end.
 
+    The same clip gives the same bytes with the same build of PyAV, whatever the load and the number of cores.
+
     Raises:
         InputError: height or width is odd, which 4:2:0 cannot hold.
     """
@@ -72,17 +83,29 @@ def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int)
         with av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            stream.options = {"crf": "12"}
+            stream.options = {**ENCODER_OPTIONS}
             context = stream.codec_context
+            context.thread_count = 1  # the file depends on the number of threads, the default on the number of cores
             context.colorspace = context.color_primaries = context.color_trc = BT709
             context.color_range = LIMITED_RANGE
             for pixels in clip:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=BT709)))
+                yuv = frame.reformat(format="yuv420p", dst_colorspace=BT709, interpolation=TO_YUV, threads=1)
+                container.mux(stream.encode(yuv))
             container.mux(stream.encode(None))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def find_clips(folder: Path) -> list[Path]:
+    """The mp4 files of a folder, in the order of the numbers in their names: 999.mp4 comes before 1000.mp4."""
+
+    def key(file: Path) -> tuple[list[str | int], str]:
+        parts = re.split(r"([0-9]+)", file.name)  # every second part is a number
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
+
+    return sorted(folder.glob("*.mp4"), key=key)
 
 
 def from_uint8(pixels: UInt8[np.ndarray, "*any 3"]) -> Float[np.ndarray, "*any 3"]:
@@ -128,7 +151,8 @@ def _cut(label: str, width: int, font: Any) -> str:
 
 
 def _open(file: BinaryIO, demuxer: str) -> InputContainer:
-    return av.open(file, "r", format=demuxer, metadata_errors="ignore")
+    # Opening decodes a frame where the header leaves something open: the limit holds there too.
+    return av.open(file, "r", format=demuxer, metadata_errors="ignore", options={"max_pixels": str(MAX_FRAME_PIXELS)})
 
 
 def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
@@ -136,11 +160,13 @@ def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
     if not container.streams.video:
         raise InputError(f"{path}: no video stream; expected a video")
     stream = container.streams.video[0]
-    context = stream.codec_context
+    context: av.VideoCodecContext | None = stream.codec_context
+    if context is None:  # PyAV's types do not say so: there is none for a codec that FFmpeg cannot decode
+        raise InputError(f"{path}: no decoder for its video stream; expected a codec such as H.264")
     if context.width * context.height > MAX_FRAME_PIXELS:
         size = f"{context.width} x {context.height}"
         raise InputError(f"{path}: frames of {size} pixels; expected at most {MAX_FRAME_PIXELS:,} pixels a frame")
-    context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # the size may change behind the header
+    context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a frame may be larger than the header says
     stream.thread_type = "NONE"  # with threads the decoder paints over damage and does not mark the frame
     return stream
 
@@ -156,6 +182,8 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
         stamp, lasts = frame.pts * frame.time_base, frame.duration * frame.time_base
         first = stamp if first is None else first
         gap, moment = stamp - first - moment, stamp - first
+        if gap < 0:
+            raise InputError(f"{path}: frame {count} is shown before frame {count - 1}; expected a whole video file")
         while shown is not None and pending and pending[-1] + CLOCK_TOLERANCE < moment:
             yield shown
             pending.pop()
@@ -175,14 +203,38 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
 
 def _fit(frame: av.VideoFrame, height: int, width: int, aspect: Fraction, path: Path) -> UInt8[np.ndarray, "y x 3"]:
     """Upright pixels of one frame: the largest centred part of the right shape, scaled with antialiasing."""
-    turns, skew = divmod(round(frame.rotation), 90)
-    if skew:
-        raise InputError(f"{path}: rotated by {frame.rotation} degrees; expected a multiple of 90")
-    if turns % 2:
+    turn = _orientation(frame, path)
+    swapped = turn[0, 0] == 0
+    if swapped:
         height, width = width, height
     image = Image.fromarray(frame.to_ndarray(format="rgb24", interpolation=TO_RGB))
     scale = max(width / (image.width * aspect), height / image.height)
     left = max(0, (image.width - width / (scale * aspect)) / 2)
     top = max(0, (image.height - height / scale) / 2)
     box = (float(left), float(top), float(image.width - left), float(image.height - top))
-    return np.rot90(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box)), turns)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+    step_x, step_y = turn.sum(0)
+    return (pixels.swapaxes(0, 1) if swapped else pixels)[::step_y, ::step_x]
+
+
+def _orientation(frame: av.VideoFrame, path: Path) -> Int[np.ndarray, "2 2"]:
+    """Where the display matrix of a frame takes the stored axes: row 0 is the shown (x, y) direction of x, row 1 of y.
+
+    The matrix `[[a, b, u], [c, d, v], [x, y, w]]` takes the stored point (p, q, 1) to (a p + c q + x, b p + d q + y),
+    up to perspective (FFmpeg, libavutil/display.h). The eight orientations of turns and flips are known; scale and
+    translation do not matter, because the picture is scaled and cropped afterwards.
+    """
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError as error:  # PyAV has no name for some kinds of FFmpeg's side data
+        raise InputError(f"{path}: side data that cannot be read ({error}); expected an ordinary video") from None
+    if data is None:
+        return np.eye(2, dtype=int)
+    matrix = np.frombuffer(data, np.int32).reshape(3, 3).astype(float)
+    axes = matrix[:2, :2] / np.linalg.norm(matrix[:2, :2], axis=1, keepdims=True).clip(1)
+    turn = axes.round().astype(int)
+    right_angles = (abs(turn).sum(0) == 1).all() and (abs(turn).sum(1) == 1).all() and abs(axes - turn).max() < 0.01
+    if not right_angles or matrix[:2, 2].any():
+        values = ", ".join(f"{value:g}" for value in (matrix / [2**16, 2**16, 2**30]).ravel())
+        raise InputError(f"{path}: display matrix [{values}]; expected flips and turns by multiples of 90 degrees")
+    return turn

@@ -1,7 +1,7 @@
 """From folders of clips to a table: what is measured on every clip, over a set of them, and between two sets."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,11 @@ from tfm_jax.evaluation import thresholds
 from tfm_jax.evaluation.metrics import count_changes, frechet, measure_motion, variation, wasserstein
 from tfm_jax.evaluation.physics import residual
 from tfm_jax.evaluation.tracking import Pixels, Track, track
+from tfm_jax.prompts import read_prompts
 
 
 class Measures(NamedTuple):
-    """One clip. What cannot be measured, for want of an object in every frame or of a caption, is NaN."""
+    """One clip. A number is NaN if it needs every object in every frame, or a caption, and the clip has not."""
 
     residual: float
     """Infinite where an object is missing."""
@@ -42,16 +43,18 @@ class Measures(NamedTuple):
 def measure(clip: Pixels, caption: str | None, fps: float | int) -> Measures:
     """Everything about one clip.
 
-    Without a caption of the world, whatever objects there are are expected, bouncing off the walls if they meet them.
+    Without a caption of the world, the objects that are seen are taken as the expected ones, and the law as bouncing.
     """
     stage = Stage(len(clip), clip.shape[1:3], fps)
     law, bodies = (read_caption(caption) if caption else None) or ("bouncing", ())
     found = track(clip)
     tracks = _match(found, bodies) if bodies else found
     expected = len(bodies) or max(1, len(found))
-    centres = np.stack([t.centres for t in tracks]) if tracks else np.full((1, len(clip), 2), np.nan)
+    centres = np.full((expected, len(clip), 2), np.nan)
+    for number, t in enumerate(tracks):
+        centres[number] = t.centres
     motion = measure_motion(centres)
-    missing = len(tracks) < expected or not np.isfinite(centres).all()
+    missing = not np.isfinite(centres).all()
     pairs = list(zip(tracks, bodies, strict=False))
     return Measures(
         np.inf if missing else residual(law, centres, stage),
@@ -128,13 +131,13 @@ OF_A_SET: dict[str, tuple[str, Callable[[Clips], float]]] = {
         f"clips with R < {thresholds.FAITHFUL}",
         lambda clips: _mean([float(c.residual < thresholds.FAITHFUL) for c in clips]),
     ),
-    "speed": ("amount of motion S, pixels a frame", lambda clips: _mean([c.speed for c in clips])),
+    "speed": ("speed S, pixels per frame", lambda clips: _mean([c.speed for c in clips])),
     "moving": (
         f"clips with S > {thresholds.MOVING}",
         lambda clips: _mean([float(c.speed > thresholds.MOVING) for c in clips]),
     ),
-    "roughness": ("J = mean|A| / (mean|V| + 0.05)", lambda clips: _mean([c.roughness for c in clips])),
-    "variation": ("std M / mean M of the mass", lambda clips: _mean([c.variation for c in clips])),
+    "roughness": ("roughness J: acceleration over speed", lambda clips: _mean([c.roughness for c in clips])),
+    "variation": ("change of an object's size over a clip", lambda clips: _mean([c.variation for c in clips])),
     "whole": ("clips with the right number of objects, whole", lambda clips: _mean([c.whole for c in clips])),
     "colours": ("clips with the right colours", lambda clips: _mean([c.colours for c in clips])),
     "shapes": ("clips with the right shapes", lambda clips: _mean([c.shapes for c in clips])),
@@ -144,13 +147,15 @@ OF_A_SET: dict[str, tuple[str, Callable[[Clips], float]]] = {
 
 BETWEEN_SETS: dict[str, tuple[str, Callable[[Clips, Clips], float]]] = {
     "smoothness_gap": (
-        "|J - J_real|",
+        "difference in roughness",
         lambda a, b: abs(_mean([clip.roughness for clip in a]) - _mean([clip.roughness for clip in b])),
     ),
     "frechet": ("Frechet motion distance, pixels^2", _gap_of_motion),
-    "wasserstein": ("Wasserstein-1 of |x_t+1 - x_t|", _gap_of_changes),
+    "wasserstein": ("distance of frame differences (Wasserstein)", _gap_of_changes),
 }
 """Metric -> what it is, and how it is had from the clips of two sets."""
+
+NEED_CAPTIONS = {"colours", "shapes", "directions"}
 
 NOT_MEASURED = "sensitivity of a loss to the order of the frames: it needs a network, and is not measured here"
 
@@ -195,41 +200,61 @@ def _difference(a: float, b: float) -> float:
 # --- Folders, and what is printed ------------------------------------------------------------------------------------
 
 
+class Captioned(NamedTuple):
+    """A video file and what it should show."""
+
+    path: Path
+    caption: str | None
+
+
 def measure_folder(folder: Path, prompts: Path | None, stage: Stage, least: int) -> list[Measures]:
-    """Every mp4 of a folder: those of its metadata.csv with their captions, else in the order of their names.
+    """Measure the clips that `list_clips` finds.
 
     Args:
-        prompts: captions of the clips, one a line, for a folder without metadata.csv.
         stage: frames, size and rate at which the clips are read.
-        least: how many clips are needed.
 
     Raises:
         InputError: the folder, a clip or the captions are missing, damaged or too few.
     """
+    return measure_clips(list_clips(folder, prompts, least), stage)
+
+
+def list_clips(folder: Path, prompts: Path | None, least: int) -> list[Captioned]:
+    """The clips of a folder: those of its metadata.csv with their captions, else every mp4 by the number in its name.
+
+    Args:
+        prompts: captions of the clips, one per line, for a folder without metadata.csv.
+        least: how many clips are needed.
+
+    Raises:
+        InputError: the folder or the captions are missing, or too few.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a folder of mp4 files")
-    clips = _list_clips(folder, prompts)
-    if len(clips) < least:
-        raise InputError(f"{folder}: {len(clips)} mp4 files; expected at least {least}")
-    return [
-        measure(video.read_clip(path, stage.frames, *stage.size, stage.fps), caption, stage.fps)
-        for path, caption in clips
-    ]
-
-
-def _list_clips(folder: Path, prompts: Path | None) -> list[tuple[Path, str | None]]:
+    captions: list[str] | list[None]
     if prompts is None and (folder / NAME).exists():
-        return [(clip.path, clip.prompt) for clip in read_metadata(folder)]
-    files = sorted(folder.glob("*.mp4"))
-    if prompts is None:
-        return [(file, None) for file in files]
-    try:
-        captions = [line.strip() for line in prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{prompts}: {error}; expected a text file, a caption a line") from None
+        rows = read_metadata(folder)
+        files, captions = [row.path for row in rows], [row.prompt for row in rows]
+    else:
+        files = video.find_clips(folder)
+        captions = read_prompts(prompts) if prompts else [None] * len(files)
+    if len(files) < least:
+        raise InputError(f"{folder}: {len(files)} mp4 files; expected at least {least}")
     if len(captions) != len(files):
         raise InputError(f"{prompts}: {len(captions)} captions; expected {len(files)}, one for each mp4 of {folder}")
-    return list(zip(files, captions, strict=True))
+    return [Captioned(file, caption) for file, caption in zip(files, captions, strict=True)]
+
+
+def measure_clips(clips: Sequence[Captioned], stage: Stage) -> list[Measures]:
+    """Read and measure clips, one at a time.
+
+    Raises:
+        InputError: a clip is damaged or too short.
+    """
+    return [
+        measure(video.read_clip(clip.path, stage.frames, *stage.size, stage.fps), clip.caption, stage.fps)
+        for clip in clips
+    ]
 
 
 class Counts(NamedTuple):
@@ -242,7 +267,7 @@ class Counts(NamedTuple):
     """On each side of a distance between two sets."""
 
 
-Tables = dict[str, Sequence[Row]]
+Tables = Mapping[str, Sequence[Row]]
 """Name of a set of generated clips -> its table, all against the same reference."""
 
 
@@ -255,12 +280,30 @@ def show(tables: Tables, counts: Counts) -> str:
         values = [*(row.generated for row in rows), rows[0].reference, rows[0].floor]
         cells = "".join(f"{'-' if np.isnan(value) else f'{value:.4g}':>{columns}}" for value in values)
         lines.append(f"{titles[rows[0].metric]:46}{cells}")
+    lines += _reasons(tables)
     lines += [
         f"{counts.generated} generated clips, {counts.reference} of the reference; "
         f"floor: halves of the reference, {counts.compared} clips each",
         f"not in the table: {NOT_MEASURED}",
     ]
     return "\n".join(lines)
+
+
+def _reasons(tables: Tables) -> list[str]:
+    """Why the table has cells without a number, one line for each reason."""
+    infinite, missing = False, set()
+    for row in (row for table in tables.values() for row in table):
+        of_sets = [row.generated, row.floor] + [row.reference] * (row.metric in OF_A_SET)
+        infinite = infinite or bool(np.isinf(of_sets).any())
+        if np.isnan(of_sets).any():
+            missing.add(row.metric)
+    reasons = [
+        (infinite, "inf: an object is missing in half of the clips or more"),
+        (True, "-: a distance compares two sets, so the reference alone has none"),
+        (missing & NEED_CAPTIONS, "-: colours, shapes and directions need captions (--prompts, or a metadata.csv)"),
+        (missing - NEED_CAPTIONS, "-: too few clips have every object in every frame"),
+    ]
+    return [reason for holds, reason in reasons if holds]
 
 
 def to_json(tables: Tables, counts: Counts) -> str:
