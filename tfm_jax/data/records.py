@@ -233,7 +233,7 @@ def _features(latents_shape: tuple[int, ...], text_dim: int) -> tfds.features.Fe
     )
 
 
-def _is_ours(features: tfds.features.FeaturesDict) -> bool:
+def _is_ours(features: Any) -> bool:
     return features.to_json() == _features(features["latents"].shape, features["text"].shape[-1]).to_json()
 
 
@@ -260,5 +260,5 @@ def _digest(record: Record) -> str:
     parts = [record.latents.dtype.str, record.latents.shape, record.text.dtype.str, record.text.shape, *record[2:]]
     state = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8)
     for array in (record.latents, record.text):
-        state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return state.hexdigest()
