@@ -202,7 +202,7 @@ def test_a_poor_environment(world, tmp_path):
         [sys.executable, ROOT / "scripts" / "prepare_data.py", *options],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.stdout == "my latents: 1 clips\n", done.stderr
+    assert done.stdout == "my latents: 1 clip\n", done.stderr
     assert open_records(tmp_path / "my latents")[0].prompt == PROMPTS[1]
 
 
@@ -290,14 +290,18 @@ def test_metadata(refused, world, tmp_path, table, words):
     refused("prepare_data", *config(world), *options, words=(str(tmp_path), *words))
 
 
-def test_clips(refused, world, tmp_path):
-    """Known only once the networks are at work: still nothing is left."""
+def test_clips(call, refused, world, tmp_path):
+    """Their files are known only once the encoders are at work."""
     options = [*config(world), f"--data.path={tmp_path}/latents"]
     refused("prepare_data", *options, "--clip.frames=9", words=("0000.mp4: 5 frames", "expected enough for 9 frames"))
-    refused("prepare_data", *config(world), words=(str(world / "latents"), "exists and is not an empty folder"))
+    refused("prepare_data", *config(world), words=(str(world / "latents"), "already exists and is not empty"))
     shutil.copytree(world / "clips", tmp_path / "clips")
     (tmp_path / "clips" / "0002.mp4").write_text("not a video")
-    refused("prepare_data", *options, f"--data.source={tmp_path}/clips", words="clips/0002.mp4: damaged or not a video")
+    outcome = call("prepare_data", *options, f"--data.source={tmp_path}/clips")
+    file = tmp_path / "latents" / "rejected.jsonl"
+    assert (outcome.code, outcome.out) == (0, f"{file.parent}: 3 of 4 clips; 1 rejected: see {file}\n"), outcome.err
+    assert "clips/0002.mp4: damaged or not a video" in file.read_text()
+    assert len(open_records(file.parent)) == 3
 
 
 @pytest.mark.parametrize("name", ["prepare_data", "train", "sample"])
@@ -334,7 +338,7 @@ def test_weights_that_are_not_numbers(refused, world, tmp_path):
     [
         ("--lora.targets=[q, to_q]", ("lora.targets: 'to_q' names no linear map", "ffn.0")),
         ("--lora.rank=97", ("lora.rank=97", "width of self_attn.q, 96")),
-        ("--train.batch_size=5", ("train.batch_size=5", "latents has 4 clips")),
+        ("--train.batch_size=5", ("train.batch_size=5", "latents has only 4 clips")),
         ("--mesh.fsdp=2", ("mesh.fsdp=2 does not divide the 1 devices", "use one of 1")),
         ("--data.path=nowhere", ("nowhere", "expected a folder that prepare_data.py wrote")),
     ],

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from tfm_jax.data.metadata import read_metadata
 from tfm_jax.embedded.world import write_clips
 from tfm_jax.errors import InputError
 from tfm_jax.study import protocol, report
+from tfm_jax.study import results as results_module
 from tfm_jax.study.cost import relative, steps_in_the_same_time
 from tfm_jax.study.report import GUARDED, Findings
 from tfm_jax.study.results import Results
@@ -120,12 +122,37 @@ def test_results_go_on_after_a_line_that_was_cut_off(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole + b'{"kind": "run", "arm": "tf')
     again = Results(file, settings)
-    assert file.read_bytes() == whole
     assert again.records == results.records
     assert again.one("run", arm="fm", seed=0)["metrics"] == {"residual": 0.5}
     assert again.one("run", arm="tfm") == {}
-    again.add("run", arm="tfm", seed=0)
+    added = again.add("run", arm="tfm", seed=0)
+    assert file.read_bytes() == whole + json.dumps(added).encode() + b"\n"
     assert [run["arm"] for run in Results(file, settings).all("run", seed=0)] == ["fm", "tfm"]
+
+
+def test_results_that_another_process_adds_are_kept(tmp_path, monkeypatch):
+    """At any time: here while a second process starts and finds a line that was cut off."""
+    file = tmp_path / "results.jsonl"
+    first = Results(file, {"weights": "abc"})
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write('{"kind": "ru')
+    read = results_module._read
+    threads = []
+
+    def read_and_be_overtaken(file):
+        records = read(file)
+        threads.append(threading.Thread(target=first.add, args=["run"], kwargs={"arm": "fm"}))
+        threads[-1].start()
+        threads[-1].join(0.2)
+        return records
+
+    monkeypatch.setattr(results_module, "_read", read_and_be_overtaken)
+    second = Results(file, {"weights": "abc"})
+    monkeypatch.undo()
+    threads[0].join()
+    second.add("run", arm="tfm")
+    second.reload()
+    assert [run["arm"] for run in second.all("run")] == ["fm", "tfm"]
 
 
 def test_results_of_another_study_are_refused(tmp_path):
@@ -133,9 +160,18 @@ def test_results_of_another_study_are_refused(tmp_path):
     Results(file, {"size": {"clips": 4}, "weights": "abc"})
     with pytest.raises(InputError, match=r"a study with size\.clips=4, not 5; name another --output"):
         Results(file, {"size": {"clips": 5}, "weights": "abc"})
-    file.write_text('{"step": 1}\n', encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"step": 1}\n', b"\xff\xfe\n", b"[1]\n", b"5\n", b'{"kind": "settings"}\n[1]\n', b"[" * 9999 + b"\n"],
+)
+def test_files_that_hold_no_results_are_refused(tmp_path, content):
+    file = tmp_path / "results.jsonl"
+    file.write_bytes(content)
     with pytest.raises(InputError, match="not the results of a study"):
         Results(file, {})
+    assert file.read_bytes() == content
 
 
 # --- What is said ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from tfm_jax import plain_yaml
 from tfm_jax.errors import InputError
+from tfm_jax.files import replacing
 
 T = TypeVar("T")
 
@@ -219,7 +221,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, about: str) -> T:
         SystemExit: `--help` was asked for and printed.
     """
     file, overrides = _split(argv)
-    values = _read_yaml(file) if file else {}
+    values = _read(file) if file else {}
     if "--help" in overrides:
         print(_help(kind, values, prog, about))
         raise SystemExit(0)
@@ -228,9 +230,10 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, about: str) -> T:
     _check_names(values, str(file))
     origin = {}
     for name, text in overrides.items():
-        origin[name] = f"--{name}={text}"
+        origin[name] = f"--{name}={_shown(text)}"
         _set(kind, values, name, text)
     wanted = {name: values[name] for name in _sections(kind) if name in values}
+    _check_paths(kind, wanted, str(file), origin)
     try:
         return pydantic.TypeAdapter(kind).validate_python(wanted)
     except pydantic.ValidationError as error:
@@ -244,7 +247,9 @@ def plain(config: Any) -> dict[str, dict[str, Any]]:
 
 def dump(config: Any, path: Path) -> None:
     """Write a configuration as YAML that `parse` reads back."""
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def _split(argv: Sequence[str]) -> tuple[Path | None, dict[str, str]]:
@@ -270,31 +275,11 @@ def _split(argv: Sequence[str]) -> tuple[Path | None, dict[str, str]]:
     return (Path(file) if file is not None else None), options
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a repeated key."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    keys: list[Any] = []
-    for key_node, _ in node.value:
-        key, place = loader.construct_object(key_node), key_node.start_mark
-        if key in keys:
-            raise InputError(f"{place.name}:{place.line + 1}: {key} is given twice; expected it once")
-        keys.append(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        with open(file, encoding="utf-8") as stream:
-            values = yaml.load(stream, _Loader)
+        values = plain_yaml.read(file)
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; expected a configuration such as configs/wan_tiny.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
         raise InputError(f"{file}: expected sections ({', '.join(_sections(Config))}) with fields")
     return values
@@ -323,6 +308,14 @@ def _check_names(values: dict[str, Any], file: str) -> None:
                 raise InputError(f"{file}: {full}={str(value).lower()}: expected no truth value; put text into quotes")
 
 
+def _check_paths(kind: type, values: dict[str, Any], file: str, origin: dict[str, str]) -> None:
+    """Refuse empty paths: `Path("")` is the current folder."""
+    for name, part in _sections(kind).items():
+        for field, hint in get_type_hints(part).items():
+            if values.get(name, {}).get(field) == "" and hint in (Path, Path | None):
+                raise InputError(f"{origin.get(f'{name}.{field}') or f'{file}: {name}.{field}='}: expected a path")
+
+
 def _nearest(name: str, kind: type) -> str:
     """What may be meant by a field that does not exist: fields of nearly that name, those of its section first."""
     part, _, tail = name.rpartition(".")
@@ -340,13 +333,13 @@ def _choices(close: Iterable[str], names: Iterable[str]) -> str:
 
 def _set(kind: type, values: dict[str, Any], name: str, text: str) -> None:
     if name not in _fields(kind):
-        raise InputError(f"--{name}={text}: unknown field {name}; {_nearest(name, kind)}")
+        raise InputError(f"--{name}={_shown(text)}: unknown field {name}; {_nearest(name, kind)}")
     part, field = name.split(".")
     # Lists and null are read as YAML; anything else stays text, which the field's type turns into a value.
     try:
-        literal = yaml.safe_load(text) if text.startswith("[") or text == "null" else text
-    except yaml.YAMLError:
-        raise InputError(f"--{name}={text}: not a list; expected one such as [a, b]") from None
+        literal = plain_yaml.parse(text, "") if text.startswith("[") or text == "null" else text
+    except InputError:
+        raise InputError(f"--{name}={_shown(text)}: not a list; expected one such as [a, b]") from None
     values.setdefault(part, {})[field] = literal
 
 
@@ -381,7 +374,8 @@ def _first_problem(error: pydantic.ValidationError, file: str, origin: dict[str,
         field, _, expected = str(context["error"]).partition(": ")
         name, given = f"{name}.{field.partition('=')[0]}", f"{name}.{field}"
     else:
-        expected = _EXPECTED.get(problem["type"], problem["msg"]).format(**context)
+        known = _EXPECTED.get(problem["type"])
+        expected = known.format(**context) if known else problem["msg"]
         given = f"{name}={_shown(problem['input'])}"
     return f"{origin[name]}: {expected}" if name in origin else f"{file}: {given}: {expected}"
 

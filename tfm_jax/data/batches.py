@@ -33,8 +33,9 @@ class Batches:
 
     def __init__(self, records: Records, batch_size: int, seed: int, rows: Sequence[int] | None = None):
         if batch_size > len(records):
-            clips = f"{records.folder} has {len(records)} clips"
-            raise InputError(f"train.batch_size={batch_size}: {clips}; expected at most as many rows as clips")
+            size = f"{records.folder} has only {len(records)} clips"
+            expected = f"expected a batch size of at most {len(records)}"
+            raise InputError(f"train.batch_size={batch_size}: {size}; {expected}")
         self.records = records
         self.batch_size = batch_size
         self.rows = range(batch_size) if rows is None else rows
@@ -44,7 +45,7 @@ class Batches:
         """This process's rows of the batch of step `step` (from 0), and the records of all its rows, by index.
 
         Raises:
-            InputError: a record is damaged.
+            InputError: a record is damaged or is not what was prepared.
         """
         start = step * self.batch_size
         clips = [int(self._order[row]) for row in range(start, start + self.batch_size)]

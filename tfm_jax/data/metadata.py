@@ -1,6 +1,7 @@
 """metadata.csv: which clips there are, and what each of them shows."""
 
 import csv
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,12 +11,14 @@ from tfm_jax.errors import InputError
 
 NAME = "metadata.csv"
 
+PROBLEMS_SHOWN = 3
+
 
 class Clip(NamedTuple):
     """A row of metadata.csv."""
 
     path: Path
-    """The video file; checked to exist and to lie in the folder, links followed."""
+    """The video file; it exists and is in the folder, links followed."""
     video: str
     """Its name in metadata.csv, relative to the folder."""
     prompt: str
@@ -24,36 +27,56 @@ class Clip(NamedTuple):
     """Where the row starts in metadata.csv, from 1."""
 
 
+class _WrongRow(Exception):
+    """The message says what is wrong with a row, and what was expected."""
+
+
 def read_metadata(folder: Path) -> list[Clip]:
     """The rows of `folder/metadata.csv`: UTF-8, comma-separated, columns `video` and `prompt`, any others ignored.
 
-    A video may come with several prompts, in rows of their own.
+    A video may come with several prompts, each in its own row.
 
     Raises:
-        InputError: with file, line, field and value: what is wrong with the table, or with a path in it.
+        InputError: with the file, and for wrong rows with the line, field and value of each of the first few.
     """
     file = folder / NAME
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected a table with the columns video and prompt")
-    clips: dict[tuple[Path, str], Clip] = {}
+    clips: dict[tuple[str, str], Clip] = {}
+    problems: list[tuple[int, str]] = []
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
-            for line, row in _rows(stream, file):
-                clip = Clip(_locate(row["video"], folder, f"{file}:{line}"), row["video"], row["prompt"], line)
-                same = clips.setdefault((clip.path.resolve(), clip.prompt), clip)
-                if same is not clip:
-                    raise InputError(f"{file}:{line}: the same video and prompt as line {same.line}; expected one row")
+            for line, header, row in _rows(stream, file):
+                try:
+                    clip = _clip(line, header, row, folder)
+                    same = clips.setdefault((os.path.realpath(clip.path), clip.prompt), clip)
+                    if same is not clip:
+                        raise _WrongRow(f"the same video and prompt as line {same.line}; expected one row")
+                except _WrongRow as problem:
+                    problems.append((line, str(problem)))
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: byte {error.start} is not UTF-8; expected a UTF-8 table") from None
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; expected a readable table") from None
+    if problems:
+        raise InputError(_report(file, problems))
     if not clips:
         raise InputError(f"{file}: no rows; expected a row for every clip")
     return list(clips.values())
 
 
-def _rows(stream: TextIO, file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and fields by column, row by row; blank lines are skipped."""
+def _report(file: Path, problems: list[tuple[int, str]]) -> str:
+    if len(problems) == 1:
+        [(line, problem)] = problems
+        return f"{file}:{line}: {problem}"
+    shown = [f"line {line}: {problem}" for line, problem in problems[:PROBLEMS_SHOWN]]
+    if len(problems) > PROBLEMS_SHOWN:
+        shown.append(f"and {len(problems) - PROBLEMS_SHOWN} more")
+    return f"{file}: {len(problems)} rows are wrong; {'; '.join(shown)}"
+
+
+def _rows(stream: TextIO, file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Line number, names of the columns and fields, row by row; blank lines are skipped."""
     reader = csv.reader(stream, strict=True)  # its limit of 128 KiB a field stands
     header: list[str] = []
     line = 1
@@ -62,11 +85,8 @@ def _rows(stream: TextIO, file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if not header:
                 header = row
                 _check_header(header, file)
-            elif row and len(row) != len(header):
-                expected = f"expected {len(header)} as in the header (quote a prompt that has commas in it)"
-                raise InputError(f"{file}:{line}: {len(row)} fields; {expected}")
             elif row:
-                yield line, dict(zip(header, row, strict=True))
+                yield line, header, row
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{file}:{line}: {error}; expected comma-separated values") from None
@@ -79,25 +99,40 @@ def _check_header(header: list[str], file: Path) -> None:
             raise InputError(f"{file}:1: {found}; expected one, in a first line such as video,prompt")
 
 
-def _locate(video: str, folder: Path, where: str) -> Path:
-    """The path of a clip, which must lie inside the folder."""
+def _clip(line: int, header: list[str], row: list[str], folder: Path) -> Clip:
+    if len(row) != len(header):
+        expected = f"expected {len(header)} as in the header (quote a prompt that has commas in it)"
+        raise _WrongRow(f"{len(row)} field{'s' if len(row) > 1 else ''}; {expected}")
+    fields = dict(zip(header, row, strict=True))
+    video = fields["video"]
+    try:
+        return Clip(_locate(video, folder), video, fields["prompt"], line)
+    except _WrongRow as problem:
+        raise _WrongRow(f"video={_quote(video)}: {problem}") from None
 
-    def refuse(problem: str, expected: str = "a path relative to the folder of metadata.csv") -> InputError:
-        return InputError(f"{where}: video={_quote(video)}: {problem}; expected {expected}")
 
+def _locate(video: str, folder: Path) -> Path:
+    """The path of a clip, which must be inside the folder."""
+    relative = "expected a path relative to the folder of metadata.csv"
     if not video.strip():
-        raise refuse("empty")
+        raise _WrongRow(f"empty; {relative}")
     if "\0" in video:
-        raise refuse("has a NUL character")
+        raise _WrongRow(f"has a NUL character; {relative}")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", video):
-        raise refuse("a URL", "a file in the folder of metadata.csv; download it first")
+        raise _WrongRow("a URL; expected a file in the folder of metadata.csv; download it first")
     if PurePosixPath(video).is_absolute() or PureWindowsPath(video).is_absolute():
-        raise refuse("an absolute path")
+        raise _WrongRow(f"an absolute path; {relative}")
     path = folder / video
-    if ".." in PurePosixPath(video).parts or not path.resolve().is_relative_to(folder.resolve()):
-        raise refuse("leads out of the folder")
-    if not path.is_file():
-        raise refuse("no such file", f"a video in {folder}")
+    root = os.path.realpath(folder)
+    try:
+        # Path.resolve raises RuntimeError for links that go round in a circle; realpath does not.
+        inside = Path(os.path.realpath(path)).is_relative_to(root)
+        if ".." in PurePosixPath(video).parts or not inside:
+            raise _WrongRow(f"leads out of the folder; {relative}")
+        if not path.is_file():
+            raise _WrongRow(f"no such file; expected a video in {folder}")
+    except OSError as error:  # such as a name that is too long
+        raise _WrongRow(f"{error.strerror}; {relative}") from None
     return path
 
 

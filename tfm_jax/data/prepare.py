@@ -1,5 +1,10 @@
 """Clips -> latents and text embeddings on disk, once, so that training never runs the encoders."""
 
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -7,7 +12,7 @@ from tqdm import tqdm
 from tfm_jax import config as configs
 from tfm_jax import video
 from tfm_jax.config import section
-from tfm_jax.data.metadata import read_metadata
+from tfm_jax.data.metadata import Clip, read_metadata
 from tfm_jax.data.records import Record, RecordWriter
 from tfm_jax.errors import InputError
 from tfm_jax.wan import load_text_encoder, load_tokenizer, load_vae
@@ -23,36 +28,86 @@ class PrepareRun:
     data: configs.DataConfig
 
 
-def prepare(run: PrepareRun) -> int:
-    """Encode every clip that metadata.csv names and write `run.data.path`, whole or not at all.
+class Prepared(NamedTuple):
+    """How many clips of metadata.csv were written, and how many were rejected."""
 
-    Returns:
-        The number of clips.
+    written: int
+    rejected: int
+
+
+def prepare(run: PrepareRun) -> Prepared:
+    """Encode the clips that metadata.csv names and write `run.data.path`, whole or not at all.
+
+    A clip that cannot be used (too short, damaged) goes into rejected.jsonl in that folder, with the reason.
 
     Raises:
-        InputError: a row, a clip or the model is not as expected, or the folder to write is not empty.
+        InputError: rows of metadata.csv or the model are not as expected, the folder to write is not empty, or no
+            clip can be used.
     """
     if run.data.source is None:
         raise InputError("data.source is missing; expected the folder of metadata.csv and its clips")
     rows = read_metadata(run.data.source)
-    clip = run.clip
-    tokenizer = load_tokenizer(run.model.path)
-    text_encoder = load_text_encoder(run.model.path, run.model.dtype)
-    vae = load_vae(run.model.path)
     facts = {"model": str(run.model.path), **configs.plain(run)["clip"]}
-    halting = []
     with RecordWriter(run.data.path, facts) as writer:
-        for row in tqdm(rows, desc="preparing", unit="clip"):
+        _announce(run, len(rows))
+        encode = _encoder(run.model)
+        return _write(rows, run.clip, encode, writer)
+
+
+def _announce(run: PrepareRun, count: int) -> None:
+    clip = run.clip
+    size = f"{clip.frames} frames of {clip.height} x {clip.width} pixels at {clip.fps:g} frames a second"
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    _say(f"{run.data.source}: {count} clip{'s' if count > 1 else ''}, {size}; model {run.model.path}; {devices}")
+
+
+def _encoder(model: configs.ModelConfig) -> Callable[[Clip, np.ndarray], Record]:
+    """A function from a row of metadata.csv and its pixels (`[t, y, x, 3]` uint8) to the record."""
+    _say("loading the text encoder and the autoencoder")
+    tokenizer = load_tokenizer(model.path)
+    text_encoder = load_text_encoder(model.path, model.dtype)
+    vae = load_vae(model.path)
+
+    def encode(row: Clip, pixels: np.ndarray) -> Record:
+        latents = np.asarray(vae.encode(jnp.asarray(video.from_uint8(pixels))[None]))[0]
+        embeddings = np.asarray(encode_prompts(tokenizer, text_encoder, [row.prompt]).astype(jnp.float32))[0]
+        tokens = int(tokenizer([row.prompt])[1].sum())
+        return Record(latents, embeddings[:tokens], row.prompt, row.video)
+
+    return encode
+
+
+def _write(
+    rows: Sequence[Clip], clip: configs.ClipConfig, encode: Callable[[Clip, np.ndarray], Record], writer: RecordWriter
+) -> Prepared:
+    rejected, halting = [], []
+    for row in _with_progress(rows):
+        try:
             pixels = video.read_clip(row.path, clip.frames, clip.height, clip.width, clip.fps)
-            if (pixels[1:] == pixels[:-1]).all(axis=(1, 2, 3)).any():
-                halting.append(row.video)
-            latents = np.asarray(vae.encode(jnp.asarray(video.from_uint8(pixels))[None]))[0]
-            embeddings = np.asarray(encode_prompts(tokenizer, text_encoder, [row.prompt]).astype(jnp.float32))[0]
-            tokens = int(tokenizer([row.prompt])[1].sum())
-            writer.write(Record(latents, embeddings[:tokens], row.prompt, row.video))
+        except InputError as error:
+            rejected.append(str(error))
+            writer.reject(row.video, row.line, str(error))
+            tqdm.write(f"rejected: {error}", file=sys.stderr)
+            continue
+        if (pixels[1:] == pixels[:-1]).all(axis=(1, 2, 3)).any():
+            halting.append(row.video)
+        writer.write(encode(row, pixels))
+    if len(rejected) == len(rows):
+        raise InputError(f"{writer.folder}: none of the {len(rows)} clips can be used; the first: {rejected[0]}")
     if halting:
-        print(
-            f"note: {len(halting)} clips show a frame twice in a row, such as {halting[0]}: "
+        _say(
+            f"note: in {len(halting)} of {len(rows)} clips a frame is shown twice in a row, such as {halting[0]}: "
             f"they stand still or have fewer than clip.fps={clip.fps:g} frames a second"
         )
-    return len(rows)
+    return Prepared(len(rows) - len(rejected), len(rejected))
+
+
+def _with_progress(rows: Sequence[Clip]) -> Iterator[Clip]:
+    """The rows, with a bar that measures from the second one on: the first one waits for the compiler."""
+    _say("encoding the first clip and compiling")
+    yield rows[0]
+    yield from tqdm(rows[1:], desc="preparing", unit="clip", initial=1, total=len(rows))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

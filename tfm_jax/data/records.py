@@ -3,8 +3,12 @@
 Other programs open it with `tfds.builder_from_directory(folder).as_data_source("train")`.
 """
 
+import contextlib
 import hashlib
+import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +18,17 @@ from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Float32
 
 from tfm_jax.errors import InputError
+from tfm_jax.files import check_new_directory, lock
 from tfm_jax.wan.transformer import TEXT_LENGTH
 
 NAME = "tfm_clips"
 INFO = "dataset_info.json"
+FINGERPRINTS = "fingerprints.txt"
+"""One line per record: the hexadecimal `_digest` of it, in the order of the records."""
+REJECTED = "rejected.jsonl"
+"""One line per clip that could not be used; there is no such file when all could be."""
+LOCK = "lock"
+"""In the unfinished folder, held by the run that writes it."""
 SPLIT = "train"
 FIELDS = {"latents", "text", "prompt", "video"}
 SHARD_BYTES = 2**30
@@ -38,29 +49,43 @@ class Record(NamedTuple):
 class RecordWriter:
     """Context manager that writes records one by one into `folder.partial` and renames it at a clean end.
 
-    After an exception nothing is left. `facts` (JSON values: model, size of the clips) are kept beside the records.
+    After an exception nothing is kept. What a killed run left in `folder.partial` is replaced. `facts` (JSON values:
+    model, size of the clips) are kept beside the records.
 
     Raises:
-        InputError: on entering, `folder` is there already and not empty, or `folder.partial` is; on leaving, no
-            record was written.
+        InputError: on entering, `folder` cannot become a new folder, another run writes it, or another program made
+            `folder.partial`; on leaving, no record was written.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]):
         self.folder = folder
-        self.partial = folder.with_name(f"{folder.name}.partial")
+        self._target = Path(os.path.realpath(folder))  # a folder cannot be renamed to a link
+        self.partial = self._target.parent / f"{self._target.name}.partial"
         self._facts = facts
         self._writer: tfds.core.SequentialWriter | None = None
+        self._digests: list[str] = []
+        self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> "RecordWriter":
-        if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
-            raise InputError(f"{self.folder}: exists and is not an empty folder; name another one or remove it")
-        try:
-            self.partial.mkdir(parents=True)
-        except FileExistsError:
-            raise InputError(
-                f"{self.partial}: left by a run that was killed, or being written; remove it if no run is at work"
-            ) from None
+        check_new_directory("data.path", self.folder)
+        if os.path.ismount(self._target):
+            raise InputError(f"data.path={self.folder}: a mount point; expected a folder inside it, such as latents")
+        if self.partial.is_dir() and any(self.partial.iterdir()) and not (self.partial / LOCK).exists():
+            raise InputError(f"{self.partial}: not made by this version of prepare_data.py; remove it or rename it")
+        with contextlib.ExitStack() as held:
+            if not held.enter_context(lock(self.partial / LOCK)):
+                raise InputError(f"{self.folder}: another run is preparing it; wait for it or name another data.path")
+            if self._remove_files():
+                print(f"note: {self.partial}: a run ended before it was finished; its files are removed", flush=True)
+            self._lock = held.pop_all()
         return self
+
+    def _remove_files(self) -> bool:
+        """Whether there were any. The lock stays: it marks a folder that may be replaced."""
+        files = [path for path in self.partial.iterdir() if path.name != LOCK]
+        for path in files:
+            path.unlink()
+        return bool(files)
 
     def write(self, record: Record) -> None:
         """Append one record; all must have latents of one shape and text of one width.
@@ -75,6 +100,17 @@ class RecordWriter:
         if self._writer is None:
             self._writer = self._start(record)
         self._writer.add_examples({SPLIT: [record._asdict()]})
+        self._digests.append(_digest(record))
+
+    def reject(self, video: str, line: int, reason: str) -> None:
+        """Note a clip that cannot be used in rejected.jsonl.
+
+        Args:
+            video: its name in metadata.csv.
+            line: where its row starts in metadata.csv, from 1.
+        """
+        with open(self.partial / REJECTED, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"line": line, "video": video, "reason": reason}, ensure_ascii=False) + "\n")
 
     def _start(self, first: Record) -> tfds.core.SequentialWriter:
         version = tfds.core.Version("1.0.0")
@@ -90,68 +126,100 @@ class RecordWriter:
         return writer
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        done = False
-        try:
-            if self._writer is not None:
-                self._writer.close_all()
-            if kind is None and self._writer is None:
-                raise InputError(f"{self.folder}: no clip to write; expected at least one")
-            if kind is None:
-                self.partial.rename(self.folder)
-                done = True
-        finally:
-            if not done:
-                shutil.rmtree(self.partial, ignore_errors=True)
+        with self._lock:
+            try:
+                if kind is None:
+                    self._finish()
+                elif self._writer is not None:
+                    with contextlib.suppress(Exception):  # on a full disk closing fails too
+                        self._writer.close_all()
+            finally:
+                with contextlib.suppress(OSError):  # after a clean end there is no such folder
+                    self._remove_files()
+                    shutil.rmtree(self.partial)
+
+    def _finish(self) -> None:
+        if self._writer is None:
+            raise InputError(f"{self.folder}: no clip to write; expected at least one")
+        self._writer.close_all()
+        (self.partial / FINGERPRINTS).write_text("".join(f"{digest}\n" for digest in self._digests), encoding="ascii")
+        (self.partial / LOCK).unlink()
+        self.partial.rename(self._target)
 
 
 class Records:
     """Random access to prepared clips: `len(records)`, `records[i]`. Made by `open_records`."""
 
-    def __init__(self, folder: Path, source: Any, facts: dict[str, Any]):
+    def __init__(self, folder: Path, source: Any, digests: Sequence[str], facts: dict[str, Any]):
         self.folder = folder
         self.facts = facts
         self._source = source
+        self._digests = digests
 
     def __len__(self) -> int:
         return len(self._source)
 
     @property
-    def mark(self) -> str:
-        """A name for the dataset, the same wherever it lies: of what made it, and of the size of every shard."""
-        return hashlib.sha256((self.folder / INFO).read_bytes()).hexdigest()[:16]
+    def fingerprint(self) -> str:
+        """Identifies the content of the dataset, wherever its folder is: a hash of all records in their order."""
+        content = (self.folder / FINGERPRINTS).read_bytes() + (self.folder / INFO).read_bytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`, 0 <= index < len. Raises InputError where its bytes are damaged."""
+        """Record `index`, 0 <= index < len.
+
+        Raises:
+            InputError: it is damaged, or is not the record that was written there.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
             fields = self._source[index]
-        except RuntimeError as error:  # all that ArrayRecord raises; a checksum guards every record
-            raise InputError(f"{self.folder}: clip {index} is damaged; prepare the data again ({error})") from error
-        return Record(fields["latents"], fields["text"], fields["prompt"].decode(), fields["video"].decode())
+            record = Record(fields["latents"], fields["text"], fields["prompt"].decode(), fields["video"].decode())
+            digest = _digest(record)
+        except Exception as error:  # ArrayRecord: RuntimeError (wrong checksum); TFDS: whatever its decoders raise
+            reason = _line(error)
+            raise InputError(f"{self.folder}: clip {index} is damaged; prepare the data again ({reason})") from error
+        if digest != self._digests[index]:
+            clip = f"clip {index} ({record.video[:100]})"
+            raise InputError(f"{self.folder}: {clip} is not what was prepared; prepare the data again")
+        return record
 
 
 def open_records(folder: Path) -> Records:
     """Open what `RecordWriter` wrote.
 
     Raises:
-        InputError: no such folder, a dataset of another kind, or a shard that is missing, damaged or of another length.
+        InputError: no such folder, a dataset of another kind or of an earlier version, or a shard that is missing,
+            damaged or of another length.
     """
     expected = "expected a folder that prepare_data.py wrote"
     if not (folder / INFO).is_file():
         raise InputError(f"{folder}: no {INFO} in it; {expected}")
+    if not (folder / FINGERPRINTS).is_file():
+        raise InputError(f"{folder}: no {FINGERPRINTS} in it, so an earlier version wrote it; prepare the data again")
     try:
         builder: Any = tfds.builder_from_directory(folder)
-        fields = set(builder.info.features.keys())
+        features = builder.info.features
+        fields = set(features.keys())
+        ours = fields == FIELDS and _is_ours(features)
         facts = dict(builder.info.metadata)
         split = builder.info.splits[SPLIT]
+        shards = list(zip(map(Path, split.filepaths), split.shard_lengths, strict=True))
+        source = builder.as_data_source(split=SPLIT)
     except Exception as error:  # TFDS lets through whatever its parsers raise
         raise InputError(f"{folder}: cannot be read ({_line(error)}); {expected}") from error
     if fields != FIELDS:
         raise InputError(f"{folder}: a dataset of {', '.join(sorted(fields))}; {expected}")
-    for shard, length in zip(split.filepaths, split.shard_lengths, strict=True):
-        _check_shard(Path(shard), length)
-    return Records(folder, builder.as_data_source(split=SPLIT), facts)
+    if not ours:
+        raise InputError(f"{folder}: features.json is not what prepare_data.py writes; prepare the data again")
+    for shard, length in shards:
+        _check_shard(shard, length)
+    digests = (folder / FINGERPRINTS).read_text(encoding="latin-1").split()
+    if len(digests) != len(source):
+        count = f"{len(digests)} lines for {len(source)} clips"
+        raise InputError(f"{folder / FINGERPRINTS}: {count}; prepare the data again")
+    return Records(folder, source, digests, facts)
 
 
 def _features(latents_shape: tuple[int, ...], text_dim: int) -> tfds.features.FeaturesDict:
@@ -163,6 +231,10 @@ def _features(latents_shape: tuple[int, ...], text_dim: int) -> tfds.features.Fe
             "video": tfds.features.Text(),
         }
     )
+
+
+def _is_ours(features: Any) -> bool:
+    return features.to_json() == _features(features["latents"].shape, features["text"].shape[-1]).to_json()
 
 
 def _check_shard(shard: Path, length: int) -> None:
@@ -181,3 +253,12 @@ def _check_shard(shard: Path, length: int) -> None:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _digest(record: Record) -> str:
+    """A hash of all that a record holds."""
+    parts = [record.latents.dtype.str, record.latents.shape, record.text.dtype.str, record.text.shape, *record[2:]]
+    state = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8)
+    for array in (record.latents, record.text):
+        state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return state.hexdigest()

@@ -1,13 +1,15 @@
-"""The file of a study: one JSON object a line, written when its part is done, so that a study cut off can go on.
+"""The file of a study: one JSON object a line, written when its part is done, so an interrupted study can continue.
 
-Several processes may work on one study: each part is taken by whoever has its lock, which goes with its process.
+Several processes may work on one study. Each writes only while it holds the lock of the file.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from tfm_jax.errors import InputError
+from tfm_jax.files import lock
 
 Record = dict[str, Any]
 
@@ -16,34 +18,33 @@ class Results:
     """What has been measured so far. The first line holds the settings, which every later start must share.
 
     Raises:
-        InputError: the file is of a study with other settings, or is no such file.
+        InputError: the file is of a study with other settings, or does not hold the results of a study.
     """
 
     def __init__(self, file: Path, settings: Record):
         self.file = file
-        self.records = _read(file)
-        if not self.records:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("", encoding="utf-8")
-            self.add("settings", **settings)
+        with lock(file, wait=True):
+            self.records = _read(file)
+            if not self.records:
+                self._append({"kind": "settings", **settings})
         for name, value in settings.items():
             before = self.one("settings").get(name)
             if before != value:
                 raise InputError(f"{file}: a study with {_difference(name, before, value)}; name another --output")
-        # A line that was cut off goes; whole ones stay as they are.
-        lines = [json.dumps(record) + "\n" for record in self.records]
-        if file.read_text(encoding="utf-8") != "".join(lines):
-            partial = file.with_name(f"{file.name}.partial")
-            partial.write_text("".join(lines), encoding="utf-8")
-            partial.replace(file)
 
     def add(self, kind: str, **values: Any) -> Record:
         """Append a record."""
         record = {"kind": kind, **values}
+        with lock(self.file, wait=True):
+            self._append(record)
+        return record
+
+    def _append(self, record: Record) -> None:
+        """Needs the lock. Removes the last line if a killed process wrote only a part of it."""
+        os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
         self.records.append(record)
-        return record
 
     def reload(self) -> None:
         """Read what other processes have added."""
@@ -60,14 +61,14 @@ class Results:
 
 
 def _read(file: Path) -> list[Record]:
-    if not file.exists():
-        return []
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    """All records but a last one of which only a part was written."""
+    *lines, _ = file.read_bytes().split(b"\n")
     try:
         records = [json.loads(line) for line in lines]
-        if records and records[0]["kind"] != "settings":
+        kinds = [record["kind"] for record in records]
+        if kinds and kinds[0] != "settings":
             raise ValueError("no settings in the first line")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: not the results of a study ({error}); name another --output") from None
     return records
 

@@ -21,7 +21,7 @@ from tfm_jax.config import ObjectiveConfig, section
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.data.prepare import PrepareRun, prepare
-from tfm_jax.data.records import Records, open_records
+from tfm_jax.data.records import REJECTED, Records, open_records
 from tfm_jax.embedded.world import LAWS, Stage, write_clips
 from tfm_jax.errors import InputError, NonFiniteLoss
 from tfm_jax.evaluation.report import Clips, Row, compare, measure_folder
@@ -191,8 +191,9 @@ def make_clips(study: Study) -> None:
     for name in ("clips", "held_out"):
         data = configs.DataConfig(source=study.output / name, path=latents_of(study, name))
         if not data.path.exists():
-            shutil.rmtree(data.path.with_name(f"{data.path.name}.partial"), ignore_errors=True)  # of a study cut off
             prepare(PrepareRun(model=study.run.model, clip=clip, data=data))
+        if (data.path / REJECTED).exists():
+            raise InputError(f"{data.path / REJECTED}: clips are missing; remove {data.source} and {data.path}")
 
 
 def latents_of(study: Study, name: str) -> Path:

@@ -79,7 +79,7 @@ def train(run: TrainRun, resume: bool = False) -> None:
     hosts.meet("every process has checked its input")
     settings.output.mkdir(parents=True, exist_ok=True)
 
-    facts = {"config": configs.plain(run), "base": base, "data": records.mark}
+    facts = {"config": configs.plain(run), "base": base, "data": records.fingerprint}
     first = 0
     if resume:
         with Checkpoints(settings.output / "checkpoints") as checkpoints:

@@ -1,0 +1,117 @@
+"""Plain YAML: sections, lists, text, numbers, truth values and null, each written out where it is used.
+
+Nothing else of YAML is accepted: no tags, no anchors and aliases, no dates, no several documents. Files from anywhere
+can be read; at worst they are refused.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from tfm_jax.errors import InputError
+
+MAX_BYTES = 2**18
+MAX_NAME = 100
+"""Characters of the name of a section or field."""
+
+_CORE = "tag:yaml.org,2002:"
+
+
+def read(file: Path) -> Any:
+    """The content of a YAML file of at most 256 KiB.
+
+    Raises:
+        InputError: with file and line, for anything that is not plain YAML.
+    """
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file}: not a regular file; expected a YAML file")
+    with open(file, "rb") as stream:
+        content = stream.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{file}: longer than {MAX_BYTES // 1024} KiB; expected a YAML file")
+    try:
+        return parse(content.decode("utf-8-sig"), str(file))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file}:{line}: not a YAML file: byte {error.start} is not UTF-8") from None
+
+
+def parse(text: str, place: str) -> Any:
+    """The value of a YAML text; null where it is empty.
+
+    Args:
+        place: where the text is from; messages begin with it and the line.
+
+    Raises:
+        InputError: for anything that is not plain YAML.
+    """
+    try:
+        node = yaml.compose(text, _Loader)
+        return None if node is None else _value(node)
+    except _Refused as error:
+        raise InputError(f"{place}:{error.line}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise InputError(f"{place}:{mark.line + 1 if mark else 1}: not a YAML file: {error.problem}") from None
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise InputError(f"{place}: not a YAML file: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{place}: nested too deeply; expected sections with fields") from None
+
+
+class _Refused(Exception):
+    """YAML that is not plain."""
+
+    def __init__(self, mark: yaml.Mark, message: str):
+        super().__init__(message)
+        self.line = mark.line + 1
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        event: Any = self.peek_event()
+        if event.anchor:  # an alias has the name of its anchor
+            raise _Refused(event.start_mark, f"anchor or alias {event.anchor[:MAX_NAME]}: write the value out")
+        if event.tag:
+            tag = event.tag.replace(_CORE, "!!")[:MAX_NAME]
+            raise _Refused(event.start_mark, f"tag {tag}: expected a value without a tag; put text into quotes")
+        return super().compose_node(parent, index)
+
+
+def _value(node: Node) -> Any:
+    if isinstance(node, MappingNode):
+        return _mapping(node)
+    if isinstance(node, SequenceNode):
+        return [_value(item) for item in node.value]
+    kind, text = node.tag.removeprefix(_CORE), node.value
+    if kind not in _SCALARS:
+        raise _Refused(node.start_mark, f"{text[:MAX_NAME]}: YAML reads this as a {kind}; put text into quotes")
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise _Refused(node.start_mark, "text with a NUL or half a surrogate pair; expected Unicode text")
+    try:
+        return _SCALARS[kind](text)
+    except ValueError:  # YAML 1.1 reads 1:30 as 90 and 0x1f as 31
+        raise _Refused(node.start_mark, f"{text[:MAX_NAME]}: expected a decimal number; put text into quotes") from None
+
+
+def _mapping(node: MappingNode) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in node.value:
+        if not isinstance(key, ScalarNode) or len(key.value) > MAX_NAME:
+            raise _Refused(key.start_mark, "expected a name before the colon")
+        if key.value in values:
+            raise _Refused(key.start_mark, f"{key.value} is given twice; expected it once")
+        values[key.value] = _value(value)
+    return values
+
+
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": lambda text: text.lower() in ("yes", "true", "on"),
+    "null": lambda text: None,
+}
