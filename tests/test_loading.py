@@ -227,7 +227,7 @@ def test_a_tensor_twice_in_one_header(tmp_path):
         (b'{"__metadata__":{"a":"b","a":"c"}}', "key 'a' is given twice"),
         (b"[" * 10_000, "not a whole safetensors file"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}', "not a whole safetensors file"),
-        (b'{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}', "tensor a is I32; expected one of F64"),
+        (b'{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}', "tensor 'a' is I32; expected one of F64"),
         (b'{"__metadata__":{"a":"%s"}}' % (b"b" * 2**23), "header: more than 8388608 bytes of JSON"),
     ],
 )

@@ -329,24 +329,24 @@ ADAPTER = {"transformer.r": RANK, "transformer.lora_alpha": 8}
         (
             set_to("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", torch.ones(RANK, DIM)),
             "comfy",
-            r"matched 40 of 41 keys, not diffusion_model\.blocks\.0\.cross_attn\.k_img\.lora_A\.weight; .*ffn\.2",
+            r"matched 40 of 41 keys, not 'diffusion_model\.blocks\.0\.cross_attn\.k_img\.lora_A\.weight'; .*ffn\.2",
         ),
         (set_to(f"{Q}.diff_b", torch.ones(DIM)), "comfy", r"matched 40 of 41 keys, not .*diff_b"),
-        (set_to("text_embedding.0.lora_A.weight", torch.ones(RANK, DIM)), "comfy", "not text_embedding"),
+        (set_to("text_embedding.0.lora_A.weight", torch.ones(RANK, DIM)), "comfy", "not 'text_embedding"),
         (set_to("diffusion_model.blocks.00.ffn.0.lora_A.weight", torch.ones(1)), "comfy", r"not .*blocks\.00"),
-        (set_to(f"{KOHYA_Q}_img.alpha", torch.tensor(1.0)), "kohya", f"matched 60 of 61 keys, not {KOHYA_Q}_img"),
-        (lambda tensors: {"model.weight": torch.ones(2)}, "comfy", r"matched 0 of 1 keys, not model\.weight"),
+        (set_to(f"{KOHYA_Q}_img.alpha", torch.tensor(1.0)), "kohya", f"matched 60 of 61 keys, not '{KOHYA_Q}_img"),
+        (lambda tensors: {"model.weight": torch.ones(2)}, "comfy", r"matched 0 of 1 keys, not 'model\.weight"),
         (
             lambda tensors: {f"x.{key}": value for key, value in tensors.items()},
             "comfy",
-            "matched 0 of 40 keys, not x.",
+            "matched 0 of 40 keys, not 'x.",
         ),
         (without(f"{Q}.lora_B.weight"), "comfy", r"blocks\.0\.self_attn\.q has no B factor, matched 19 of 20 modules"),
         (without(f"{Q}.lora_A.weight"), "comfy", r"blocks\.0\.self_attn\.q has no A factor, matched 19 of 20 modules"),
         (
             set_to("blocks.0.self_attn.q.lora_A.weight", torch.ones(RANK, DIM)),
             "comfy",
-            r"blocks\.0\.self_attn\.q\.lora_A\.weight and .* are the same factor",
+            r"blocks\.0\.self_attn\.q\.lora_A\.weight' and .* are the same factor",
         ),
         (
             lambda tensors: tensors.update(
@@ -369,7 +369,7 @@ ADAPTER = {"transformer.r": RANK, "transformer.lora_alpha": 8}
         (set_to(f"{Q.replace('0', '1٢')}.lora_A.weight", torch.ones(RANK, DIM)), "comfy", "matched 40 of 41 keys"),
         (set_to(f"{Q}.lora_A.weight", torch.ones(RANK, DIM, 1)), "comfy", r"has A \[4, 24, 1\]"),
         (set_to(f"{Q}.lora_B.weight", torch.full((DIM, RANK), torch.nan)), "comfy", r"B factor of blocks.*not finite"),
-        (set_to(f"{Q}.lora_A.weight", torch.ones(RANK, DIM).int()), "comfy", r"lora_A\.weight is I32; expected"),
+        (set_to(f"{Q}.lora_A.weight", torch.ones(RANK, DIM).int()), "comfy", r"lora_A\.weight' is I32; expected"),
         (
             set_to(f"{KOHYA_Q}.alpha", torch.tensor(2.0)),
             "kohya",
@@ -400,7 +400,7 @@ def test_refuses_tensors(tmp_path, change, dialect, message):
         ("[1]", "a JSON list; expected an object"),
         ('{"a":' * 100_000, "JSON nested too deep"),
         ('{"r": 4, "r": 4, "lora_alpha": 8}', "not JSON .key 'r' is given twice"),
-        ('{"r": 4, "lora_alpha": NaN}', "not JSON .NaN is not a finite number"),
+        ('{"r": 4, "lora_alpha": NaN}', "not JSON .'NaN' is not a finite number"),
         ('{"r": 4, "lora_alpha": 1%s}' % ("0" * 400), "lora_alpha is 10+\\.\\.\\.0+; expected"),
         ('{"r": 4.0, "lora_alpha": 8}', r"r is 4\.0; expected a valid integer"),
         ('{"lora_alpha": 8}', "r is missing"),

@@ -324,7 +324,7 @@ def test_weights_that_are_not_numbers(refused, world, tmp_path):
     tensors["blocks.1.attn1.to_q.weight"][3, 4] = np.nan
     save_file(tensors, file)
     options = [*config(world), f"--model.path={tmp_path}/model", f"--train.output={tmp_path}/run"]
-    refused("train", *options, words=("model/transformer", "blocks.self_attn.q.kernel has a NaN"))
+    refused("train", *options, words=("model/transformer", "blocks.1.attn1.to_q.weight has a NaN"))
     words = ("model/transformer", "blocks.1.attn1.to_q.weight has a NaN")
     refused("convert_weights", tmp_path / "model", tmp_path / "new", "--to=tfm_jax", words=words)
 

@@ -65,11 +65,11 @@ def parse_json(text: str | bytes, place: str | Path, limit: int = JSON_BYTES) ->
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {shown(repeated)} is given twice")
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"key {shown(name)} is given twice")
+        values[name] = value
     return values
 
 
@@ -79,7 +79,7 @@ def _finite(text: str) -> float:
 
 
 def _not_finite(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a finite number")
+    raise ValueError(f"{shown(text)} is not a finite number")
 
 
 def checked(
@@ -112,5 +112,5 @@ def shown(value: Any) -> str:
 
 
 _repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 80
+_repr.maxstring = _repr.maxother = 120
 _repr.maxlevel = 2

@@ -207,12 +207,14 @@ def _modules(path: Path, entries: Mapping[str, Entry]) -> dict[str, _Parts]:
         if place is None:
             left_over.append(key)
         elif place in places:
-            raise InputError(f"{path}: {key} and {places[place]} are the same factor; expected one of them")
+            raise InputError(
+                f"{path}: {shown(key)} and {shown(places[place])} are the same factor; expected one of them"
+            )
         else:
             places[place] = key
     if left_over or not places:
         raise InputError(
-            f"{path}: matched {len(places)} of {len(entries)} keys, not {left_over[0] if left_over else 'one'}; "
+            f"{path}: matched {len(places)} of {len(entries)} keys, not {shown(left_over[0]) if left_over else 'one'}; "
             f"expected lora_A and lora_B on {', '.join(_DIFFUSERS_NAMES)} of Wan2.1-T2V blocks"
         )
     order = {original: number for number, original in enumerate(_DIFFUSERS_NAMES)}

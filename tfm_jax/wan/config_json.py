@@ -44,7 +44,7 @@ def _own(name: str, config: type) -> Format:
     return Format(f"tfm_jax.{name}", {field.name: field.name for field in dataclasses.fields(config)})
 
 
-_PATCH = {
+_T2V = {
     "patch_size": list(PATCH),
     "qk_norm": "rms_norm_across_heads",
     "cross_attn_norm": True,
@@ -67,8 +67,8 @@ FORMATS: dict[tuple[str, Layout], Format] = {
             "eps": "eps",
         },
         copies={"out_channels": "channels"},
-        fixed=_PATCH,
-        written=_PATCH,
+        fixed=_T2V,
+        written=_T2V,
     ),
     ("transformer", "original"): Format(
         "WanModel",

@@ -83,6 +83,11 @@ class Source(NamedTuple):
         piece = tuple(slice(None) if a == "1" else index[after.index(a)] for a in before)
         return rearrange(theirs.read(piece), row.axes)
 
+    def not_finite(self, row: names.Row) -> str:
+        """The message about the tensor of a row that has a NaN."""
+        name = self.name(row)
+        return f"{self.tensors[name].file}: {name} has a NaN or infinite value; expected finite numbers"
+
     def outermost(self, row: names.Row) -> int:
         """Which of our axes (without that of stacked layers) varies slowest in the file."""
         if self.layout == "tfm_jax":
@@ -219,7 +224,7 @@ def check_tensors(place: Path, tensors: Tensors, expected: dict[str, Shape]) -> 
     if extra:
         name = min(extra)
         raise InputError(
-            f"{place}: {len(extra)} tensors are not of this model, such as {name} in "
+            f"{place}: {len(extra)} tensors are not of this model, such as {shown(name)} in "
             f"{tensors[name].file.name}{nearest(name, set(expected))}"
         )
     for name, shape in expected.items():

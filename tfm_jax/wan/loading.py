@@ -118,7 +118,7 @@ def _not_finite(source: Source, rows: list[Row], dtype: DTypeLike) -> str:
     for row in rows:
         with np.errstate(over="ignore"):
             if not np.isfinite(source.read(row).astype(dtype)).all():
-                return f"{source.tensors[source.name(row)].file}: {source.name(row)} has a NaN or infinite value"
+                return source.not_finite(row)
     raise AssertionError(f"{source.place}: {rows[0].ours} was read differently the second time")
 
 

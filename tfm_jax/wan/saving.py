@@ -78,7 +78,7 @@ def _fill(writer: TensorWriter, source: Source, rows: list[Row], layout: Layout,
     for row in rows:
         array = source.read(row)
         if not np.isfinite(array).all():
-            raise InputError(f"{source.place}: {source.name(row)} has a NaN or infinite value; expected numbers")
+            raise InputError(source.not_finite(row))
         if layout == "tfm_jax":
             name = row.ours
             target = writer[name] if row.layer is None else writer[name][row.layer]

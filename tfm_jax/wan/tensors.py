@@ -51,7 +51,7 @@ def open_tensors(files: Sequence[Path]) -> Tensors:
     for file in files:
         for name, entry in open_safetensors(file).items():
             if name in entries:
-                raise InputError(f"{file}: tensor {name} is also in {entries[name].file}")
+                raise InputError(f"{file}: tensor {shown(name)} is also in {entries[name].file}")
             entries[name] = entry
     for prefix in _WRAPPERS:
         if entries and all(name.startswith(prefix) for name in entries):
@@ -102,7 +102,9 @@ def open_safetensors(file: Path) -> Tensors:
     entries = {}
     for name, piece in slices.items():
         if piece.get_dtype() not in _DTYPES:
-            raise InputError(f"{file}: tensor {name} is {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}")
+            raise InputError(
+                f"{file}: tensor {shown(name)} is {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}"
+            )
         entries[name] = Entry(tuple(piece.get_shape()), file, piece.__getitem__)
     return entries
 
