@@ -3,30 +3,32 @@
     python scripts/plan.py --config configs/wan2.1_t2v_14b.yaml --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4
     python scripts/plan.py --config configs/wan2.1_t2v_14b.yaml --topology=v6e:2x4 --search
 
-No TPU or GPU is needed, nor any weights. The compiler for TPUs comes with `pip install 'jax[tpu]'`. Topologies are
-v5e:2x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and the like. Told are the memory of each device, the operations of
-a step, what the devices send to each other, and what compiling took; never a step time, since nothing is run. Exit code
-1: it does not fit.
+No TPU, GPU or weights are needed. The compiler for TPUs comes with `pip install 'jax[tpu]'`. Topologies are
+v5e:2x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and the like. It reports the memory needed per device, the
+operations of a step, what the devices send to each other, and what compiling took; never a step time, since nothing is
+run. Exit code 1: it does not fit.
 
---sampling: the sampling program instead. --search, or --search=N: try the N (8) meshes that look best, and the remat
-policies, and rank those that fit. --json: the same for programs. Every field of the configuration can be set on the
-command line.
+--sampling: the sampling program instead. --search, or --search=N: compile the N (8) most promising meshes, with each
+remat policy (or the one that --train.remat names), rank those that fit, and print the command for the best. --json: the
+same for programs. Every field of the configuration can be set on the command line.
 """
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: what this machine has is not touched
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: the accelerators of this machine are not touched
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler logs every program that does not fit
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 
 from tfm_jax import cli, config
 from tfm_jax.errors import InputError
 from tfm_jax.planning.chips import CHIPS, EXAMPLES, topology
-from tfm_jax.planning.plan import make_plan, told
+from tfm_jax.planning.plan import Plan, describe, make_plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
-from tfm_jax.planning.search import RULE, search
+from tfm_jax.planning.search import KEPT, RULE, options, search
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,28 +37,43 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--sampling", action="store_true")
     parser.add_argument("--search", type=int, nargs="?", const=8)
     parser.add_argument("--json", action="store_true")
-    options, fields = parser.parse_known_args(argv)
-    run = config.parse(SamplePlan if options.sampling else TrainPlan, fields, "plan.py", __doc__ or "")
-    if options.search is not None:
+    chosen, fields = parser.parse_known_args(argv)
+    run = config.parse(SamplePlan if chosen.sampling else TrainPlan, fields, "plan.py", __doc__ or "")
+    if chosen.search is not None:
         _check_free(fields)
-    if not options.topology:
+    if not chosen.topology:
         raise InputError(f"--topology is missing; expected one of {', '.join(CHIPS)} and its shape, {EXAMPLES}")
-    devices = topology(options.topology)
-    plans = [make_plan(run, devices)] if options.search is None else search(run, devices, options.search)
-    if options.json:
-        print(json.dumps(plans[0].as_json() if options.search is None else [plan.as_json() for plan in plans]))
+    devices = topology(chosen.topology)
+    if chosen.search is None:
+        plans = [make_plan(run, devices)]
     else:
-        print("\n\n".join(map(told, plans)))
-        if options.search is not None:
+        given = any(field.startswith("--train.remat") for field in fields)
+        policies = [run.train.remat] if isinstance(run, TrainPlan) and given else list(KEPT)
+        plans = search(run, devices, chosen.search, policies)
+    if chosen.json:
+        print(json.dumps(plans[0].as_json() if chosen.search is None else [plan.as_json() for plan in plans]))
+    else:
+        print("\n\n".join(map(describe, plans)))
+        if chosen.search is not None:
             print(f"\nranked by {RULE}")
+            print(_command(plans[0], fields, chosen.sampling))
     if not any(plan.fits for plan in plans):
         sys.exit(1)
 
 
 def _check_free(fields: Sequence[str]) -> None:
     for field in fields:
-        if field.startswith(("--mesh.", "--train.remat")):
-            raise InputError(f"{field}: --search chooses meshes and policies itself; leave out one of the two")
+        if field.startswith("--mesh."):
+            raise InputError(f"{field}: --search chooses the mesh; leave out one of the two")
+
+
+def _command(best: Plan, fields: Sequence[str], sampling: bool) -> str:
+    """How to run what was planned."""
+    if not best.fits:
+        return "no plan fits; the one above is closest"
+    given = [field for field in fields if not field.startswith("--train.remat")]
+    program = "sample.py" if sampling else "train.py"
+    return f"to run the first: python scripts/{program} {shlex.join([*given, *options(best)])}"
 
 
 if __name__ == "__main__":

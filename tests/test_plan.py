@@ -23,8 +23,8 @@ from tfm_jax.planning import search as searching
 from tfm_jax.planning.chips import CHIPS, GIB, Topology, topology
 from tfm_jax.planning.flops import sampling_flops, training_flops
 from tfm_jax.planning.hlo import Traffic
-from tfm_jax.planning.plan import Plan, flops, make_plan, told, too_large
-from tfm_jax.planning.programs import SamplePlan, TrainPlan, network
+from tfm_jax.planning.plan import Plan, describe, flops, make_plan, too_large
+from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.planning.search import candidates, search
 from tfm_jax.sharding import make_mesh
 
@@ -87,8 +87,8 @@ def test_operations_of_sampling_are_those_of_the_compiled_program(parsed):
 
 def test_the_width_of_text_is_that_of_the_weights_if_they_are_here():
     model = ModelConfig(path=ROOT / "tfm_jax" / "embedded" / "wan_tiny", dim=128, ffn_dim=512, heads=4, layers=8)
-    assert network(model).text_dim == 64
-    assert network(dataclasses.replace(model, path=ROOT / "none")).text_dim == 4096
+    assert programs.network(model).text_dim == 64
+    assert programs.network(dataclasses.replace(model, path=ROOT / "none")).text_dim == 4096
 
 
 def test_operations_of_14b_by_hand():
@@ -292,14 +292,14 @@ def plan(mesh=(1, 4, 2, 1), needed=10 * GIB, recomputed=5, sent=7, **values):
 
 
 def test_what_is_too_large_is_told_with_the_bytes_over():
-    text = told(plan(needed=20 * GIB, temporaries=None, code=None, collectives=None))
+    text = describe(plan(needed=20 * GIB, temporaries=None, code=None, collectives=None))
     assert f"DOES NOT FIT: {round(4.25 * GIB):,} bytes (4.25 GiB) over" in text
     assert "compiled, not run" in text
     assert "not known" in text
 
 
 def test_what_fits_is_told_with_the_bytes_left():
-    text = told(plan(program="sampling, 50 steps", remat=None, flops={"forward": 10**15}))
+    text = describe(plan(program="sampling, 50 steps", remat=None, flops={"forward": 10**15}))
     assert "fits, 5.75 GiB to spare" in text
     assert "data=1 fsdp=4 sequence=2 tensor=1; 4 clips of 32,760 tokens" in text
 
@@ -326,6 +326,22 @@ def test_a_compiler_that_is_missing_is_one_line_with_the_command(monkeypatch, na
         topology(name)
     assert wheel in str(told.value)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [
+        ("v5p:8", "v5p:2x2x2 has 8 chips"),
+        ("v5p:4", "v5p:2x2x1 has 4 chips"),
+        ("v4:32", "v4:2x4x4 has 32 chips"),
+        ("v5e:8", "v5e:2x4 has 8 chips"),
+        ("v6e:16", "v6e:4x4 has 16 chips"),
+        ("v5p:12", "the chips along each axis, such as"),
+        ("v5p:3x3x3", "a shape that exists, such as"),
+    ],
+)
+def test_a_number_of_chips_is_answered_with_the_shape(shape, hint):
+    assert hint in chips._shape_hint(shape)
 
 
 def nowhere(kind, devices):
@@ -393,15 +409,19 @@ def test_search_takes_least_recomputation_first_and_then_least_sent(capsys):
         mesh, remat = (getattr(run.mesh, axis) for axis in ("data", "fsdp", "sequence", "tensor")), run.train.remat
         mesh = tuple(mesh)
         tried.append((mesh, remat))
-        needs = {"none": 40, "attention": 17, "full": 9}[remat] - len({m for m, _ in tried})
-        return plan(mesh, needs * GIB, sent=100 - len(tried), remat=remat, flops=flops(run, where, 4))
+        needs = {"none": 40, "attention": 17.8, "full": 11}[remat] - 2 * len({m for m, _ in tried})
+        return plan(mesh, round(needs * GIB), sent=100 - len(tried), remat=remat, flops=flops(run, where, 4))
 
-    found = search(paper(), nowhere("v5e", 16), 4, make)
+    found = search(paper(), nowhere("v5e", 16), 4, make=make)
     assert [p.remat for p in found] == ["attention"] * 3 + ["full"]
     assert [p.sent for p in found[:3]] == sorted(p.sent for p in found[:3])
-    # The first mesh fits with full alone. The second fits with attention, and full is not tried again.
-    assert [remat for _, remat in tried] == ["none", "attention", "full", *("none", "attention") * 3]
-    assert len(capsys.readouterr().err.splitlines()) == 10
+    # `none` needs several times the memory and is never compiled. The first mesh fits with full alone; the second fits
+    # with attention, and full is not tried again.
+    assert [remat for _, remat in tried] == ["attention", "full", *("attention",) * 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 2 * 5
+    assert "compiling the 4 most promising" in lines[0]
+    assert "1/4 data=2 fsdp=2 sequence=4 tensor=1 remat=attention: compiling" in lines[1]
 
 
 def test_search_goes_on_after_a_failure_of_the_compiler(capsys):
@@ -410,18 +430,39 @@ def test_search_goes_on_after_a_failure_of_the_compiler(capsys):
             raise CompilerError("no such kernel")
         return plan()
 
-    found = search(paper(), nowhere("v5e", 16), 4, make)
+    found = search(paper(), nowhere("v5e", 16), 4, make=make)
     assert found
-    assert "remat=none: no such kernel" in capsys.readouterr().err
+    assert "remat=attention: no such kernel" in capsys.readouterr().err
     with pytest.raises(CompilerError, match="on every mesh"):
-        search(paper(), nowhere("v5e", 8), 1, make)
+        search(paper(), nowhere("v5e", 8), 1, make=make)
 
 
-def test_search_that_finds_nothing_gives_what_lacks_least():
+def test_search_ranks_a_tight_fit_last_and_looks_further(capsys):
+    def make(run, where):
+        needs = {"attention": 15.3, "full": 9}[run.train.remat]
+        return plan(needed=round(needs * GIB), remat=run.train.remat, flops=flops(run, where, 4))
+
+    found = search(paper(), nowhere("v5e", 16), 1, make=make)
+    assert [(p.remat, p.tight) for p in found] == [("full", False), ("attention", True)]
+    assert "only 0.45 GiB to spare" in describe(found[1])
+
+
+def test_search_keeps_to_the_policy_that_is_asked_for():
+    tried = []
+
+    def make(run, where):
+        tried.append(run.train.remat)
+        return plan()
+
+    search(paper(), nowhere("v5e", 16), 2, ["none"], make)
+    assert tried == ["none"] * 2
+
+
+def test_search_that_finds_nothing_gives_what_is_closest():
     def make(run, where):
         return plan(needed=(30 if run.train.remat == "full" else 50) * GIB)
 
-    (found,) = search(paper(), nowhere("v5e", 16), 2, make)
+    (found,) = search(paper(), nowhere("v5e", 16), 2, make=make)
     assert not found.fits
     assert found.needed == 30 * GIB
 
@@ -493,7 +534,7 @@ def run_program(tmp_path, *options):
     [
         (["--topology=v9:2x2"], "--topology=v9:2x2: expected one of"),
         ([], "--topology is missing; expected one of"),
-        (["--topology=v5e:2x2", "--search", "--mesh.fsdp=2"], "--mesh.fsdp=2: --search chooses"),
+        (["--topology=v5e:2x2", "--search", "--mesh.fsdp=2"], "--mesh.fsdp=2: --search chooses the mesh"),
         (["--topology=v5e:2x2", "--model.heads=7"], "--model.heads=7: expected a divisor of dim=64"),
     ],
 )

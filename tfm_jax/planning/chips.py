@@ -119,7 +119,7 @@ def topology(name: str) -> Topology:
     match = _NAME.fullmatch(name)
     if not match or match[2] not in CHIPS:
         raise InputError(f"--topology={name}: expected one of {', '.join(CHIPS)} and its shape, {EXAMPLES}")
-    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # it misses what running would need
+    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # it reports libraries that only running needs
     slices, kind, shape = int(match[1] or 1), match[2], match[3]
     devices = _gpus(name, kind, slices, shape) if CHIPS[kind].target else _tpus(name, slices, f"{kind}:{shape}")
     return Topology(name, kind, devices)
@@ -128,7 +128,7 @@ def topology(name: str) -> Topology:
 def _tpus(name: str, slices: int, shape: str) -> Sequence[Any]:
     if not find_spec("libtpu"):
         wheel = f"pip install 'jax[tpu]=={version('jax')}'"
-        raise InputError(f"--topology={name}: needs libtpu, the TPU compiler, but no TPU: {wheel}")
+        raise InputError(f"--topology={name}: needs the TPU compiler libtpu (no TPU is needed): {wheel}")
     # It must not look for a TPU on this machine, nor take its lock from another program.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -145,7 +145,25 @@ def _tpus(name: str, slices: int, shape: str) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=shape, **more).devices
     except Exception as error:  # the compiler's own, of several types
         reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
-        raise InputError(f"--topology={name}: {reason[:200]}; expected a shape that exists, {EXAMPLES}") from None
+        raise InputError(f"--topology={name}: {reason[:200]}; {_shape_hint(shape)}") from None
+
+
+def _shape_hint(shape: str) -> str:
+    """What to write instead of a shape that the compiler does not know."""
+    kind, _, sizes = shape.partition(":")
+    if not sizes.isdecimal():
+        return f"expected a shape that exists, {EXAMPLES}"
+    axes = 2 if kind in ("v5e", "v6e") else 3
+    sides = [1] * axes
+    chips = int(sizes)
+    while chips % 2 == 0:  # slices double along their shortest axis
+        shortest = sides.index(min(sides))
+        sides[shortest] *= 2
+        chips //= 2
+    if chips > 1:
+        return f"expected the chips along each axis, {EXAMPLES}"
+    ordered = sorted(sides, reverse=axes == 3 and int(sizes) < 8)
+    return f"expected the chips along each axis: {kind}:{'x'.join(map(str, ordered))} has {sizes} chips"
 
 
 def _gpus(name: str, kind: str, slices: int, shape: str) -> Sequence[Any]:
@@ -155,7 +173,7 @@ def _gpus(name: str, kind: str, slices: int, shape: str) -> Sequence[Any]:
         raise InputError(f"--topology={name}: expected GPUs, or hosts x GPUs, {EXAMPLES}")
     if not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13")):
         wheel = "pip install --no-deps jax-cuda13-pjrt=={0} jax-cuda13-plugin=={0}".format(version("jax"))
-        raise InputError(f"--topology={name}: needs JAX's CUDA plugin, but no GPU: {wheel}")
+        raise InputError(f"--topology={name}: needs JAX's CUDA plugin (no GPU is needed): {wheel}")
     return topologies.get_topology_desc(
         name, platform="cuda", target_config=CHIPS[kind].target, topology=f"1x{math.prod(counts)}x{gpus}"
     ).devices

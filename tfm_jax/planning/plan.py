@@ -1,4 +1,4 @@
-"""What a program needs of every device of a topology, told by the compiler and not by a run."""
+"""The memory, operations and traffic of a program on each device of a topology, as its compiler reports them."""
 
 import re
 import resource
@@ -19,6 +19,10 @@ from tfm_jax.sharding import make_mesh
 
 SPLASH_PASSES = 3
 """Products as large as the scores that the TPU kernels of the backward pass make again; cuDNN makes one."""
+
+MARGIN = 0.05
+"""Share of the memory that a plan should leave free. A run also holds batches that are read ahead and what the runtime
+fragments; on GPUs the compiler cannot ask cuDNN for its workspace either."""
 
 _TOO_LARGE = (
     re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
@@ -67,13 +71,18 @@ class Plan:
         return self.over <= 0
 
     @property
+    def tight(self) -> bool:
+        """Whether it fits with so little memory to spare that a run may still fail."""
+        return 0 <= -self.over < MARGIN * self.available
+
+    @property
     def sent(self) -> int:
         """Bytes that a device sends."""
         return sum(traffic.bytes for traffic in (self.collectives or {}).values())
 
     @property
     def recomputed(self) -> int:
-        """Operations that the remat policy costs."""
+        """Operations that the remat policy repeats in the backward pass."""
         return self.flops.get("recomputed", 0)
 
     @property
@@ -185,8 +194,8 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def told(plan: Plan) -> str:
-    """A plan as a reader wants it."""
+def describe(plan: Plan) -> str:
+    """A plan in words, several lines."""
     device = "chip" if plan.devices == plan.chips else "device"
     chips = f"{plan.chips} chip{'s' * (plan.chips > 1)}" + (f", {plan.devices} devices" if device == "device" else "")
     mesh = " ".join(f"{name}={size}" for name, size in plan.mesh.items())
@@ -196,8 +205,8 @@ def told(plan: Plan) -> str:
         f"  mesh      {mesh}{remat}; {plan.clips} clips of {plan.tokens:,} tokens",
         f"  memory    {_memory(plan)} a {device}",
         f"            {_verdict(plan)}",
-        f"  FLOPs     {_flops_told(plan)}",
-        f"            {plan.seconds_of_arithmetic:.3g} s of arithmetic at the peak rate: a lower bound, no step time",
+        f"  FLOPs     {_describe_flops(plan)}",
+        f"            {plan.seconds_of_arithmetic:.3g} s of arithmetic at the peak rate, a lower bound for a step",
         f"  sent      {_sent(plan, device)}",
         f"  compiled  in {plan.compile_seconds:.0f} s, {plan.cpu_seconds:.0f} s of CPU, "
         f"with {plan.compiler_memory / 1e9:.1f} GB",
@@ -219,19 +228,21 @@ def _memory(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
+    if plan.tight:
+        return f"fits, with only {gib(-plan.over)} to spare: a run may still run out of memory"
     if plan.fits:
         return f"fits, {gib(-plan.over)} to spare"
     return f"DOES NOT FIT: {plan.over:,} bytes ({gib(plan.over)}) over"
 
 
-def _flops_told(plan: Plan) -> str:
+def _describe_flops(plan: Plan) -> str:
     flops = plan.flops
     if "backward" not in flops:
         return f"{flops['forward']:.4g}"
     model = flops["forward"] + flops["backward"]
     return (
         f"{model:.4g} a step (forward {flops['forward']:.4g}, backward {flops['backward']:.4g}); "
-        f"again {flops['recomputed']:.4g} by remat, {flops['scores']:.4g} for scores"
+        f"recomputed: {flops['recomputed']:.4g} by remat, {flops['scores']:.4g} for attention scores"
     )
 
 

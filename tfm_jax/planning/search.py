@@ -1,10 +1,10 @@
-"""Meshes and remat policies for a topology: those that make sense are compiled, those that fit are ranked."""
+"""Meshes and remat policies for a topology: the most promising are compiled, and those that fit are ranked."""
 
 import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
@@ -17,15 +17,18 @@ from tfm_jax.planning.plan import Plan, flops, gib, make_plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.sharding import MESH_AXES, slices_of
 
-RULE = "operations computed again, fewest first, then bytes that a device sends for a clip"
+RULE = "memory to spare (more than a margin first), then recomputed operations, then bytes that a device sends per clip"
 
 KEPT: dict[Remat, int] = {"none": 60, "attention": 3, "full": 1}
-"""From the one that computes least again to the one that keeps least: how many activations of a block it keeps, as
-found by compiling. Offloading is left to who asks for it by name: whether its traffic hides behind the arithmetic, no
-compiler tells."""
+"""How many activations of a block each policy saves, as found by compiling, from the policy that recomputes least to
+the one that saves least. Offloading is only tried when asked for by name: a compiler cannot tell whether its traffic
+overlaps with the arithmetic."""
 
 AT_WORK = 25
 """Activations of the one block that is being computed, as found by compiling."""
+
+HOPELESS = 2
+"""A policy is not compiled where the rough estimate of its memory exceeds the device's this many times."""
 
 Run = TrainPlan | SamplePlan
 
@@ -42,55 +45,66 @@ class Candidate(NamedTuple):
     """Bytes that a device sends for a clip."""
 
     def order(self, available: int) -> tuple[int, int, int]:
-        """Those first whose memory seems to allow the policy that computes least again, then those that send least;
-        last those for which no policy keeps little enough, by their memory."""
+        """Sorts meshes by the first policy whose memory seems to fit, then by what they send. Meshes on which no policy
+        seems to fit come last, by their memory."""
         fitting = [place for place, memory in enumerate(self.memory) if memory < available]
         return (fitting[0], 0, self.sent) if fitting else (len(self.memory), self.memory[-1], self.sent)
 
 
-def search(run: Run, topology: Topology, tries: int, make: Callable[[Run, Topology], Plan] = make_plan) -> list[Plan]:
-    """The plans that fit, best first by `RULE`; if none does, the one that lacks least.
+def search(
+    run: Run,
+    topology: Topology,
+    tries: int,
+    policies: Sequence[Remat] = tuple(KEPT),
+    make: Callable[[Run, Topology], Plan] = make_plan,
+) -> list[Plan]:
+    """The plans that fit, best first by `RULE`; if none fits, the plan closest to fitting.
 
-    Of every mesh the policies are tried from the one that computes least again, up to the first that fits, and none
-    that computes more again than the best so far. What is tried and found is told on the error stream.
+    For each mesh the policies are compiled in order, up to the first that fits; a policy that recomputes more than the
+    best plan so far, or that is hopeless by a rough estimate, is left out. Progress is printed on the error stream.
 
     Args:
-        tries: meshes at most, those that look best.
-        make: compiles.
+        tries: the largest number of meshes to compile, the most promising first.
+        policies: remat policies to try, from the one that recomputes least.
+        make: compiles a program.
 
     Raises:
-        InputError: no mesh of these devices splits the model, the clip and the batch.
+        InputError: no mesh of these devices can split the model, the clip and the batch.
         CompilerError: the compiler failed on all of them.
     """
     if tries < 1:
-        raise InputError(f"--search={tries}: expected how many meshes to compile, 1 or more")
+        raise InputError(f"--search={tries}: expected the number of meshes to compile, 1 or more")
     found = candidates(run, topology)
-    _tell(f"{topology.name}: {len(found)} meshes make sense; {min(tries, len(found))} are compiled")
+    count = min(tries, len(found))
+    _report(f"{topology.name}: {len(found)} meshes can hold the weights; compiling the {count} most promising")
     plans: list[Plan] = []
     for number, candidate in enumerate(found[:tries], 1):
-        for variant in _variants(run, candidate.mesh):
-            if _recomputed(variant, topology) > min((plan.recomputed for plan in plans if plan.fits), default=math.inf):
+        for variant in _variants(run, candidate, policies, topology.memory):
+            best = min((plan.recomputed for plan in plans if plan.fits and not plan.tight), default=math.inf)
+            if _recomputed(variant, topology) > best:
                 break
-            name = f"{number}. {_name(variant)}"
+            name = f"{number}/{count} {_name(variant)}"
+            _report(f"{name}: compiling, which can take minutes")
             try:
                 plan = make(variant, topology)
             except CompilerError as error:
-                _tell(f"{name}: {error}")
+                _report(f"{name}: {error}")
                 continue
-            _tell(f"{name}: {gib(-plan.over)} to spare" if plan.fits else f"{name}: {gib(plan.over)} over")
+            room = f"{gib(-plan.over)} to spare" if plan.fits else f"{gib(plan.over)} over"
+            _report(f"{name}: {room}, compiled in {plan.compile_seconds:.0f} s")
             plans.append(plan)
-            if plan.fits:
+            if plan.fits and not plan.tight:
                 break
     if not plans:
         raise CompilerError(f"the compiler failed on every mesh for {topology.name}")
     fitting = [plan for plan in plans if plan.fits]
-    return sorted(fitting, key=lambda plan: (plan.recomputed, plan.sent / plan.clips)) or [
+    return sorted(fitting, key=lambda plan: (plan.tight, plan.recomputed, plan.sent / plan.clips)) or [
         min(plans, key=lambda plan: plan.over)
     ]
 
 
 def candidates(run: Run, topology: Topology) -> list[Candidate]:
-    """Meshes that split everything evenly and whose weights leave room, those that look best first.
+    """Meshes that split everything evenly and hold the weights, the most promising first.
 
     Raises:
         InputError: there is none.
@@ -116,13 +130,16 @@ def candidates(run: Run, topology: Topology) -> list[Candidate]:
     return sorted(found, key=lambda candidate: candidate.order(topology.memory))
 
 
-def _variants(run: Run, mesh: MeshConfig) -> Iterator[Run]:
-    run = dataclasses.replace(run, mesh=mesh)
+def _variants(run: Run, candidate: Candidate, policies: Sequence[Remat], available: int) -> Iterator[Run]:
+    """The program on the candidate's mesh, once for each policy that is worth compiling; at least the last one is."""
+    run = dataclasses.replace(run, mesh=candidate.mesh)
     if isinstance(run, SamplePlan):
         yield run
         return
-    for remat in KEPT:
-        yield dataclasses.replace(run, train=dataclasses.replace(run.train, remat=remat))
+    estimates = dict(zip(KEPT, candidate.memory, strict=True))
+    for remat in policies:
+        if remat == policies[-1] or estimates.get(remat, 0) <= HOPELESS * available:
+            yield dataclasses.replace(run, train=dataclasses.replace(run.train, remat=remat))
 
 
 def _recomputed(run: Run, topology: Topology) -> int:
@@ -162,10 +179,16 @@ def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
             yield (number // math.prod(sizes), *sizes)
 
 
+def options(plan: Plan) -> list[str]:
+    """The command-line options that give a program the mesh and the policy of a plan."""
+    mesh = [f"--mesh.{axis}={size}" for axis, size in plan.mesh.items()]
+    return mesh if plan.remat is None else [*mesh, f"--train.remat={plan.remat}"]
+
+
 def _name(run: Run) -> str:
     mesh = " ".join(f"{axis}={getattr(run.mesh, axis)}" for axis in MESH_AXES)
     return f"{mesh} remat={run.train.remat}" if isinstance(run, TrainPlan) else mesh
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
