@@ -31,6 +31,7 @@ from einops import rearrange
 from tfm_jax import cli
 from tfm_jax.wan import layouts
 from tfm_jax.wan.attention import attention
+from tfm_jax.wan.config_json import config_json
 from tfm_jax.wan.layouts import TRANSFORMER
 from tfm_jax.wan.tensors import TensorWriter
 from tfm_jax.wan.transformer import TransformerConfig
@@ -91,7 +92,7 @@ def write_checkpoint(directory: Path, config: TransformerConfig) -> None:
     expected = layouts.expected_tensors("diffusers", rows, shapes)
     block = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
     directory.mkdir(parents=True)
-    values = layouts.config_json(TRANSFORMER, "diffusers", config)
+    values = config_json(TRANSFORMER.name, "diffusers", config)
     (directory / "config.json").write_text(json.dumps(values), encoding="utf-8")
     content = {name: (shape, np.float32) for name, shape in expected.items()}
     with TensorWriter(directory, TRANSFORMER.files, content) as writer:

@@ -16,7 +16,7 @@ import pytest
 import virtual_devices
 
 from tfm_jax import config, errors
-from tfm_jax.config import LoraConfig, MeshConfig
+from tfm_jax.config import LoraConfig, MeshConfig, ModelConfig
 from tfm_jax.errors import CompilerError, InputError
 from tfm_jax.planning import chips, hlo, programs, scaling
 from tfm_jax.planning import search as searching
@@ -83,6 +83,12 @@ def test_operations_of_sampling_are_those_of_the_compiled_program(parsed):
     lowered, _ = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1]))
     counted = sampling_flops(programs.network(run.model), 1, programs.tokens(run), 3, guided=True)
     assert products(lowered.compile()) == counted
+
+
+def test_the_width_of_text_is_that_of_the_weights_if_they_are_here():
+    model = ModelConfig(path=ROOT / "tfm_jax" / "embedded" / "wan_tiny", dim=128, ffn_dim=512, heads=4, layers=8)
+    assert programs.network(model).text_dim == 64
+    assert programs.network(dataclasses.replace(model, path=ROOT / "none")).text_dim == 4096
 
 
 def test_operations_of_14b_by_hand():

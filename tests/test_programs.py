@@ -181,7 +181,10 @@ def test_samples(call, world, tmp_path):
 def test_converted_and_back(call, world, tmp_path, layout):
     assert call("convert_weights", world / "model", tmp_path / "other", f"--to={layout}", "--dtype=float32").code == 0
     outcome = call("convert_weights", tmp_path / "other", tmp_path / "back", "--to=diffusers", "--dtype=float32")
-    assert outcome.out == f"{tmp_path}/back: transformer, vae, text_encoder, tokenizer (diffusers layout, float32)\n"
+    assert (
+        outcome.out
+        == f"{tmp_path}/back: transformer, vae, text_encoder, tokenizer, scheduler (diffusers layout, float32)\n"
+    )
     names = {str(path.relative_to(world / "model")) for path in (world / "model").rglob("*")}
     assert names == {str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*")}
     for name in names:
@@ -325,7 +328,7 @@ def test_weights_that_are_not_numbers(refused, world, tmp_path):
     tensors["blocks.1.attn1.to_q.weight"][3, 4] = np.nan
     save_file(tensors, file)
     options = [*config(world), f"--model.path={tmp_path}/model", f"--train.output={tmp_path}/run"]
-    refused("train", *options, words=("model/transformer", "blocks.self_attn.q.kernel has a NaN"))
+    refused("train", *options, words=("model/transformer", "blocks.1.attn1.to_q.weight has a NaN"))
     words = ("model/transformer", "blocks.1.attn1.to_q.weight has a NaN")
     refused("convert_weights", tmp_path / "model", tmp_path / "new", "--to=tfm_jax", words=words)
 
@@ -454,7 +457,9 @@ def test_samples_that_cannot_be(refused, world, tmp_path):
 def test_conversions(refused, world, tmp_path):
     refused("convert_weights", world / "clips", tmp_path / "new", "--to=tfm_jax", words="no network of Wan2.1 found")
     refused("convert_weights", tmp_path / "none", tmp_path / "new", "--to=tfm_jax", words="no such directory")
-    refused("convert_weights", world / "model", world / "run", "--to=tfm_jax", words=f"{world}/run: already there")
+    refused(
+        "convert_weights", world / "model", world / "run", "--to=tfm_jax", words=f"target={world}/run: already exists"
+    )
     refused("convert_weights", world / "model", tmp_path / "new", "--to=theirs", words=("'theirs'", "tfm_jax"))
     refused("convert_weights", world / "model", words="target")
 

@@ -12,7 +12,7 @@ from transformers.models.umt5.modeling_umt5 import UMT5Attention
 from umt5_reference import diffusers_tensors, from_state_dict, reference_encoder, umt5_config
 
 from tfm_jax.errors import InputError
-from tfm_jax.wan.names import TEXT_ENCODER_ALIASES, text_encoder_config_from_shapes, text_encoder_rows
+from tfm_jax.wan.names import TEXT_ENCODER_ALIASES, text_encoder_rows, text_encoder_sizes
 from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder, relative_buckets
 
 CONFIGS = [
@@ -120,7 +120,7 @@ def test_full_size():
     rows = text_encoder_rows(24)
     assert {row.diffusers for row in rows} == {TEXT_ENCODER_ALIASES.get(name, name) for name in shapes}
     assert len({row.original for row in rows}) == len(rows) == 242
-    assert text_encoder_config_from_shapes(shapes) == TextEncoderConfig()
+    assert TextEncoderConfig(**text_encoder_sizes(shapes)) == TextEncoderConfig()
     for row in rows:
         variable = functools.reduce(getattr, row.ours.split("."), encoder)
         ours = rearrange(np.broadcast_to(0, shapes[row.diffusers]), row.axes).shape
@@ -131,20 +131,20 @@ def test_full_size():
 def test_config_from_shapes():
     config = TextEncoderConfig(vocab_size=50, dim=40, heads=3, head_dim=16, ffn_dim=56, layers=2, buckets=16)
     shapes = {name: tuple(weight.shape) for name, weight in UMT5EncoderModel(umt5_config(config)).state_dict().items()}
-    assert text_encoder_config_from_shapes(shapes) == config
+    assert TextEncoderConfig(**text_encoder_sizes(shapes)) == config
 
     original = {row.original: shapes[row.diffusers] for row in text_encoder_rows(config.layers)}
-    assert text_encoder_config_from_shapes(original) == config
+    assert TextEncoderConfig(**text_encoder_sizes(original)) == config
 
     del shapes["shared.weight"]
-    assert text_encoder_config_from_shapes(shapes) == config, "encoder.embed_tokens.weight is the same tensor"
+    assert TextEncoderConfig(**text_encoder_sizes(shapes)) == config, "encoder.embed_tokens.weight is the same tensor"
 
     with pytest.raises(InputError, match=r"token_embedding\.weight has shape \[50\]"):
-        text_encoder_config_from_shapes({**original, "token_embedding.weight": (50,)})
+        text_encoder_sizes({**original, "token_embedding.weight": (50,)})
 
     del original["blocks.0.ffn.gate.0.weight"]
     with pytest.raises(InputError, match=r"blocks\.0\.ffn\.gate\.0\.weight is missing"):
-        text_encoder_config_from_shapes(original)
+        text_encoder_sizes(original)
 
 
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 64), (32, 100), (8, 20)])

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import sys
 import unicodedata
 
@@ -18,6 +20,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.tokenizer import Tokenizer, clean_prompt, encode_prompts
 
+TOKENS, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 CORPUS = [
     "A red circle moves left across a dark background, slowly and without a sound.",
     "A blue square moves right, then up & down; the camera follows the square.",
@@ -160,6 +163,55 @@ def test_missing_tokenizer_names_both_places(tmp_path):
     assert str(tmp_path / "tokenizer/tokenizer.json") in str(error.value)
     assert str(tmp_path / "google/umt5-xxl/tokenizer.json") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def changed(name, **fields):
+    """Set fields of a JSON file; None takes one out."""
+
+    def change(folder):
+        values = json.loads((folder / name).read_text()) | fields
+        (folder / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+    return change
+
+
+def replaced(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: os.truncate(folder / TOKENS, 3000), f"{TOKENS}: not JSON"),
+        (replaced(TOKENS, ""), f"{TOKENS}: empty file"),
+        (replaced(TOKENS, "version https://git-lfs.github.com/spec/v1"), f"{TOKENS}: a git-lfs pointer"),
+        (replaced(TOKENS, "<!DOCTYPE html>"), f"{TOKENS}: an HTML page"),
+        (replaced(TOKENS, '{"a":' * 100_000), f"{TOKENS}: JSON nested too deep"),
+        (replaced(TOKENS, "{}"), "tokenizer: not the files of a tokenizer"),
+        (changed(TOKENS, model={}), "tokenizer: not the files of a tokenizer"),
+        (changed(TOKENS, post_processor=None), r"an empty prompt, .* becomes \[0, 0, 0\]; expected </s> = 1"),
+        (replaced(SETTINGS, ""), f"{SETTINGS}: empty file"),
+        (replaced(SETTINGS, "[]"), f"{SETTINGS}: a JSON list"),
+        (replaced(SETTINGS, "{}"), f"{SETTINGS}: pad_token is missing"),
+        (lambda folder: (folder / SETTINGS).unlink(), f"{SETTINGS}: pad_token is missing"),
+        (changed(SETTINGS, pad_token=None), f"{SETTINGS}: pad_token is missing"),
+        (changed(SETTINGS, eos_token=None), f"{SETTINGS}: eos_token is missing"),
+        (changed(SETTINGS, pad_token=5), "tokenizer: not the files of a tokenizer"),
+        (changed(SETTINGS, pad_token="<other>"), r"an empty prompt, .* becomes \[1, [0-9]+, [0-9]+\]; expected"),
+        (changed(SETTINGS, padding_side="left"), r"an empty prompt, .* becomes \[0, 0, 1\]; expected"),
+        (changed(SETTINGS, model_max_length="x"), "tokenizer: not the files of a tokenizer"),
+        (replaced("special_tokens_map.json", "["), r"special_tokens_map\.json: not JSON"),
+        (replaced("added_tokens.json", "[1]"), r"added_tokens\.json: a JSON list"),
+    ],
+)
+def test_damaged_files(directory, tmp_path, change, words):
+    shutil.copytree(directory, tmp_path / "model")
+    change(tmp_path / "model" / "tokenizer")
+    with pytest.raises(InputError, match=words) as caught:
+        Tokenizer(tmp_path / "model")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/model/tokenizer")
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("byte_fallback", [False, True])

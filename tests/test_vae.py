@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan
 from flax import nnx
 
 from tfm_jax.errors import InputError
-from tfm_jax.wan.names import vae_config_from_shapes, vae_rows
+from tfm_jax.wan.names import vae_rows, vae_sizes
 from tfm_jax.wan.vae import VaeConfig, WanVae
 
 SMALL = VaeConfig(base_dim=8)
@@ -248,13 +248,14 @@ def test_full_size_has_the_published_tensors():
 def test_config_is_read_off_the_original_tensors(config):
     with torch.device("meta"):
         state = original_names(make_reference(config).state_dict(), config)
-    assert vae_config_from_shapes({name: tuple(value.shape) for name, value in state.items()}) == config
+    sizes = vae_sizes({name: tuple(value.shape) for name, value in state.items()})
+    assert VaeConfig(**sizes) == config
 
 
 def test_tensors_of_another_model_are_refused(references):
     def message(shapes: dict[str, tuple[int, ...]]) -> str:
         with pytest.raises(InputError) as error:
-            vae_config_from_shapes(shapes)
+            vae_sizes(shapes)
         return str(error.value)
 
     def shapes(name: str) -> dict[str, tuple[int, ...]]:
@@ -263,7 +264,6 @@ def test_tensors_of_another_model_are_refused(references):
 
     diffusers = {name: tuple(value.shape) for name, value in references["small"].state_dict().items()}
     assert message(diffusers).startswith("autoencoder has no tensor conv2.weight; expected the original layout")
-    assert "conv2.weight has 3 channels" in message(shapes("other"))
     cut = {name: shape for name, shape in shapes("small").items() if not name.startswith("encoder.downsamples.10.")}
     assert message(cut).startswith("encoder.downsamples: widths [[8, 8], [16, 16], [32, 32], [32]]")
     odd = shapes("small") | {"encoder.downsamples.1.residual.6.weight": (12, 8, 3, 3, 3)}

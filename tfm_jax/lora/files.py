@@ -15,23 +15,24 @@ The weights become W + alpha / rank * B A. Where alpha is kept differs too: Diff
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_args
 
 import ml_dtypes
 import numpy as np
+import pydantic
 from jaxtyping import Float32
 from numpy.typing import DTypeLike
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tfm_jax.errors import InputError
+from tfm_jax.files import replacing
+from tfm_jax.inputs import checked, parse_json, read_json, shown
 from tfm_jax.wan.names import block_linears
-from tfm_jax.wan.tensors import Entry, open_safetensors
+from tfm_jax.wan.tensors import Entry, open_safetensors, safetensors_metadata
 
 Dialect = Literal["comfy", "diffsynth", "diffusers", "kohya"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
@@ -122,14 +123,9 @@ def write_lora(
     facts = {**metadata, "format": "pt"}
     if dialect == "diffusers" and scale != 1:
         facts[_METADATA] = json.dumps(_diffusers_config(lora))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as scratch:
         save_file(tensors, scratch, facts)
         scratch.chmod(0o644)  # safetensors lets nobody else read it
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _spell(pattern: str, name: str) -> str:
@@ -164,8 +160,8 @@ def _diffusers_config(lora: Lora) -> dict[str, object]:
 
 _KEY = re.compile(
     r"""(?: (?P<prefix> diffusion_model\. | pipe\.dit\. | transformer\. | base_model\.model\. )?
-            blocks\.(?P<layer> 0|[1-9]\d* )\.(?P<name> .+? )
-          | lora_unet_blocks_(?P<kohya_layer> 0|[1-9]\d* )_(?P<kohya_name> .+? ) )
+            blocks\.(?P<layer> 0|[1-9][0-9]{0,5} )\.(?P<name> .+? )
+          | lora_unet_blocks_(?P<kohya_layer> 0|[1-9][0-9]{0,5} )_(?P<kohya_name> .+? ) )
         \.(?P<part> alpha | lora_(?: A | B | down | up )(?: \.default )?\.weight )""",
     re.VERBOSE,
 )
@@ -191,11 +187,12 @@ def read_lora(path: Path) -> Lora:
             differ, `lora_unet_` without `.alpha`, a value that is not finite.
     """
     entries = open_safetensors(path)
-    with safe_open(path, framework="numpy") as file:
-        metadata = dict(file.metadata() or {})
+    metadata = safetensors_metadata(path)
     modules = _modules(path, entries)
     adapters = {name: _adapter(path, name, parts) for name, parts in modules.items()}
     rank = _common(path, "rank", {name: adapter.a.shape[0] for name, adapter in adapters.items()})
+    for factor in ("a", "b"):
+        _check_same_shapes(path, factor, adapters)
     alpha = _configured_alpha(path, entries, metadata, rank)
     facts = {key: value for key, value in metadata.items() if key not in ("format", _METADATA)}
     return Lora(adapters, rank, _alpha(path, entries, modules, rank, alpha), facts)
@@ -210,12 +207,14 @@ def _modules(path: Path, entries: Mapping[str, Entry]) -> dict[str, _Parts]:
         if place is None:
             left_over.append(key)
         elif place in places:
-            raise InputError(f"{path}: {key} and {places[place]} are the same factor; expected one of them")
+            raise InputError(
+                f"{path}: {shown(key)} and {shown(places[place])} are the same factor; expected one of them"
+            )
         else:
             places[place] = key
     if left_over or not places:
         raise InputError(
-            f"{path}: matched {len(places)} of {len(entries)} keys, not {left_over[0] if left_over else 'one'}; "
+            f"{path}: matched {len(places)} of {len(entries)} keys, not {shown(left_over[0]) if left_over else 'one'}; "
             f"expected lora_A and lora_B on {', '.join(_DIFFUSERS_NAMES)} of Wan2.1-T2V blocks"
         )
     order = {original: number for number, original in enumerate(_DIFFUSERS_NAMES)}
@@ -259,6 +258,18 @@ def _adapter(path: Path, name: str, parts: _Parts) -> Adapter:
     return Adapter(*factors)
 
 
+def _check_same_shapes(path: Path, factor: Literal["a", "b"], adapters: Mapping[str, Adapter]) -> None:
+    """All blocks of a transformer are alike."""
+    first: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, adapter in adapters.items():
+        shape = getattr(adapter, factor).shape
+        other, expected = first.setdefault(name.split(".", 2)[2], (name, shape))
+        if shape != expected:
+            raise InputError(
+                f"{path}: {factor.upper()} of {name} is {list(shape)}; expected {list(expected)}, as in {other}"
+            )
+
+
 def _alpha(
     path: Path, entries: Mapping[str, Entry], modules: Mapping[str, _Parts], rank: int, configured: float | None
 ) -> float:
@@ -300,21 +311,26 @@ def _configured_alpha(path: Path, entries: Mapping[str, Entry], metadata: Mappin
     """
     config_file = path.with_name("adapter_config.json")
     if _METADATA in metadata:
-        place, text = f"{path}: metadata {_METADATA}", metadata[_METADATA].encode()
+        place = f"{path}: metadata {_METADATA}"
+        values = parse_json(metadata[_METADATA], place)
     elif all(key.startswith(_PEFT_PREFIX) for key in entries) and config_file.is_file():
-        place, text = str(config_file), config_file.read_bytes()
+        place, values = str(config_file), read_json(config_file)
     else:
         return None
-    try:
-        fields = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-    except (ValueError, AttributeError):
-        raise InputError(f"{place}: not a JSON object; expected a LoraConfig of PEFT") from None
+    fields = {key.removeprefix("transformer."): value for key, value in values.items()}
     for field in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         if fields.get(field):
-            raise InputError(f"{place}: {field} is {fields[field]}; expected a plain LoRA without it")
-    if fields.get("r") != rank:
-        raise InputError(f"{place}: r is {fields.get('r')}; expected {rank}, the rank of the tensors")
-    alpha = fields.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise InputError(f"{place}: lora_alpha is {alpha}; expected a positive number")
-    return float(alpha)
+            raise InputError(f"{place}: {field} is {shown(fields[field])}; expected a plain LoRA without it")
+    config = checked(_PeftConfig, fields, place)
+    if config.r != rank:
+        raise InputError(f"{place}: r is {config.r}; expected {rank}, the rank of the tensors")
+    return config.lora_alpha
+
+
+class _PeftConfig(pydantic.BaseModel):
+    """What a `peft.LoraConfig` says of the scale of its adapters."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+    r: int
+    lora_alpha: Annotated[float, pydantic.Field(gt=0, lt=1e30)]

@@ -1,6 +1,7 @@
 """The programs that a run compiles, from a configuration alone: shapes and shardings stand for weights and clips."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -48,9 +49,12 @@ class SamplePlan:
     mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
 
 
+@functools.cache
 def network(model: configs.ModelConfig) -> TransformerConfig:
-    """The transformer of a configuration; what all Wan2.1-T2V models share is as they have it."""
-    return TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
+    """The transformer of a configuration; where its weights are not here, with the width of text of all Wan2.1-T2V."""
+    found = layouts.find_any(model.path, layouts.TRANSFORMER) if model.path.is_dir() else None
+    config = TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
+    return dataclasses.replace(config, text_dim=found.config.text_dim) if found else config
 
 
 def latent_shape(run: TrainPlan | SamplePlan) -> tuple[int, int, int, int]:

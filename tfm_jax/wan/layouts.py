@@ -7,10 +7,9 @@
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -18,14 +17,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from tfm_jax.errors import InputError
+from tfm_jax.inputs import read_json, shown
 from tfm_jax.wan import names
-from tfm_jax.wan.tensors import Entry, Shape, Tensors, open_pth, open_tensors, safetensors_in
+from tfm_jax.wan.config_json import FORMATS, Layout, build_config, class_name, read_config
+from tfm_jax.wan.pth import open_pth
+from tfm_jax.wan.tensors import Entry, Shape, Tensors, open_tensors, safetensors_in
 from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder
-from tfm_jax.wan.transformer import PATCH, TransformerConfig, WanTransformer
+from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 from tfm_jax.wan.vae import VaeConfig, WanVae
-
-Layout = Literal["diffusers", "original", "tfm_jax"]
-Architecture = TransformerConfig | VaeConfig | TextEncoderConfig
 
 
 class Component(NamedTuple):
@@ -35,8 +34,6 @@ class Component(NamedTuple):
     architecture: type
     build: Callable[..., nnx.Module]
     rows: Callable[[Any], list[names.Row]]
-    class_name: str
-    """In the config.json of the Diffusers layout."""
     files: str
     """Stem of its safetensors files in the Diffusers layout."""
 
@@ -46,19 +43,18 @@ TRANSFORMER = Component(
     TransformerConfig,
     WanTransformer,
     lambda config: names.transformer_rows(config.layers),
-    "WanTransformer3DModel",
     "diffusion_pytorch_model",
 )
-VAE = Component("vae", VaeConfig, WanVae, names.vae_rows, "AutoencoderKLWan", "diffusion_pytorch_model")
+VAE = Component("vae", VaeConfig, WanVae, names.vae_rows, "diffusion_pytorch_model")
 TEXT_ENCODER = Component(
     "text_encoder",
     TextEncoderConfig,
     UMT5Encoder,
     lambda config: names.text_encoder_rows(config.layers),
-    "UMT5EncoderModel",
     "model",
 )
 COMPONENTS = (TRANSFORMER, VAE, TEXT_ENCODER)
+SIDE_SUFFIX = ".tfm_jax.json"
 ORIGINAL_FILES = {"vae": "Wan2.1_VAE.pth", "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth"}
 
 
@@ -86,6 +82,11 @@ class Source(NamedTuple):
         before, after = (side.split() for side in row.axes.split("->"))
         piece = tuple(slice(None) if a == "1" else index[after.index(a)] for a in before)
         return rearrange(theirs.read(piece), row.axes)
+
+    def not_finite(self, row: names.Row) -> str:
+        """The message about the tensor of a row that has a NaN."""
+        name = self.name(row)
+        return f"{self.tensors[name].file}: {name} has a NaN or infinite value; expected finite numbers"
 
     def outermost(self, row: names.Row) -> int:
         """Which of our axes (without that of stacked layers) varies slowest in the file."""
@@ -118,6 +119,8 @@ def find_any(path: Path, component: Component) -> Source | None:
     """As `find`, but None where there is nothing that looks like it."""
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; expected Wan2.1 weights")
+    if component is TRANSFORMER and (path / "transformer_2").exists():
+        raise InputError(f"{path}: has two transformers, as Wan2.2; expected Wan2.1, which has one")
     for directory in (path / component.name, path):
         config = directory / "config.json"
         if config.is_file():
@@ -125,53 +128,59 @@ def find_any(path: Path, component: Component) -> Source | None:
             if found:
                 return found
     pth = path / ORIGINAL_FILES.get(component.name, "-")
-    if not pth.is_file():
-        return None
-    tensors = _untied(open_pth(pth))
-    infer = {"vae": names.vae_config_from_shapes, "text_encoder": names.text_encoder_config_from_shapes}
-    return Source(component, "original", _understood(pth, infer[component.name], _shapes(tensors)), pth, tensors)
+    return _from_pth(pth, component) if pth.is_file() else None
 
 
 def _from_config(file: Path, component: Component) -> Source | None:
     """The network that a config.json describes; None if it is another one."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        kind = values.get("_class_name") or (values.get("architectures") or [None])[0]
-    except (ValueError, AttributeError, TypeError, KeyError):
-        raise InputError(f"{file}: not the configuration of a model; expected a JSON object") from None
-    readers: dict[str | None, tuple[Component, Layout, Callable]] = {
-        "WanTransformer3DModel": (TRANSFORMER, "diffusers", _diffusers_transformer),
-        "WanModel": (TRANSFORMER, "original", _original_transformer),
-        "AutoencoderKLWan": (VAE, "diffusers", _diffusers_vae),
-        "UMT5EncoderModel": (TEXT_ENCODER, "diffusers", _diffusers_text_encoder),
-    }
-    readers |= {f"tfm_jax.{c.name}": (c, "tfm_jax", c.architecture) for c in COMPONENTS}
-    if kind not in readers:
-        known = ", ".join(str(name) for name in readers)
-        raise InputError(f"{file}: model class is {kind}; expected one of {known}")
-    found, layout, read = readers[kind]
-    if found is not component:
+    values = read_json(file)
+    kind = class_name(values, file)
+    classes = {form.class_name: place for place, form in FORMATS.items()}
+    if kind not in classes:
+        raise InputError(f"{file}: model class is {shown(kind)}; expected one of {', '.join(classes)}")
+    name, layout = classes[kind]
+    if name != component.name:
         return None
     tensors = _untied(open_tensors(safetensors_in(file.parent)))
-    if layout == "tfm_jax":
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "_class_name"}
-        config = _understood(file, lambda: read(**fields))
-    else:
-        config = _understood(file, read, values, _shapes(tensors))
+    known = _sizes(file, names.transformer_sizes, tensors) if kind == "WanModel" else {}
+    config = read_config(values, file, FORMATS[name, layout], component.architecture, known)
     return Source(component, layout, config, file, tensors)
 
 
-def _understood(file: Path, read: Callable, *arguments: Any) -> Architecture:
+def _from_pth(file: Path, component: Component) -> Source:
+    """The network in a .pth file: its tensors say the sizes, and `side_file` what no tensor says."""
+    tensors = _untied(open_pth(file))
+    fields = _sizes(file, _PTH_SIZES[component.name], tensors)
+    place, beside = file, side_file(file)
+    if beside.exists():
+        place = beside
+        fields |= read_json(beside)
+    return Source(component, "original", build_config(fields, place, component.architecture), file, tensors)
+
+
+_PTH_SIZES = {"vae": names.vae_sizes, "text_encoder": names.text_encoder_sizes}
+
+
+def side_file(pth: Path) -> Path:
+    """Our own addition to the original layout: fields of the architecture that are not Wan2.1's and not in a .pth."""
+    return pth.with_suffix(SIDE_SUFFIX)
+
+
+def unsaid(component: Component, config: Any, shapes: dict[str, Shape]) -> dict[str, Any]:
+    """The content of `side_file`: what a reader of tensors with these shapes would get wrong of `config`."""
+    told = _PTH_SIZES[component.name](shapes)
+    return {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != told.get(field.name, field.default)
+    }
+
+
+def _sizes(file: Path, sizes: Callable[[names.Shapes], dict[str, Any]], tensors: Tensors) -> dict[str, Any]:
     try:
-        return read(*arguments)
-    except KeyError as error:
-        raise InputError(f"{file}: {error.args[0]} is missing; expected the weights of a Wan2.1-T2V model") from None
-    except (InputError, TypeError) as error:
+        return sizes({name: entry.shape for name, entry in tensors.items()})
+    except InputError as error:
         raise InputError(f"{file}: {error}") from None
-
-
-def _shapes(tensors: Tensors) -> dict[str, Shape]:
-    return {name: entry.shape for name, entry in tensors.items()}
 
 
 def _untied(tensors: Tensors) -> Tensors:
@@ -180,152 +189,6 @@ def _untied(tensors: Tensors) -> Tensors:
         names.TEXT_ENCODER_ALIASES.get(name, name): entry
         for name, entry in tensors.items()
         if names.TEXT_ENCODER_ALIASES.get(name) not in tensors
-    }
-
-
-# --- Configurations --------------------------------------------------------------------------------------------------
-
-_DIFFUSERS_FIXED = {
-    "patch_size": list(PATCH),
-    "qk_norm": "rms_norm_across_heads",
-    "cross_attn_norm": True,
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "pos_embed_seq_len": None,
-}
-_VAE_FIXED = {"attn_scales": [], "is_residual": False, "patch_size": None, "decoder_base_dim": None}
-
-
-def _require_fixed(values: dict, fixed: dict[str, Any], **more: Any) -> None:
-    for name, expected in (fixed | more).items():
-        if values.get(name, expected) != expected:
-            raise InputError(f"{name} is {values[name]}; expected {expected}, as in Wan2.1 text-to-video")
-
-
-def _diffusers_transformer(values: dict, shapes: dict[str, Shape]) -> TransformerConfig:
-    del shapes
-    _require_fixed(values, _DIFFUSERS_FIXED, out_channels=values["in_channels"])
-    return TransformerConfig(
-        dim=values["num_attention_heads"] * values["attention_head_dim"],
-        ffn_dim=values["ffn_dim"],
-        heads=values["num_attention_heads"],
-        layers=values["num_layers"],
-        text_dim=values["text_dim"],
-        freq_dim=values["freq_dim"],
-        channels=values["in_channels"],
-        eps=values["eps"],
-    )
-
-
-def _original_transformer(values: dict, shapes: dict[str, Shape]) -> TransformerConfig:
-    _require_fixed(values, {"model_type": "t2v"}, out_dim=values["in_dim"])
-    return TransformerConfig(
-        dim=values["dim"],
-        ffn_dim=values["ffn_dim"],
-        heads=values["num_heads"],
-        layers=values["num_layers"],
-        text_dim=names.text_dim_from_shapes(shapes),
-        freq_dim=values["freq_dim"],
-        channels=values["in_dim"],
-        eps=values["eps"],
-    )
-
-
-def _diffusers_vae(values: dict, shapes: dict[str, Shape]) -> VaeConfig:
-    del shapes
-    _require_fixed(values, _VAE_FIXED)
-    return VaeConfig(
-        base_dim=values["base_dim"],
-        z_dim=values["z_dim"],
-        dim_mult=tuple(values["dim_mult"]),
-        num_res_blocks=values["num_res_blocks"],
-        temporal_downsample=tuple(values["temperal_downsample"]),
-        latents_mean=tuple(values["latents_mean"]),
-        latents_std=tuple(values["latents_std"]),
-    )
-
-
-def _diffusers_text_encoder(values: dict, shapes: dict[str, Shape]) -> TextEncoderConfig:
-    del shapes
-    _require_fixed(values, {"feed_forward_proj": "gated-gelu"})
-    return TextEncoderConfig(
-        vocab_size=values["vocab_size"],
-        dim=values["d_model"],
-        heads=values["num_heads"],
-        head_dim=values["d_kv"],
-        ffn_dim=values["d_ff"],
-        layers=values["num_layers"],
-        buckets=values["relative_attention_num_buckets"],
-        max_distance=values["relative_attention_max_distance"],
-        eps=values["layer_norm_epsilon"],
-    )
-
-
-def config_json(component: Component, layout: Layout, config: Any) -> dict[str, Any]:
-    """The config.json of a network: what `find` reads back, and what the layout's own programs expect."""
-    if layout == "tfm_jax":
-        return {"_class_name": f"tfm_jax.{component.name}", **dataclasses.asdict(config)}
-    if isinstance(config, TransformerConfig) and layout == "original":
-        return {
-            "_class_name": "WanModel",
-            "model_type": "t2v",
-            "dim": config.dim,
-            "ffn_dim": config.ffn_dim,
-            "num_heads": config.heads,
-            "num_layers": config.layers,
-            "freq_dim": config.freq_dim,
-            "in_dim": config.channels,
-            "out_dim": config.channels,
-            "text_len": 512,
-            "eps": config.eps,
-        }
-    if isinstance(config, TransformerConfig):
-        return {
-            "_class_name": component.class_name,
-            **_DIFFUSERS_FIXED,
-            "num_attention_heads": config.heads,
-            "attention_head_dim": config.head_dim,
-            "in_channels": config.channels,
-            "out_channels": config.channels,
-            "text_dim": config.text_dim,
-            "freq_dim": config.freq_dim,
-            "ffn_dim": config.ffn_dim,
-            "num_layers": config.layers,
-            "eps": config.eps,
-        }
-    if isinstance(config, VaeConfig):
-        return {
-            "_class_name": component.class_name,
-            "base_dim": config.base_dim,
-            "z_dim": config.z_dim,
-            "dim_mult": config.dim_mult,
-            "num_res_blocks": config.num_res_blocks,
-            "attn_scales": [],
-            "temperal_downsample": config.temporal_downsample,
-            "dropout": 0.0,
-            "latents_mean": config.latents_mean,
-            "latents_std": config.latents_std,
-        }
-    return {
-        "architectures": [component.class_name],
-        "model_type": "umt5",
-        "vocab_size": config.vocab_size,
-        "d_model": config.dim,
-        "num_heads": config.heads,
-        "d_kv": config.head_dim,
-        "d_ff": config.ffn_dim,
-        "num_layers": config.layers,
-        "num_decoder_layers": config.layers,
-        "relative_attention_num_buckets": config.buckets,
-        "relative_attention_max_distance": config.max_distance,
-        "layer_norm_epsilon": config.eps,
-        "feed_forward_proj": "gated-gelu",
-        "dropout_rate": 0.0,
-        "is_encoder_decoder": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
-        "tie_word_embeddings": False,
     }
 
 
@@ -361,7 +224,7 @@ def check_tensors(place: Path, tensors: Tensors, expected: dict[str, Shape]) -> 
     if extra:
         name = min(extra)
         raise InputError(
-            f"{place}: {len(extra)} tensors are not of this model, such as {name} in "
+            f"{place}: {len(extra)} tensors are not of this model, such as {shown(name)} in "
             f"{tensors[name].file.name}{nearest(name, set(expected))}"
         )
     for name, shape in expected.items():

@@ -85,7 +85,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer under `path`: `tokenizer/` (Diffusers layout) or `google/umt5-xxl/` (original layout).
 
     Raises:
-        InputError: neither is there.
+        InputError: neither is there, or its files are damaged.
     """
     return Tokenizer(Path(path))
 
@@ -102,12 +102,24 @@ def _load(source: Source, dtype: DTypeLike, mesh: Mesh | None) -> Any:
     for row in rows:
         rows_of[row.ours].append(row)
     where = dict(zip(flat, _placements(flat, mesh or one_device_mesh()), strict=True))
+    finite = {}
     for name, variable in flat.items():
         value = _assemble(source, rows_of[name], variable.get_value(), where[name])
-        if not bool(_finite(value)):
-            raise InputError(f"{source.place}: {name} has a NaN or infinite value")
+        finite[name] = _finite(value)
         variable.set_value(value)
+    for name, all_finite in jax.device_get(finite).items():  # one wait for all, not one for each parameter
+        if not all_finite:
+            raise InputError(_not_finite(source, rows_of[name], flat[name].get_value().dtype))
     return module
+
+
+def _not_finite(source: Source, rows: list[Row], dtype: DTypeLike) -> str:
+    """Names the tensor that gave a parameter values that are not finite."""
+    for row in rows:
+        with np.errstate(over="ignore"):
+            if not np.isfinite(source.read(row).astype(dtype)).all():
+                return source.not_finite(row)
+    raise AssertionError(f"{source.place}: {rows[0].ours} was read differently the second time")
 
 
 def _placements(flat: dict[str, nnx.Variable], mesh: Mesh) -> list[NamedSharding]:

@@ -5,11 +5,13 @@ axes of length 1 dropped. Layers that we stack (`blocks`) have one row per layer
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tfm_jax.errors import InputError
-from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.vae import Stage, VaeConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of tensors, by name."""
 
 
 class Row(NamedTuple):
@@ -100,13 +102,16 @@ def transformer_rows(layers: int) -> list[Row]:
     return rows
 
 
-def text_dim_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Width of the text embeddings that an original transformer takes: its config.json does not say.
+def transformer_sizes(shapes: Shapes) -> dict[str, Any]:
+    """What the config.json of an original transformer does not say: the width of the text embeddings.
 
     Raises:
-        KeyError: these are not the tensors of a transformer.
+        InputError: these are not the tensors of a transformer.
     """
-    return shapes["text_embedding.0.weight"][1]
+    shape = shapes.get("text_embedding.0.weight", ())
+    if len(shape) != 2:
+        raise InputError(f"text_embedding.0.weight has shape {list(shape)}; expected a matrix, as in a WanModel")
+    return {"text_dim": shape[1]}
 
 
 # --- Video autoencoder -----------------------------------------------------------------------------------------------
@@ -183,40 +188,38 @@ def vae_rows(config: VaeConfig) -> list[Row]:
     return rows
 
 
-def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VaeConfig:
+def vae_sizes(shapes: Shapes) -> dict[str, Any]:
     """The sizes of an autoencoder in the original layout, which has no config file, from its tensors' shapes.
 
-    The statistics of the latents are not in the file either; they are known for z_dim 16 only.
-    Raises InputError where the tensors are not those of a Wan2.1 autoencoder.
+    Raises:
+        InputError: the tensors are not those of a Wan2.1 autoencoder.
     """
 
     def width(name: str) -> int:
-        if name not in shapes:
+        if not shapes.get(name):
             raise InputError(f"autoencoder has no tensor {name}; expected the original layout of Wan2.1_VAE.pth")
         return shapes[name][0]
 
     z_dim, base_dim = width("conv2.weight"), width("encoder.conv1.weight")
-    if z_dim != 16:
-        raise InputError(f"conv2.weight has {z_dim} channels; latent statistics are known for z_dim 16 only")
     levels: list[list[int]] = [[]]
     temporal: list[bool] = []
-    stages = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.downsamples.")}
+    stages = {name.split(".")[2] for name in shapes if name.startswith("encoder.downsamples.")}
     for i in range(len(stages)):
         if f"encoder.downsamples.{i}.resample.1.weight" in shapes:
             temporal.append(f"encoder.downsamples.{i}.time_conv.weight" in shapes)
             levels.append([])
         else:
             levels[-1].append(width(f"encoder.downsamples.{i}.residual.6.weight"))
-    expected = [[level[0]] * len(levels[0]) for level in levels if level and level[0] % base_dim == 0]
+    expected = [[level[0]] * len(levels[0]) for level in levels if level and base_dim and level[0] % base_dim == 0]
     if levels != expected:
         raise InputError(f"encoder.downsamples: widths {levels}; expected levels of one multiple of {base_dim} each")
-    return VaeConfig(
-        base_dim=base_dim,
-        z_dim=z_dim,
-        dim_mult=tuple(level[0] // base_dim for level in levels),
-        num_res_blocks=len(levels[0]),
-        temporal_downsample=tuple(temporal),
-    )
+    return {
+        "base_dim": base_dim,
+        "z_dim": z_dim,
+        "dim_mult": tuple(level[0] // base_dim for level in levels),
+        "num_res_blocks": len(levels[0]),
+        "temporal_downsample": tuple(temporal),
+    }
 
 
 # --- Text encoder ----------------------------------------------------------------------------------------------------
@@ -257,11 +260,10 @@ def text_encoder_rows(layers: int) -> list[Row]:
     return rows
 
 
-def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TextEncoderConfig:
+def text_encoder_sizes(shapes: Shapes) -> dict[str, Any]:
     """The sizes of the umT5 encoder whose tensors these are, by name in either layout.
 
-    The distance beyond which positions share a bucket and the epsilon of the norms leave no trace in the tensors: both
-    are those of every umT5.
+    The distance beyond which positions share a bucket and the epsilon of the norms leave no trace in the tensors.
 
     Raises:
         InputError: these are not the tensors of a umT5 encoder.
@@ -274,19 +276,20 @@ def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Te
         found = shapes.get(names[ours])
         if found is None:
             raise InputError(f"text encoder: tensor {names[ours]} is missing; expected the weights of a umT5 encoder")
-        if len(found) != 2:
+        if len(found) != 2 or 0 in found:
             raise InputError(f"text encoder: tensor {names[ours]} has shape {list(found)}; expected a matrix")
         return found[0], found[1]
 
     vocab_size, dim = matrix("embedding")
     buckets, heads = matrix("blocks.attention.position_bias")
     of_first_layer, of_any_layer = names["blocks.attention.position_bias"].split(".0.", 1)
-    return TextEncoderConfig(
-        vocab_size=vocab_size,
-        dim=dim,
-        heads=heads,
-        head_dim=matrix("blocks.attention.q.kernel")[0] // heads,
-        ffn_dim=matrix("blocks.ffn.gate.kernel")[0],
-        layers=sum(name.startswith(f"{of_first_layer}.") and name.endswith(f".{of_any_layer}") for name in shapes),
-        buckets=buckets,
-    )
+    layers = sum(name.startswith(f"{of_first_layer}.") and name.endswith(f".{of_any_layer}") for name in shapes)
+    return {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "heads": heads,
+        "head_dim": matrix("blocks.attention.q.kernel")[0] // heads,
+        "ffn_dim": matrix("blocks.ffn.gate.kernel")[0],
+        "layers": layers,
+        "buckets": buckets,
+    }

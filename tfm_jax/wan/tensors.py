@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -13,12 +13,14 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from tfm_jax.errors import InputError
+from tfm_jax.inputs import JSON_BYTES, check_download, parse_json, read_json, shown
 
 Index = tuple[slice | int, ...] | EllipsisType
 Shape = tuple[int, ...]
 
 SHARD_BYTES = 5_000_000_000
 STRIP = 256
+CHUNK = 2**20
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
@@ -49,7 +51,7 @@ def open_tensors(files: Sequence[Path]) -> Tensors:
     for file in files:
         for name, entry in open_safetensors(file).items():
             if name in entries:
-                raise InputError(f"{file}: tensor {name} is also in {entries[name].file}")
+                raise InputError(f"{file}: tensor {shown(name)} is also in {entries[name].file}")
             entries[name] = entry
     for prefix in _WRAPPERS:
         if entries and all(name.startswith(prefix) for name in entries):
@@ -70,86 +72,53 @@ def safetensors_in(directory: Path) -> list[Path]:
             raise InputError(f"{directory}: expected *.safetensors files, found none")
         return files
     index = indices[0]
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise InputError(f"{index}: expected JSON with a weight_map from tensor to file") from None
-    for shard in shards:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: weight_map is {shown(weight_map)}; expected a file for every tensor")
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise InputError(f"{index}: file {shard!r} is outside the directory; expected a plain file name")
-        if not (directory / shard).is_file():
-            raise InputError(f"{directory / shard}: missing, but {index.name} names it; download it again")
-    return [directory / shard for shard in shards]
+            raise InputError(f"{index}: {shown(name)} is in {shown(shard)}; expected a file of the same directory")
+    files = [directory / shard for shard in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: missing, but {index.name} names it; download it again")
+    return files
 
 
 def open_safetensors(file: Path) -> Tensors:
     """The tensors of one safetensors file, by the names that are in it.
 
     Raises:
-        InputError: the file is missing, is not what its name says, or holds a type that we do not read.
+        InputError: the file is missing, is not what its name says, repeats a tensor, or holds a type that we do not
+            read.
     """
-    explain_wrong_file(file)
+    check_download(file)
     try:
         handle = safe_open(file, framework="numpy")
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    _header(file)
     entries = {}
     for name, piece in slices.items():
         if piece.get_dtype() not in _DTYPES:
-            raise InputError(f"{file}: tensor {name} is {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}")
+            raise InputError(
+                f"{file}: tensor {shown(name)} is {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}"
+            )
         entries[name] = Entry(tuple(piece.get_shape()), file, piece.__getitem__)
     return entries
 
 
-def open_pth(file: Path) -> Tensors:
-    """The tensors of a PyTorch checkpoint, which is read without running any code in it. Needs torch.
-
-    Raises:
-        InputError: torch is missing, or the file is not a plain dictionary of whole, dense tensors.
-    """
-    explain_wrong_file(file)
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"{file}: reading .pth files needs PyTorch; pip install torch, or use a Diffusers layout"
-        ) from None
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{file}: not a PyTorch checkpoint of plain tensors ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise InputError(f"{file}: expected a dictionary of tensors")
-
-    entries = {}
-    for name, tensor in state.items():
-        # A small file can claim a huge tensor by repeating one number with stride 0.
-        if not tensor.is_contiguous() or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise InputError(f"{file}: tensor {name} is not stored whole; expected contiguous data")
-        if tensor.dtype == torch.bfloat16:
-            array = tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        else:
-            array = tensor.numpy()
-        if array.dtype not in _NAMES:
-            raise InputError(f"{file}: tensor {name} is {tensor.dtype}; expected a floating type")
-        entries[name] = Entry(array.shape, file, array.__getitem__)
-    return entries
+def safetensors_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file that `open_safetensors` accepts says of itself."""
+    return _header(file).get("__metadata__") or {}
 
 
-def explain_wrong_file(file: Path) -> None:
-    """Raise InputError if a weight file is missing, empty, or what a failed download leaves behind."""
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
+def _header(file: Path) -> dict[str, Any]:
+    """The header, which safetensors itself reads too, except that it takes the last of several equal keys."""
     with open(file, "rb") as stream:
-        head = stream.read(64)
-    if not head:
-        raise InputError(f"{file}: empty file; download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(f"{file}: an HTML page, not weights; download the file itself")
+        length = int.from_bytes(stream.read(8), "little")
+        return parse_json(stream.read(min(length, JSON_BYTES + 1)), f"{file}: header")
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -188,8 +157,7 @@ class TensorWriter:
         start = 8 + len(text)
         with open(file, "wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
-            # Take the space now: on a full disk this is an error, writing to a map would be a crash.
-            os.posix_fallocate(stream.fileno(), 0, start + offset)
+            take_space(stream, offset)
         data = np.memmap(file, np.uint8, "r+", offset=0)
         self._maps.append(data)
         for name, (shape, dtype) in tensors.items():
@@ -217,6 +185,19 @@ def copy_into(target: np.ndarray, values: np.ndarray) -> None:
     values = values.astype(target.dtype, copy=False)
     for start in range(0, target.shape[-1], STRIP):
         target[..., start : start + STRIP] = values[..., start : start + STRIP]
+
+
+def take_space(stream: BinaryIO, size: int) -> None:
+    """Fill `size` bytes from the position of `stream` on: a full disk is an error here, in a mapped file a crash."""
+    try:
+        stream.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, stream.tell() + size)
+            return
+        for start in range(0, size, CHUNK):  # macOS has no posix_fallocate, and truncate takes no space
+            stream.write(bytes(min(CHUNK, size - start)))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, stream.name) from None
 
 
 def _nbytes(shape: Shape, dtype: DTypeLike) -> int:

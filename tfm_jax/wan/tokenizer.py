@@ -14,11 +14,20 @@ from transformers import PreTrainedTokenizerFast
 
 from tfm_jax.arrays import Text
 from tfm_jax.errors import InputError
+from tfm_jax.inputs import JSON_BYTES, read_json, shown
 from tfm_jax.wan.text_encoder import UMT5Encoder
 from tfm_jax.wan.transformer import TEXT_LENGTH
 
 PLACES = ("tokenizer", "google/umt5-xxl")
-"""Where the tokenizer lies in a model directory: the Diffusers layout, the original layout."""
+"""Where the tokenizer is in a model directory: the Diffusers layout and ours, the original layout."""
+
+_FILES = {
+    "tokenizer.json": 2**25,
+    "tokenizer_config.json": JSON_BYTES,
+    "special_tokens_map.json": JSON_BYTES,
+    "added_tokens.json": JSON_BYTES,
+}
+"""What transformers reads, each with a limit of its size; umT5's vocabulary takes 17 MB."""
 
 
 def clean_prompt(text: str) -> str:
@@ -33,10 +42,34 @@ def find_tokenizer(model: str | Path) -> Path | None:
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 
 
-class Tokenizer:
-    """The umT5 tokenizer that lies beside the weights in `model`, a directory in either layout. Never downloads.
+def _read(folder: Path) -> PreTrainedTokenizerFast:
+    for name, limit in _FILES.items():
+        if (folder / name).exists():
+            read_json(folder / name, limit)
+    try:
+        # Not AutoTokenizer: from version 5 on it rebuilds T5's rules around the vocabulary instead of reading the file,
+        # with <unk> fixed at id 2. In the files of umT5, id 2 is <s> and <unk> is 3.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        unnamed = [token for token in ("pad_token", "eos_token") if getattr(tokenizer, token) is None]
+        empty = tokenizer("").input_ids
+        if not unnamed:
+            empty = tokenizer("", padding="max_length", max_length=3).input_ids
+    except Exception as error:  # of any type, from two libraries
+        raise InputError(f"{folder}: not the files of a tokenizer ({shown(str(error))}); download them again") from None
+    if unnamed:
+        raise InputError(f"{folder / 'tokenizer_config.json'}: {unnamed[0]} is missing; expected <pad> and </s> in it")
+    if empty != [1, 0, 0]:
+        raise InputError(
+            f"{folder}: an empty prompt, padded to three tokens, becomes {shown(empty)}; expected </s> = 1 and "
+            "<pad> = 0 behind it, as in umT5 (see tokenizer.json and tokenizer_config.json)"
+        )
+    return tokenizer
 
-    Raises InputError where neither place holds a `tokenizer.json`.
+
+class Tokenizer:
+    """The umT5 tokenizer beside the weights in `model`, a directory in any layout. Never downloads.
+
+    Raises InputError where no place holds a `tokenizer.json`, or the files are not those of umT5's tokenizer.
     """
 
     def __init__(self, model: str | Path):
@@ -46,9 +79,7 @@ class Tokenizer:
         if not found:
             expected = " or ".join(str(Path(model, place, "tokenizer.json")) for place in PLACES)
             raise InputError(f"tokenizer: none in {model}; expected {expected}")
-        # Not AutoTokenizer: from version 5 on it rebuilds T5's rules around the vocabulary instead of reading the file,
-        # with <unk> fixed at id 2. In the files of umT5, id 2 is <s> and <unk> is 3.
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(found, local_files_only=True)
+        self._tokenizer = _read(found)
 
     def __call__(
         self, prompts: Sequence[str], length: int = TEXT_LENGTH

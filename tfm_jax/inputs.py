@@ -1,0 +1,116 @@
+"""Files that other people made: every fault of one becomes an `InputError` of one line."""
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
+
+import pydantic
+
+from tfm_jax.errors import InputError
+
+JSON_BYTES = 8 * 2**20
+"""Far above any configuration, index or header of Wan's; parsed, it takes up to thirty times as much memory."""
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+
+
+def check_download(file: Path) -> None:
+    """Raise InputError if a file is missing, empty, or what a failed download leaves behind."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    with open(file, "rb") as stream:
+        head = stream.read(64)
+    if not head:
+        raise InputError(f"{file}: empty file; download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{file}: a git-lfs pointer; run `git lfs pull` or download the file itself")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise InputError(f"{file}: an HTML page; download the file itself")
+
+
+def read_json(file: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes.
+
+    Raises:
+        InputError: as `check_download` and `parse_json`.
+    """
+    check_download(file)
+    with open(file, "rb") as stream:
+        return parse_json(stream.read(limit + 1), file, limit)
+
+
+def parse_json(text: str | bytes, place: str | Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in `text`; `place` is what errors call it.
+
+    Raises:
+        InputError: the text is longer than `limit`, not UTF-8, not JSON, nested too deep, not an object, repeats a key,
+            or has a number that is not finite.
+    """
+    if len(text) > limit:
+        raise InputError(f"{place}: more than {limit} bytes of JSON; expected a small file")
+    try:
+        decoded = text.decode() if isinstance(text, bytes) else text
+        values = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite)
+    except RecursionError:
+        raise InputError(f"{place}: JSON nested too deep; expected a few levels") from None
+    except ValueError as error:
+        raise InputError(f"{place}: not JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{place}: a JSON {type(values).__name__}; expected an object with fields, {{...}}")
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"key {shown(name)} is given twice")
+        values[name] = value
+    return values
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_finite(text)
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{shown(text)} is not a finite number")
+
+
+def checked(
+    model: type[Model], values: Mapping[str, Any], place: str | Path, names: Mapping[str, str] = MappingProxyType({})
+) -> Model:
+    """`values`, validated by a pydantic model.
+
+    Args:
+        place: what errors call the file.
+        names: field of the model -> what the file calls it, where that differs.
+
+    Raises:
+        InputError: names the place, the field, its value and what was expected.
+    """
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field, *rest = problem["loc"]
+        name = names.get(str(field), str(field)) + "".join(f"[{part}]" for part in rest)
+        if problem["type"] == "missing":
+            raise InputError(f"{place}: {name} is missing") from None
+        expected = problem["msg"].replace("Input should be", "expected").replace("tuple", "list")
+        raise InputError(f"{place}: {name} is {shown(problem['input'])}; {expected}") from None
+
+
+def shown(value: Any) -> str:
+    """A value from a file, short enough for an error message."""
+    return _repr.repr(value)
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+_repr.maxlevel = 2
