@@ -354,6 +354,16 @@ def paper(batch=4):
     return config.parse(TrainPlan, fields, "plan.py", "")
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "passes"), [("v5e", "bfloat16", 3), ("v5e", "float32", 1), ("h100", "bfloat16", 1)]
+)
+def test_products_that_attention_makes_again(kind, dtype, passes):
+    run = paper()
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype=dtype))
+    once = training_flops(programs.network(run.model), run.lora, run.train.remat, 4, programs.tokens(run)).scores
+    assert flops(run, nowhere(kind, 4), 4)["scores"] == passes * once
+
+
 def test_memory_of_gpus_is_what_jax_takes_of_it(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     assert nowhere("h100", 4).memory == round(0.75 * CHIPS["h100"].memory)

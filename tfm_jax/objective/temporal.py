@@ -132,7 +132,7 @@ def tridiagonal(along_left: PairScalars, along_right: PairScalars, rho: float) -
 
 
 def dot(x: Float[Array, "n h w c"], y: Float[Array, "n h w c"]) -> Float[Array, "n"]:
-    """Inner products of frames; not a matrix product, which TPUs and recent GPUs compute in reduced precision."""
+    """Inner products of frames, as sums of products: float32 on every platform without a matrix product to round it."""
     return jnp.sum(x * y, axis=(1, 2, 3))
 
 

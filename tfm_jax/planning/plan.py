@@ -18,7 +18,7 @@ from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.sharding import make_mesh
 
 SPLASH_PASSES = 3
-"""Products as large as the scores that the TPU kernels of the backward pass make again; cuDNN makes one."""
+"""Products as large as the scores that the TPU kernels of the backward pass make again; cuDNN and float32 make one."""
 
 MARGIN = 0.05
 """Share of the memory that a plan should leave free. A run also holds batches that are read ahead and what the runtime
@@ -176,7 +176,7 @@ def flops(run: TrainPlan | SamplePlan, topology: Topology, clips: int) -> dict[s
     if isinstance(run, SamplePlan):
         settings = run.sampling
         return {"forward": sampling_flops(config, clips, tokens, settings.steps, settings.guidance != 1)}
-    passes = 1 if topology.chip.target else SPLASH_PASSES
+    passes = 1 if topology.chip.target or run.model.dtype == "float32" else SPLASH_PASSES
     return training_flops(config, run.lora, run.train.remat, clips, tokens, score_passes=passes)._asdict()
 
 

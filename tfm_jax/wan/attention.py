@@ -9,12 +9,13 @@ Three kernels compute it. Each is a pair of functions over the arrays that one d
 pass makes them again, block by block, from `lse` (Dao 2023, arXiv:2307.08691, sections 2.3 and 3.1). `out` and `lse`
 may come from a softmax over more keys than the `key` at hand; the gradients are then the share of these keys.
 
-- `SPLASH` on TPU. Pallas calls are not partitioned by the compiler: on more than one chip `attention` is called through
-  `tfm_jax.sharding.per_device`, else lowering raises NotImplementedError.
+- `SPLASH` on TPU, for bfloat16 or float16. Pallas calls are not partitioned by the compiler: on more than one chip
+  `attention` is called through `tfm_jax.sharding.per_device`, else lowering raises NotImplementedError.
 - `CUDNN` on NVIDIA GPUs, where JAX lets it train: bfloat16 or float16, heads whose width is a multiple of 8 up to 128,
   even numbers of queries and of keys. It tells the compiler how to split batch and heads, so it needs no `shard_map`.
-- `CHUNKED` everywhere else, float32 on NVIDIA GPUs included: cuDNN has no float32 attention, and rounding behind the
-  caller's back is worse than slow. It is plain XLA: batch and heads split without communication.
+- `CHUNKED` everywhere else, and for float32 on every platform: cuDNN has no float32 attention, splash would multiply
+  float32 as bfloat16, and rounding behind the caller's back is worse than slow. It is plain XLA: batch and heads split
+  without communication.
 
 The choice falls when a program is lowered, not when it is traced: `jax.default_backend()` says cpu while a program is
 compiled on an ordinary machine for a TPU that is not there. cuDNN is the exception: JAX traces it only where it finds
@@ -33,6 +34,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.extend.backend import backends
 from jaxtyping import Array, Float, Float32, Shaped
+
+from tfm_jax.precision import precision_of
 
 ATTENTION_OUTPUT = "attention_output"
 """What `out` and `lse` are called: a remat policy that saves this name never runs attention's forward pass again."""
@@ -79,10 +82,11 @@ def backward(
 
 def _kernels(query: Queries, key: Keys) -> dict[str, Kernel]:
     """What runs where; every platform not named runs `CHUNKED`."""
-    kernels = {"tpu": SPLASH}
-    half, width = query.dtype in (jnp.bfloat16, jnp.float16), query.shape[-1]
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return {}
+    kernels, width = {"tpu": SPLASH}, query.shape[-1]
     even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
-    if half and width <= 128 and width % 8 == 0 and even and "cuda" in backends():
+    if width <= 128 and width % 8 == 0 and even and "cuda" in backends():
         kernels["cuda"] = CUDNN
     return kernels
 
@@ -163,7 +167,7 @@ def chunked_backward(
 
 
 def _product(axes: str, x: Array, y: Array) -> Float32[Array, "..."]:
-    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(axes, x, y, precision=precision_of(x, y), preferred_element_type=jnp.float32)
 
 
 def _split(x: Shaped[Array, "b n s ..."]) -> Shaped[Array, "i b n q ..."]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from tfm_jax.precision import precision_of
 from tfm_jax.sharding import Axes, gather
 
 
@@ -78,16 +79,20 @@ class Linear(nnx.Module):
         self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = x @ ready(self.kernel, x.dtype)
+        y = _matmul(x, ready(self.kernel, x.dtype))
         if self.bias is not None:
             y = y + ready(self.bias, x.dtype)
         # Round here: XLA may carry more bits than bfloat16 has into what follows, and not the same with an adapter.
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is not None and self.lora_b is not None:
-            low = x @ ready(self.lora_a, x.dtype)
-            y = y + (low @ ready(self.lora_b, x.dtype)) * self.lora_scale
+            low = _matmul(x, ready(self.lora_a, x.dtype))
+            y = y + _matmul(low, ready(self.lora_b, x.dtype)) * self.lora_scale
         return y
+
+
+def _matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    return jnp.matmul(x, kernel, precision=precision_of(x, kernel))
 
 
 class RMSNorm(nnx.Module):

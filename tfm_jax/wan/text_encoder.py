@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 
 from tfm_jax.arrays import Text, TokenIds, TokenMask
 from tfm_jax.errors import InputError
+from tfm_jax.precision import precision_of
 from tfm_jax.wan.layers import Linear, RMSNorm, param
 
 
@@ -72,10 +73,13 @@ class Attention(nnx.Module):
     def __call__(self, x: Text, mask: TokenMask, buckets: Int[Array, "l l"]) -> Text:
         q, k, v = (rearrange(project(x), "b l (n k) -> b n l k", n=self.heads) for project in (self.q, self.k, self.v))
         bias = rearrange(self.position_bias[...][buckets], "q s n -> n q s")
-        scores = jnp.einsum("bnqk,bnsk->bnqs", q, k, preferred_element_type=jnp.float32) + bias.astype(jnp.float32)
+        precision = precision_of(q, k, v)
+        scores = jnp.einsum("bnqk,bnsk->bnqs", q, k, precision=precision, preferred_element_type=jnp.float32)
+        scores = scores + bias.astype(jnp.float32)
         scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        return self.o(rearrange(jnp.einsum("bnqs,bnsk->bnqk", weights, v), "b n l k -> b l (n k)"))
+        out = jnp.einsum("bnqs,bnsk->bnqk", weights, v, precision=precision)
+        return self.o(rearrange(out, "b n l k -> b l (n k)"))
 
 
 class FeedForward(nnx.Module):

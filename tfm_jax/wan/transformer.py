@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from tfm_jax.arrays import Latents, PerVideo, Text
 from tfm_jax.config import Remat
+from tfm_jax.precision import precision_of
 from tfm_jax.sharding import constrain
 from tfm_jax.wan.layers import LayerNorm, Linear, RMSNorm, constant, param, ready
 from tfm_jax.wan.parallel_attention import check_split, cross_attention, self_attention
@@ -238,4 +239,5 @@ class PatchIn(nnx.Module):
         patches = rearrange(latents, "b (f p) (h q) (w r) c -> b (f h w) p q r c", p=p, q=q, r=r)
         patches = constrain(patches, ("batch", "tokens"))
         kernel, bias = (ready(x, latents.dtype) for x in (self.kernel, self.bias))
-        return constrain(jnp.einsum("bspqrc,pqrcd->bsd", patches, kernel) + bias, ACTIVATION)
+        tokens = jnp.einsum("bspqrc,pqrcd->bsd", patches, kernel, precision=precision_of(patches, kernel))
+        return constrain(tokens + bias, ACTIVATION)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from tfm_jax.precision import precision_of
 from tfm_jax.wan.layers import Linear, constant, param
 
 Chunk = Float[Array, "b t h w c"]
@@ -54,7 +55,12 @@ def convolve_frames(
 ) -> Float[Array, "n h2 w2 o"]:
     """2-D convolution of every frame, the same padding (before, after) for height and width."""
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        (stride, stride),
+        (padding, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision_of(x, kernel),
     )
 
 
@@ -157,8 +163,10 @@ class AttentionBlock(nnx.Module):
     @staticmethod
     def _attend(qkv: Float[Array, "n three_c"]) -> Float[Array, "n c"]:
         q, k, v = jnp.split(qkv, 3, axis=-1)
-        logits = jnp.einsum("qc,kc->qk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-        return jnp.einsum("qk,kc->qc", jax.nn.softmax(logits).astype(v.dtype), v)
+        precision = precision_of(q, k, v)
+        logits = jnp.einsum("qc,kc->qk", q, k, precision=precision, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1])).astype(v.dtype)
+        return jnp.einsum("qk,kc->qc", weights, v, precision=precision)
 
 
 class Downsample(nnx.Module):
