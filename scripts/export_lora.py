@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("file", type=Path, help="safetensors file to write")
     parser.add_argument("--dialect", default="comfy", choices=DIALECTS, help="names in the file (default: comfy)")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="type of the factors (default: bfloat16)")
-    parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
+    parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest that is undamaged)")
     options = parser.parse_args(argv)
     step, count = export(options.run, options.file, options.dialect, DTYPES[options.dtype], options.step)
     print(f"{options.file}: {count} adapters after step {step} ({options.dialect}, {options.dtype})")

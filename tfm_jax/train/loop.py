@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from tfm_jax import config as configs
 from tfm_jax import hosts
-from tfm_jax.checkpoint import Checkpoints, fingerprints, flatten, unflatten
+from tfm_jax.checkpoint import Arrays, Checkpoints, fingerprints, flatten, unflatten
 from tfm_jax.config import section
 from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.data.records import Records, open_records
@@ -82,10 +83,16 @@ def train(run: TrainRun, resume: bool = False) -> None:
     facts = {"config": configs.plain(run), "base": base, "data": records.fingerprint}
     first = 0
     if resume:
-        with Checkpoints(settings.output / "checkpoints") as checkpoints:
-            first = _latest(checkpoints, run, facts)
-            arrays = checkpoints.load(first, _abstract(state, placement))
-        state = unflatten(state, arrays)
+        with Checkpoints(settings.output / "checkpoints", settings.keep_checkpoints) as checkpoints:
+            restored = checkpoints.restore(partial(_wanted, run, facts, _abstract(state, placement)))
+        if restored is None:
+            raise InputError(f"train.output={settings.output}: no checkpoint to resume from; remove it and start anew")
+        first = restored.step
+        if first >= settings.steps:
+            raise InputError(
+                f"train.steps={settings.steps}: the run in {settings.output} has {first} already; nothing to do"
+            )
+        state = unflatten(state, restored.arrays)
         hosts.say(f"resumed {settings.output} after step {first}")
 
     done, stop = first, False
@@ -142,13 +149,9 @@ def _check_records(records: Records, model: WanTransformer, run: TrainRun) -> No
         )
 
 
-def _latest(checkpoints: Checkpoints, run: TrainRun, facts: dict[str, Any]) -> int:
-    """The step to go on from, after a check that the run is the same."""
-    steps, output = checkpoints.steps, run.train.output
-    if not steps:
-        raise InputError(f"train.output={output}: no complete checkpoint to resume from; remove it and start anew")
-    step = steps[-1]
-    saved = checkpoints.facts(step)
+def _wanted(run: TrainRun, facts: dict[str, Any], abstract: Arrays, saved: dict[str, Any]) -> Arrays:
+    """The arrays to restore from a checkpoint, after a check that `saved`, its metadata, is of the same run."""
+    output = run.train.output
     before, now = _leaves(saved["config"]), _leaves(facts["config"])
     for name in sorted(before.keys() | now.keys()):
         if name not in MAY_CHANGE and before.get(name) != now.get(name):
@@ -157,9 +160,7 @@ def _latest(checkpoints: Checkpoints, run: TrainRun, facts: dict[str, Any]) -> i
         raise InputError(f"data.path={run.data.path}: not the clips that the run in {output} was started with")
     if saved["base"] != facts["base"]:
         raise InputError(f"model.path={run.model.path}: not the base weights that the run in {output} was started with")
-    if step >= run.train.steps:
-        raise InputError(f"train.steps={run.train.steps}: the run in {output} has {step} already; nothing to do")
-    return step
+    return abstract
 
 
 def _leaves(sections: dict[str, Any]) -> dict[str, Any]:
