@@ -1,0 +1,25 @@
+"""Text files of prompts, one prompt on each line."""
+
+from pathlib import Path
+
+from tfm_jax.errors import InputError
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a UTF-8 text file, without the blanks around them and without blank lines.
+
+    Only line feeds (LF or CR LF) end a line: a prompt may contain any other separator, such as U+2028.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 text, or has no prompt.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; expected a text file with one prompt per line") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: byte {error.start} is not UTF-8; expected UTF-8 text, one prompt per line") from None
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise InputError(f"{file}: no prompt; expected a text file with one prompt per line")
+    return prompts
