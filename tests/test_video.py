@@ -1,5 +1,10 @@
 """Video files in and out: the pixels, the choice of frames, and what is refused."""
 
+import hashlib
+import os
+import subprocess
+import sys
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -110,6 +115,65 @@ def test_odd_sizes_are_not_written(tmp_path):
     with pytest.raises(InputError, match=r"63 x 64 pixels; expected an even"):
         write_clip(tmp_path / "a.mp4", smooth_clip(1, 63, 64), FPS)
     assert not any(tmp_path.iterdir())
+
+
+# --- The same bytes every time ---------------------------------------------------------------------------------------
+
+SIZES = [(17, 64, 64), (17, 62, 90), (9, 34, 50), (2, 480, 832)]
+"""Frames, height and width: multiples of 16, of 2 only, and a picture that x264 splits over threads by default."""
+
+WRITE_EVERY_SIZE = """
+import hashlib, os, sys
+from pathlib import Path
+from test_video import SIZES, smooth_clip
+from tfm_jax.video import write_clip
+
+if sys.argv[2] == "one core" and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+for size in SIZES:
+    write_clip(Path(sys.argv[1]), smooth_clip(*size), 16)
+    print(hashlib.sha256(Path(sys.argv[1]).read_bytes()).hexdigest())
+"""
+
+
+def test_a_file_does_not_depend_on_fresh_memory_or_cores(tmp_path):
+    """glibc fills every new block of memory with a given byte: a read of uninitialised memory shows in the file."""
+    programs = []
+    for number, (fill, cores) in enumerate([("1", "all cores"), ("170", "one core"), ("254", "all cores")]):
+        environment = os.environ | {"MALLOC_PERTURB_": fill, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", WRITE_EVERY_SIZE, str(tmp_path / f"{number}.mp4"), cores]
+        programs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    first, *others = [program.communicate()[0].split() for program in programs]
+    assert len(first) == len(SIZES)
+    assert others == [first, first]
+
+
+def test_files_and_pixels_are_the_same_under_load(tmp_path):
+    done = threading.Event()
+
+    def keep_busy() -> None:
+        rng = np.random.default_rng(0)
+        while not done.is_set():
+            rng.integers(0, 256, rng.integers(1, 1_000_000), np.uint8)
+
+    busy = [threading.Thread(target=keep_busy) for _ in range(2)]
+    for thread in busy:
+        thread.start()
+    try:
+        for size in SIZES[:3]:
+            clip, files, pixels = smooth_clip(*size), set(), set()
+            for _ in range(15):
+                write_clip(tmp_path / "a.mp4", clip, FPS)
+                files.add(hashlib.sha256((tmp_path / "a.mp4").read_bytes()).hexdigest())
+                pixels.add(hashlib.sha256(read_clip(tmp_path / "a.mp4", *size, FPS).tobytes()).hexdigest())
+            assert (len(files), len(pixels)) == (1, 1), size
+    finally:
+        done.set()
+        for thread in busy:
+            thread.join()
+
+
+# --- What is read ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("suffix", "container", "codec"), [("mkv", "matroska", "libx264"), ("webm", "webm", "libvpx")])

@@ -31,8 +31,16 @@ CLOCK_TOLERANCE = Fraction(1, 1000)
 TO_RGB = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 """Colour at full resolution; the default repeats every second column of it, which costs 4 dB."""
 
+TO_YUV = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
+"""Without accurate rounding the result depends on the instruction set of the CPU."""
+
 BT709 = 1
 LIMITED_RANGE = 1
+
+ENCODER_OPTIONS = {"crf": "12", "x264-params": "cpu-independent=1"}
+"""x264's AVX-512 code for the macroblock tree takes eight blocks at a time and reads uninitialised memory behind the
+last row of a picture whose width is not a multiple of 128 (x264 revision c24e06c2, common/x86/mc-a2.asm,
+mbtree_propagate_list_internal). With cpu-independent it uses the C code for this part."""
 
 
 def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int) -> UInt8[np.ndarray, "t y x 3"]:
@@ -61,6 +69,8 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int
 def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int) -> None:
     """Write an mp4 file (H.264, 4:2:0, BT.709) that looks like the clip; an existing file is replaced at the end.
 
+    The same clip gives the same bytes with the same build of PyAV, whatever the load and the number of cores.
+
     Raises:
         InputError: height or width is odd, which 4:2:0 cannot hold.
     """
@@ -72,13 +82,15 @@ def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int)
         with av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            stream.options = {"crf": "12"}
+            stream.options = ENCODER_OPTIONS
             context = stream.codec_context
+            context.thread_count = 1  # the file depends on the number of threads, the default on the number of cores
             context.colorspace = context.color_primaries = context.color_trc = BT709
             context.color_range = LIMITED_RANGE
             for pixels in clip:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=BT709)))
+                yuv = frame.reformat(format="yuv420p", dst_colorspace=BT709, interpolation=TO_YUV, threads=1)
+                container.mux(stream.encode(yuv))
             container.mux(stream.encode(None))
         partial.replace(path)
     finally:
