@@ -8,7 +8,7 @@ v5e:2x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and the like. Told are the 
 a step, what the devices send to each other, and what compiling took; never a step time, since nothing is run. Exit code
 1: it does not fit.
 
---sampling: the sampling program instead. --search, or --search=N: try the N (8) meshes that look best, and the remat
+--sampling: a step of sampling instead. --search, or --search=N: try the N (8) meshes that look best, and the remat
 policies, and rank those that fit. --json: the same for programs. Every field of the configuration can be set on the
 command line.
 """

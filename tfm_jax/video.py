@@ -4,7 +4,7 @@ Every file is opened by us and handed over as a stream with its container format
 `concat:...` or a playlist that is called `.mp4` cannot make the decoder open anything else.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +107,7 @@ def to_uint8(pixels: Float[np.ndarray, "*any 3"]) -> UInt8[np.ndarray, "*any 3"]
     return np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def contact_sheet(clips: Sequence[np.ndarray], labels: Sequence[str], columns: int = 5, cell: int = 192) -> Image.Image:
+def contact_sheet(clips: Iterable[np.ndarray], labels: Sequence[str], columns: int = 5, cell: int = 192) -> Image.Image:
     """One row a clip (`[t, y, x, 3]` uint8): its label, under it up to `columns` evenly spaced frames, `cell` wide."""
     font, margin, line = ImageFont.load_default(14), 8, 20
     rows = [_thumbnails(clip, columns, cell) for clip in clips]
