@@ -45,7 +45,8 @@ SHOWN = 4
 
 def main(argv: Sequence[str]) -> None:
     cli.parser(__doc__).parse_args(argv)
-    shutil.rmtree(ROOT / DEMO, ignore_errors=True)
+    if (ROOT / DEMO).exists():
+        shutil.rmtree(ROOT / DEMO)  # an error must not go unnoticed: the programs would continue from what is left
     for name, (count, seed) in SETS.items():
         print(f"making {count} clips of {LAW} shapes in {DEMO / name}/", flush=True)
         write_clips(ROOT / DEMO / name, count, seed=seed, laws=[LAW], objects=[1])
@@ -66,11 +67,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def program(name: str, *arguments: str) -> None:
-    """Run one of the programs as a user would, from the top of the repository."""
+    """Run one of the programs as a user would, from the top of the repository; if it fails, exit with its code."""
     print(f"\n$ python scripts/{name} {shlex.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, f"scripts/{name}", *arguments], cwd=ROOT)
     if done.returncode:
-        sys.exit(done.returncode)
+        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)  # a signal, as a shell reports it
 
 
 def report(demo: Path) -> None:

@@ -8,7 +8,7 @@ v5e:2x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and the like. It reports th
 operations of a step, what the devices send to each other, and what compiling took; never a step time, since nothing is
 run. Exit code 1: it does not fit.
 
---sampling: the sampling program instead. --search, or --search=N: compile the N (8) most promising meshes, with each
+--sampling: a step of sampling instead. --search, or --search=N: compile the N (8) most promising meshes, with each
 remat policy (or the one that --train.remat names), rank those that fit, and print the command for the best. --json: the
 same for programs. Every field of the configuration can be set on the command line.
 """

@@ -3,7 +3,9 @@
     python scripts/sample.py --config configs/wan2.1_t2v_1.3b.yaml --sampling.prompts=prompts.txt \
         --sampling.lora=lora.safetensors --sampling.output=samples/
 
-One prompt a line in, 000.mp4, 001.mp4, ... and contact_sheet.png out.
+One prompt on each line in, 000.mp4, 001.mp4, ... and contact_sheet.png out. Each video is saved as soon as it is done.
+The same command again makes the videos that are missing: after Ctrl-C or SIGTERM, which stop after the step under way
+(exit code 75; a second one ends the program at once), or after an error.
 """
 
 from collections.abc import Sequence

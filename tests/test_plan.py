@@ -81,7 +81,7 @@ def test_operations_of_a_step_are_those_of_the_compiled_program(parsed, remat, t
 def test_operations_of_sampling_are_those_of_the_compiled_program(parsed):
     run = parsed(SamplePlan)
     lowered, _ = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1]))
-    counted = sampling_flops(programs.network(run.model), 1, programs.tokens(run), 3, guided=True)
+    counted = sampling_flops(programs.network(run.model), 1, programs.tokens(run), guided=True)
     assert products(lowered.compile()) == counted
 
 
@@ -299,7 +299,7 @@ def test_what_is_too_large_is_told_with_the_bytes_over():
 
 
 def test_what_fits_is_told_with_the_bytes_left():
-    text = describe(plan(program="sampling, 50 steps", remat=None, flops={"forward": 10**15}))
+    text = describe(plan(program="sampling step", remat=None, flops={"forward": 10**15}))
     assert "fits, 5.75 GiB to spare" in text
     assert "data=1 fsdp=4 sequence=2 tensor=1; 4 clips of 32,760 tokens" in text
 
@@ -606,7 +606,7 @@ def test_sampling_is_compiled_for_tpus(parsed):
     found = make_plan(parsed(SamplePlan, "--mesh.fsdp=2"), topology("v5e:2x2"))
     assert found.fits
     assert found.clips == 4
-    assert found.program == "sampling, 3 steps"
+    assert found.program == "sampling step"
 
 
 def test_a_step_too_large_exits_with_1_and_the_bytes_over(tmp_path):
@@ -636,7 +636,7 @@ def test_a_failure_of_the_compiler_is_told(parsed, monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     with pytest.raises(CompilerError) as caught:
         make_plan(parsed(TrainPlan, "--mesh.sequence=2", "--mesh.fsdp=2"), topology("v5e:2x2"))
-    assert errors.told(caught.value) == ("the compiler failed: INTERNAL: no way", 3)
+    assert errors.describe(caught.value) == ("the compiler failed: INTERNAL: no way", 3)
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "2xv5e:2x2"])

@@ -169,7 +169,8 @@ def test_samples(call, world, tmp_path):
     outcome = call("sample", *options, f"--sampling.lora={tmp_path}/lora.safetensors")
     assert outcome.code == 0, outcome.err
     output = tmp_path / "my samples"
-    assert sorted(path.name for path in output.iterdir()) == ["000.mp4", "001.mp4", "config.yaml", "contact_sheet.png"]
+    names = [".lock", "000.mp4", "001.mp4", "config.yaml", "contact_sheet.png", "samples.json"]
+    assert sorted(path.name for path in output.iterdir()) == names
     clips = [video.read_clip(output / f"00{n}.mp4", 5, 32, 48, 16) for n in (0, 1)]
     assert clips[0].shape == (5, 32, 48, 3)
     assert (clips[0] != clips[1]).any()
@@ -446,7 +447,7 @@ def test_samples_that_cannot_be(refused, world, tmp_path):
     words = (f"sampling.output={tmp_path}/full", "expected a new or empty directory")
     refused("sample", *config(world), f"--sampling.output={tmp_path}/full", words=words)
     (tmp_path / "prompts.txt").write_text("\n \n")
-    words = (f"sampling.prompts={tmp_path}/prompts.txt", "no prompt in it")
+    words = (f"sampling.prompts={tmp_path}/prompts.txt", "no prompt")
     refused("sample", *config(world), f"--sampling.prompts={tmp_path}/prompts.txt", words=words)
     shutil.copytree(world / "model", tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "vae")

@@ -173,16 +173,16 @@ class MeshConfig:
 @section
 class SamplingConfig:
     prompts: Path = Path("prompts.txt")
-    """Text file, one prompt a line."""
+    """Text file, one prompt on each line."""
     output: Path
-    """Folder of 000.mp4, 001.mp4, ... and contact_sheet.png."""
+    """Folder of 000.mp4, 001.mp4, ... and contact_sheet.png; videos that it has already are not made again."""
     lora: Path | None = None
     """LoRA file (safetensors, any dialect); null samples the base model."""
     steps: Positive = 50
     """Euler steps."""
     shift: Annotated[float, Field(gt=0)] = 5.0
     """Shift of the noise levels towards pure noise."""
-    guidance: Annotated[float, Field(ge=0)] = 5.0
+    guidance: Annotated[float, Field(ge=0, le=1000)] = 5.0
     """Scale of classifier-free guidance; 1 is none."""
     negative_prompt: str = ""
     """What guidance leads away from."""

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step and of sampling: two for each multiply-add of a matrix product.
+"""Floating-point operations of a training step and of a sampling step: two for each multiply-add of a matrix product.
 
 Counted are the products that the mathematics needs, whatever computes them, and apart from these what is computed again
 to save memory. Norms, softmax and the objective are left out: they are no matrix products.
@@ -80,11 +80,10 @@ def training_flops(
     )
 
 
-def sampling_flops(config: TransformerConfig, clips: int, tokens: int, steps: int, guided: bool) -> int:
-    """Of all steps for `clips` clips, each computed twice a step with guidance. Adapters are left out."""
+def sampling_flops(config: TransformerConfig, clips: int, tokens: int, guided: bool) -> int:
+    """Of a step for `clips` clips, each computed twice with guidance. Adapters are left out."""
     block = _attention(config, tokens, tokens + TEXT_LENGTH) + sum(layer.kernel() for layer in _maps(config, tokens))
-    text, stem, head = _outside(config, tokens)  # the text enters once, the blocks see it at every step
-    return clips * (1 + guided) * (steps * (config.layers * block + stem + head) + text)
+    return clips * (1 + guided) * (config.layers * block + sum(_outside(config, tokens)))
 
 
 def _attention(config: TransformerConfig, queries: int, keys: int) -> int:

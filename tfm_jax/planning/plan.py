@@ -104,7 +104,7 @@ class Plan:
 
 
 def make_plan(run: TrainPlan | SamplePlan, topology: Topology) -> Plan:
-    """Compile the training step, or the sampling program, for a topology.
+    """Compile the training step, or a sampling step, for a topology.
 
     Raises:
         InputError: mesh, model, clip and batch do not go together.
@@ -157,7 +157,7 @@ def _bytes(number: str, unit: str) -> int:
 def _facts(run: TrainPlan | SamplePlan, topology: Topology, mesh: Mesh) -> dict[str, Any]:
     training = isinstance(run, TrainPlan)
     return {
-        "program": "training step" if training else f"sampling, {run.sampling.steps} steps",
+        "program": "training step" if training else "sampling step",
         "topology": topology.name,
         "chips": topology.chips,
         "devices": mesh.size,
@@ -174,8 +174,7 @@ def flops(run: TrainPlan | SamplePlan, topology: Topology, clips: int) -> dict[s
     """Operations of one call of a program by what they are for, over all devices."""
     config, tokens = programs.network(run.model), programs.tokens(run)
     if isinstance(run, SamplePlan):
-        settings = run.sampling
-        return {"forward": sampling_flops(config, clips, tokens, settings.steps, settings.guidance != 1)}
+        return {"forward": sampling_flops(config, clips, tokens, run.sampling.guidance != 1)}
     passes = 1 if topology.chip.target or run.model.dtype == "float32" else SPLASH_PASSES
     return training_flops(config, run.lora, run.train.remat, clips, tokens, score_passes=passes)._asdict()
 

@@ -15,8 +15,8 @@ from tfm_jax import config as configs
 from tfm_jax.config import section
 from tfm_jax.data.batches import Batch
 from tfm_jax.lora.adapters import attach_lora, split_lora
-from tfm_jax.sampling.pipeline import sample_latents
-from tfm_jax.sharding import batch_sharding, shardings, split
+from tfm_jax.sampling.pipeline import guided_velocity
+from tfm_jax.sharding import batch_sharding, replicated, shardings, split
 from tfm_jax.train.loop import check_batch
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, init_state, make_step
@@ -40,7 +40,7 @@ class TrainPlan:
 
 @section
 class SamplePlan:
-    """What decides the sampling program: that of the base where `sampling.lora` is null, else with the adapters."""
+    """What decides the program of a sampling step: of the base where `sampling.lora` is null, else with adapters."""
 
     model: configs.ModelConfig
     clip: configs.ClipConfig
@@ -113,11 +113,11 @@ def _sampling(run: SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
     model = nnx.merge(graph, _placed(state, shardings(state, mesh)))
     videos, text_dim = split("batch", mesh), network(run.model).text_dim
     text = _rows((videos, TEXT_LENGTH, text_dim), mesh)
-    args = (model, _rows((videos, *latent_shape(run)), mesh), text, text)
-    static = {"steps": settings.steps, "shift": settings.shift, "guidance": settings.guidance}
-    program: Any = sample_latents
+    sigma = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    args = (model, _rows((videos, *latent_shape(run)), mesh), sigma, text, text)
+    program: Any = guided_velocity
     with jax.set_mesh(mesh):
-        return program.lower(*args, **static), _bytes(args)
+        return program.lower(*args, guidance=settings.guidance), _bytes(args)
 
 
 def _abstract_model(model: configs.ModelConfig) -> WanTransformer:

@@ -1,9 +1,10 @@
 """A sampling run: prompts.txt in, 000.mp4, 001.mp4, ... and a contact sheet out."""
 
-import dataclasses
+import contextlib
 import math
-import tempfile
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,34 +16,45 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tfm_jax import config as configs
-from tfm_jax import video
+from tfm_jax import interrupts, video
 from tfm_jax.arrays import Latents, Scalar, Text
-from tfm_jax.config import section
-from tfm_jax.errors import InputError
+from tfm_jax.errors import InputError, StoppedEarly
 from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import Lora, read_lora
 from tfm_jax.objective import timestep
+from tfm_jax.prompts import read_prompts
+from tfm_jax.sampling.outputs import SampleRun, Samples, digest_file, digest_weights
 from tfm_jax.sampling.solvers import euler, noise_levels
-from tfm_jax.sharding import batch_sharding, make_mesh, split
+from tfm_jax.sharding import batch_sharding, constrain, make_mesh, split
 from tfm_jax.wan import find_base, layouts, load_base, load_text_encoder, load_tokenizer, load_vae
 from tfm_jax.wan.parallel_attention import check_split
-from tfm_jax.wan.tokenizer import encode_prompts
+from tfm_jax.wan.tokenizer import encode_prompts, find_tokenizer
 from tfm_jax.wan.transformer import WanTransformer, token_grid
+from tfm_jax.wan.vae import WanVae
 
 PAIRS = "two b l d -> (b two) l d"
 
 
-@section
-class SampleRun:
-    """The sections that sampling reads."""
-
-    model: configs.ModelConfig
-    clip: configs.ClipConfig
-    sampling: configs.SamplingConfig
-    mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
+# --- Latents ---------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("steps", "shift", "guidance", "on_step"))
+@partial(jax.jit, static_argnames="guidance")
+def guided_velocity(
+    transformer: WanTransformer, x: Latents, sigma: Scalar, text: Text, negative: Text, *, guidance: float
+) -> Latents:
+    """The velocity `v(negative) + guidance (v(text) - v(negative))`; with guidance 1 only v(text) is computed.
+
+    Under `jax.set_mesh` the videos are split as a batch is.
+    """
+    time = timestep(jnp.broadcast_to(sigma, x.shape[:1]))
+    if guidance == 1:
+        return constrain(transformer(x, time, text), ("batch",))
+    # The two rows of a video are neighbours, so that they are on one device.
+    both = transformer(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), rearrange([text, negative], PAIRS))
+    with_text, without = rearrange(both, "(b two) f h w c -> two b f h w c", two=2)
+    return constrain(without + guidance * (with_text - without), ("batch",))
+
+
 def sample_latents(
     transformer: WanTransformer,
     noise: Latents,
@@ -54,108 +66,207 @@ def sample_latents(
     guidance: float = 5.0,
     on_step: Callable[[], None] | None = None,
 ) -> Latents:
-    """Latents of videos for `text`, led away from `negative`: the whole Euler loop as one compiled function.
+    """Latents of videos for `text`, led away from `negative`: Euler steps along `guided_velocity`.
 
-    The velocity is `v(negative) + guidance (v(text) - v(negative))`; with guidance 1 only v(text) is computed.
-    `on_step` is called on the host at every step. Under `jax.set_mesh` the videos are split as a batch is.
+    `on_step` is called when a step has been computed. An exception that it raises ends the sampling.
     """
 
-    def velocity(x: Latents, sigma: Scalar) -> Latents:
+    def velocity(x: Latents, sigma: np.float32) -> Latents:
+        result = guided_velocity(transformer, x, sigma, text, negative, guidance=guidance)
         if on_step:
-            jax.debug.callback(on_step)
-        time = timestep(jnp.broadcast_to(sigma, x.shape[:1]))
-        if guidance == 1:
-            return transformer(x, time, text)
-        # The two rows of a video are neighbours, so that they lie on one device.
-        both = transformer(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), rearrange([text, negative], PAIRS))
-        with_text, without = rearrange(both, "(b two) f h w c -> two b f h w c", two=2)
-        return without + guidance * (with_text - without)
+            result.block_until_ready()
+            on_step()
+        return result
 
     return euler(velocity, noise.astype(jnp.float32), noise_levels(steps, shift))
 
 
-def sample(run: SampleRun) -> None:
-    """Sample every prompt and write the videos into `run.sampling.output`, whole or not at all.
+# --- The run ---------------------------------------------------------------------------------------------------------
 
-    The three networks are loaded one after another, so that only one is held at a time.
+
+def sample(run: SampleRun) -> None:
+    """Make the videos that `run.sampling.output` lacks, each of them saved as soon as it is decoded, and the sheet.
+
+    A video depends on the configuration and its number alone, so that a run that was stopped and continued leaves the
+    same files as one that was not. Everything that can be checked is checked before the first step.
+
+    The text encoder is dropped before the transformer is loaded. The autoencoder (0.5 GB) stays beside the transformer.
 
     Raises:
-        InputError: a file is missing or does not fit the model, the mesh cannot be made or cannot split the video, or
-            the output folder has something in it.
+        InputError: a file is missing or damaged or does not fit the model, the mesh cannot be made or cannot split the
+            video, the output folder is in use or holds something else, or a video is not finite.
+        StoppedEarly: Ctrl-C or SIGTERM came; the videos that are done stay.
     """
     settings = run.sampling
     mesh = make_mesh(run.mesh)
     check_split(run.model.heads, math.prod(token_grid(_latent_size(run.clip))), mesh)
-    prompts = read_prompts(settings.prompts)
-    if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
-        raise InputError(f"sampling.output={settings.output}: already there; expected a new or empty directory")
+    prompts = _read_prompts(settings.prompts)
+    _say(
+        f"{len(prompts)} prompts, {settings.steps} steps each; {run.model.path} ({run.model.layers} blocks of width "
+        f"{run.model.dim}, {run.model.dtype}); devices: {mesh.size} x {mesh.devices.flat[0].device_kind}"
+    )
     lora = read_lora(settings.lora) if settings.lora else None
-    find_base(run.model)  # what is missing is told before an hour of sampling, not after it
-    layouts.find(run.model.path, layouts.VAE)
+    weights = digest_weights(check_model(run.model))
+    samples = Samples(
+        run=run, prompts=prompts, weights=weights, lora=digest_file(settings.lora) if settings.lora else None
+    )
+    samples.check()
+    if not samples.missing() and samples.sheet.exists():
+        print(f"{settings.output}: all {len(prompts)} videos are there already")
+        return
+    with samples.claimed():
+        try:
+            if missing := samples.missing():
+                _make(samples, missing, lora, mesh)
+            samples.write_sheet()
+        except KeyboardInterrupt:
+            done = len(prompts) - len(samples.missing())
+            raise StoppedEarly(
+                f"stopped: {done} of {len(prompts)} videos are done; the same command continues"
+            ) from None
+    print(f"{settings.output}: {len(prompts)} videos and {samples.sheet.name}")
 
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{settings.output.name}.", dir=settings.output.parent) as scratch:
-        folder = Path(scratch, "samples")
-        folder.mkdir()
-        _sample_into(folder, run, prompts, lora, mesh)
-        folder.replace(settings.output)
+
+def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) -> None:
+    """Sample and decode the missing videos, round by round."""
+    run, prompts = samples.run, samples.prompts
+    with _timed("loading the autoencoder"):
+        vae = load_vae(run.model.path)
+    with _timed("encoding the prompts"):
+        text = _embed(run, [*prompts, run.sampling.negative_prompt])
+    with _timed("loading the transformer"):
+        transformer = _transformer(run, lora, mesh)
+    rounds = _rounds(len(prompts), split("batch", mesh), missing)
+
+    def draw(numbers: list[int], steps: int, on_step: Callable[[], None]) -> np.ndarray:
+        """Latents of these prompts."""
+        shape = (*_latent_size(run.clip), transformer.config.channels)
+        key = jax.random.key(run.sampling.seed)
+        noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in numbers])
+        rows = jax.device_put((noise, text[numbers], text[[-1] * len(numbers)]), batch_sharding(mesh))
+        settings = {"steps": steps, "shift": run.sampling.shift, "guidance": run.sampling.guidance}
+        return np.asarray(sample_latents(transformer, *rows, **settings, on_step=on_step))
+
+    with jax.set_mesh(mesh), interrupts.postponed("stopping after this step"):
+        with _timed("compiling, and trying one step and the autoencoder"):
+            latents = draw(rounds[0], 1, _stop_if_requested)
+            _decode(vae, latents[0], rounds[0][0], run)
+        samples.begin()
+        with tqdm(total=len(rounds) * run.sampling.steps, desc="sampling", unit="step") as bar:
+
+            def on_step() -> None:
+                bar.update()
+                _stop_if_requested()
+
+            for numbers in rounds:
+                latents = draw(numbers, run.sampling.steps, on_step)
+                _write(samples, missing, vae, dict(zip(sorted(set(numbers)), latents, strict=False)))
 
 
-def _sample_into(folder: Path, run: SampleRun, prompts: list[str], lora: Lora | None, mesh: Mesh) -> None:
-    settings = run.sampling
-    text = _embed(run, [*prompts, settings.negative_prompt])
-    transformer = _transformer(run, lora, mesh)
-    shape = (*_latent_size(run.clip), transformer.config.channels)
-    # As many videos at a time as the mesh splits the batch into; what is missing in the last round are copies of its
-    # last video, so that there is one program.
-    together, last = split("batch", mesh), len(prompts) - 1
-    rounds = [[min(first + n, last) for n in range(together)] for first in range(0, len(prompts), together)]
-    key = jax.random.key(settings.seed)
-    latents = []
-    with tqdm(total=len(rounds) * settings.steps, desc="sampling", unit="step") as bar, jax.set_mesh(mesh):
+def _rounds(prompts: int, together: int, missing: set[int]) -> list[list[int]]:
+    """Numbers of the prompts that are sampled at a time, as many as the mesh splits the batch into.
 
-        def on_step() -> None:
-            bar.update()
+    The last round is filled up with copies of its last prompt, so that there is one program. Rounds do not depend on
+    what is missing, only whether they are made: a prompt shares its round with the same others in every run.
+    """
+    last = prompts - 1
+    rounds = [[min(first + n, last) for n in range(together)] for first in range(0, prompts, together)]
+    return [numbers for numbers in rounds if not missing.isdisjoint(numbers)]
 
-        for numbers in rounds:
-            noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in numbers])
-            rows = (noise, text[np.array(numbers)], jnp.repeat(text[-1:], together, axis=0))
-            result = sample_latents(
-                transformer, *jax.device_put(rows, batch_sharding(mesh)),
-                steps=settings.steps, shift=settings.shift, guidance=settings.guidance, on_step=on_step,
-            )  # fmt: skip
-            latents += [latent[None] for latent in np.asarray(result)[: len(set(numbers))]]
-    del transformer
 
-    configs.dump(run, folder / "config.yaml")
-    _write(folder, run, prompts, latents)
+def _write(samples: Samples, missing: set[int], vae: WanVae, latents: dict[int, np.ndarray]) -> None:
+    """Decode the latents of a round by the numbers of their prompts, and write the videos that are missing.
+
+    Raises:
+        InputError: one of them is not finite; those that are have been written.
+    """
+    refused = None
+    for number in sorted(missing & latents.keys()):
+        try:
+            pixels = _decode(vae, latents[number], number, samples.run)
+        except InputError as error:
+            refused = refused or error
+        else:
+            video.write_clip(samples.video(number), video.to_uint8(pixels), samples.run.clip.fps)
+    if refused:
+        raise refused
+
+
+def _decode(vae: WanVae, latents: np.ndarray, number: int, run: SampleRun) -> np.ndarray:
+    """Pixels `[t, y, x, 3]` in -1..1 of the latents of one video.
+
+    Raises:
+        InputError: latents or pixels are not finite, or are of another size than the configuration says.
+    """
+    if not np.isfinite(latents).all():
+        hint = f"sampling.guidance={run.sampling.guidance:g}, the weights or the LoRA may be too large"
+        raise InputError(f"prompt {number}: the latents are not finite; expected numbers: {hint}")
+    pixels = np.asarray(vae.decode(jnp.asarray(latents[None])))[0]
+    if not np.isfinite(pixels).all():
+        raise InputError(f"prompt {number}: the autoencoder of {run.model.path} made pixels that are not finite")
+    size = (run.clip.frames, run.clip.height, run.clip.width, 3)
+    if pixels.shape != size:
+        raise InputError(f"{run.model.path}: the autoencoder makes videos {list(pixels.shape)}; expected {list(size)}")
+    return pixels
 
 
 def _latent_size(clip: configs.ClipConfig) -> tuple[int, int, int]:
     return (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The lines of a text file that are not blank.
+# --- Input -----------------------------------------------------------------------------------------------------------
+
+
+def check_model(model: configs.ModelConfig) -> list[Path]:
+    """Check the tokenizer, and that the three networks have all their tensors and fit together; reads no tensor.
+
+    Returns:
+        The files of the model.
 
     Raises:
-        InputError: there is no such file, it is not text, or it has no prompt.
+        InputError: something is missing, extra or misshapen, or of another size than the configuration is for.
     """
+    load_tokenizer(model.path)
+    paths = [Path(find_tokenizer(model.path) or "", "tokenizer.json")]
+    sources = [find_base(model), *(layouts.find(model.path, part) for part in (layouts.VAE, layouts.TEXT_ENCODER))]
+    for source in sources:
+        values = layouts.parameters(source.component, source.config, model.dtype)
+        shapes = {name: value.shape for name, value in values.items()}
+        expected = layouts.expected_tensors(source.layout, source.component.rows(source.config), shapes)
+        layouts.check_tensors(source.place, source.tensors, expected)
+        paths += sorted({source.place, *(entry.file for entry in source.tensors.values())})
+    transformer, vae, encoder = (source.config for source in sources)
+    _require_equal(model.path, "latent channels", transformer.channels, "autoencoder", vae.z_dim)
+    _require_equal(model.path, "text width", transformer.text_dim, "text encoder", encoder.dim)
+    return paths
+
+
+def _require_equal(path: Path, what: str, takes: int, network: str, makes: int) -> None:
+    if takes != makes:
+        raise InputError(f"{path}: {what} of the {network}: {makes}; expected {takes}, as the transformer takes")
+
+
+def _read_prompts(file: Path) -> list[str]:
     try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"sampling.prompts={file}: {error.strerror}; expected a text file, a prompt a line") from None
-    except UnicodeDecodeError:
-        raise InputError(f"sampling.prompts={file}: not UTF-8 text; expected a prompt a line") from None
-    if not prompts:
-        raise InputError(f"sampling.prompts={file}: no prompt in it; expected a prompt a line")
-    return prompts
+        return read_prompts(file)
+    except InputError as error:
+        raise InputError(f"sampling.prompts={error}") from None
 
 
-def _embed(run: SampleRun, prompts: list[str]) -> Text:
+def _embed(run: SampleRun, prompts: Sequence[str]) -> np.ndarray:
+    """Text embeddings `[n, 512, d]`, in the memory of the host.
+
+    Raises:
+        InputError: the text encoder is damaged, or gives numbers that are not finite.
+    """
     tokenizer = load_tokenizer(run.model.path)
     encoder = load_text_encoder(run.model.path, run.model.dtype)
-    return jnp.concatenate([encode_prompts(tokenizer, encoder, [prompt]) for prompt in prompts])
+    rows = []
+    for prompt in prompts:
+        rows.append(np.asarray(encode_prompts(tokenizer, encoder, [prompt])[0]))
+        if not np.isfinite(rows[-1].astype(np.float32)).all():
+            raise InputError(f"{run.model.path}: the text encoder's embedding of {prompt[:60]!r} is not finite")
+    return np.stack(rows)
 
 
 def _transformer(run: SampleRun, lora: Lora | None, mesh: Mesh) -> WanTransformer:
@@ -168,11 +279,22 @@ def _transformer(run: SampleRun, lora: Lora | None, mesh: Mesh) -> WanTransforme
     return transformer
 
 
-def _write(folder: Path, run: SampleRun, prompts: list[str], latents: list[np.ndarray]) -> None:
-    vae = load_vae(run.model.path)
-    clips = []
-    for number, latent in enumerate(tqdm(latents, desc="decoding", unit="clip")):
-        pixels = np.asarray(vae.decode(jnp.asarray(latent)))[0]
-        clips.append(video.to_uint8(pixels))
-        video.write_clip(folder / f"{number:03d}.mp4", clips[-1], run.clip.fps)
-    video.contact_sheet(clips, prompts).save(folder / "contact_sheet.png")
+# --- Talking and stopping --------------------------------------------------------------------------------------------
+
+
+def _stop_if_requested() -> None:
+    if interrupts.requested():
+        raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _timed(what: str) -> Iterator[None]:
+    """Say what begins, and how long it took."""
+    start = time.monotonic()
+    _say(f"{what} ...")
+    yield
+    _say(f"  {time.monotonic() - start:.1f} s")
