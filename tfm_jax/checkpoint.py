@@ -116,7 +116,8 @@ class Checkpoints:
 
         Raises:
             NonFiniteLoss: an array has a value that is not finite; nothing is written.
-            InputError: the disk is full or cannot be written to, now or during the save before.
+            InputError: there is a checkpoint of this step or a later one.
+            InputError, OSError: this save or the one before cannot be written.
         """
         described = {}
         for name, (mark, finite) in _examine(arrays).items():
@@ -124,6 +125,8 @@ class Checkpoints:
                 raise NonFiniteLoss(f"step {step}: {name} has values that are not finite; no checkpoint is written")
             array = arrays[name]
             described[name] = {"shape": list(array.shape), "dtype": str(array.dtype), "fingerprint": mark}
+        if hosts.is_first() and self.steps and self.steps[-1] >= step:  # Orbax would skip the save in silence
+            raise InputError(f"{self.directory}: has step {self.steps[-1]} already; expected only steps before {step}")
         # As text, of which the checksum is taken: Orbax need not write numbers as they are written here.
         record = json.dumps({"step": step, "arrays": described, "metadata": metadata})
         try:
@@ -154,7 +157,8 @@ class Checkpoints:
         if step is not None and self.steps:
             return self._restore_step(step, wanted)
         tried: set[int] = set()
-        while (newest := _of_first_process(max(set(self.steps) - tried, default=-1))) >= 0:
+        # Process 0 chooses: listings of a shared folder may differ for a while.
+        while (newest := int(_first_text(str(max(set(self.steps) - tried, default=-1))))) >= 0:
             try:
                 return self._read(newest, wanted)
             except _DamagedError as damage:
@@ -334,7 +338,7 @@ def _on_all_processes(read: Callable[[], T]) -> T:
         if isinstance(error, InputError) or _is_of_machine(error):
             raise
         reason = f"it cannot be read: {_one_line(error)}"
-    if reason := _agree(reason):
+    if reason := _first_text(reason):
         raise _DamagedError(reason)
     return result  # pyright: ignore[reportReturnType]
 
@@ -350,21 +354,15 @@ def _one_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
 
 
-def _agree(reason: str) -> str:
-    """The reason of the first process that has one; every process must call this."""
+def _first_text(text: str) -> str:
+    """The text of the first process that has one; every process must call this."""
     if not hosts.several():
-        return reason
-    text = np.zeros(512, np.uint8)
-    data = reason.encode()[: text.size]
-    text[: len(data)] = np.frombuffer(data, np.uint8)
-    gathered = np.asarray(multihost_utils.process_allgather(text)).reshape(-1, text.size)
-    reasons = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in gathered]
-    return next(filter(None, reasons), "")
-
-
-def _of_first_process(number: int) -> int:
-    """The number that process 0 has: listings of a shared folder may differ for a while."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if hosts.several() else number
+        return text
+    row = np.zeros(512, np.uint8)
+    data = text.encode()[: row.size]
+    row[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, row.size)
+    return next(filter(None, (bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows)), "")
 
 
 # --- What Orbax logs -------------------------------------------------------------------------------------------------
