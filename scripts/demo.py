@@ -87,7 +87,7 @@ def report(demo: Path) -> None:
     clips, labels = [], []
     for number in range(SHOWN):
         for kind, folder in folders.items():
-            file = sorted(folder.glob("*.mp4"))[number]
+            file = video.find_clips(folder)[number]
             clips.append(video.read_clip(file, clip.frames, clip.height, clip.width, clip.fps))
             labels.append(f"{number:03d} {kind}")
     axes["samples"].imshow(video.contact_sheet(clips, labels, columns=9, cell=96))

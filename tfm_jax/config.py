@@ -316,13 +316,17 @@ def _check_paths(kind: type, values: dict[str, Any], file: str, origin: dict[str
                 raise InputError(f"{origin.get(f'{name}.{field}') or f'{file}: {name}.{field}='}: expected a path")
 
 
+NEAR = 0.72
+"""How similar a name must be to be suggested: `lernin_rate` for learning_rate is, `tensorboard` for tensor is not."""
+
+
 def _nearest(name: str, kind: type) -> str:
     """What may be meant by a field that does not exist: fields of nearly that name, those of its section first."""
     part, _, tail = name.rpartition(".")
     fields: dict[str, list[str]] = {}
     for full in sorted(_fields(kind), key=lambda full: not full.startswith(f"{part}.")):
         fields.setdefault(full.rpartition(".")[2], []).append(full)
-    close = [full for match in difflib.get_close_matches(tail, fields) for full in fields[match]]
+    close = [full for match in difflib.get_close_matches(tail, fields, cutoff=NEAR) for full in fields[match]]
     names = [full for full in _fields(kind) if full.startswith(f"{part}.")] or [f"{n}.*" for n in _sections(kind)]
     return _choices(close[:3], names)
 

@@ -118,7 +118,7 @@ def to_uint8(pixels: Float[np.ndarray, "*any 3"]) -> UInt8[np.ndarray, "*any 3"]
     return np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def contact_sheet(clips: Iterable[np.ndarray], labels: Sequence[str], columns: int = 5, cell: int = 192) -> Image.Image:
+def contact_sheet(clips: Iterable[np.ndarray], labels: Sequence[str], columns: int = 9, cell: int = 128) -> Image.Image:
     """One row a clip (`[t, y, x, 3]` uint8): its label, under it up to `columns` evenly spaced frames, `cell` wide."""
     font, margin, line = ImageFont.load_default(14), 8, 20
     rows = [_thumbnails(clip, columns, cell) for clip in clips]

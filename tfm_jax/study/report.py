@@ -9,6 +9,7 @@ import numpy as np
 from tfm_jax import video
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.evaluation.report import BETWEEN_SETS, OF_A_SET
+from tfm_jax.prompts import read_prompts
 from tfm_jax.study import protocol
 from tfm_jax.study.cost import relative, steps_in_the_same_time
 from tfm_jax.study.pictures import draw_differences, draw_prompt
@@ -234,7 +235,7 @@ network. Means over the seeds, by noise level.
 def _pictures(found: Findings, pictures: Path) -> str:
     study, clip = found.study, found.study.run.clip
     held_out = choose_prompts(study)
-    prompts = held_out.prompts.read_text(encoding="utf-8").splitlines()
+    prompts = read_prompts(held_out.prompts)
     real = {row.video: row.path for row in read_metadata(study.output / "held_out")}
     lines = ["## Samples\n\nSeed 0, the same noise in every row; the first row is a real clip with this caption."]
     for number, prompt in enumerate(prompts[:PICTURED]):
