@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import virtual_devices
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 from flax import nnx
@@ -474,6 +476,34 @@ def test_rounds_do_not_depend_on_what_is_missing():
     assert pipeline._rounds(5, 2, {3}) == [[2, 3]]
     assert pipeline._rounds(5, 2, {1, 4}) == [[0, 1], [4, 4]]
     assert pipeline._rounds(2, 4, {1}) == [[0, 1, 1, 1]]
+
+
+ON_TWO_DEVICES = """
+import sys
+from pathlib import Path
+from tfm_jax.config import parse
+from tfm_jax.sampling.pipeline import SampleRun, sample
+
+folder = Path(sys.argv[1])
+run = parse(SampleRun, ["--config", f"{folder}/finished/config.yaml", f"--sampling.output={folder}/two"], "", "")
+sample(run)
+before = {path.name: path.read_bytes() for path in (folder / "two").iterdir()}
+(folder / "two" / "001.mp4").unlink()
+sample(run)
+assert {path.name: path.read_bytes() for path in (folder / "two").iterdir()} == before
+"""
+
+
+def test_two_devices_sample_two_videos_at_a_time(finished, model):
+    """The same videos as one device makes, but for rounding, and the same bytes when one is made again."""
+    command = [sys.executable, "-c", ON_TWO_DEVICES, model.parent]
+    done = subprocess.run(command, env=virtual_devices.environment(2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        np.stack([np.float32(video.read_clip(folder / name, 5, 32, 48, 16)) for name in VIDEOS])
+        for folder in (finished, model.parent / "two")
+    )
+    assert np.abs(one - two).mean() <= 0.1 < np.abs(one - np.roll(two, 1, axis=0)).mean()
 
 
 def test_names_of_many_videos_sort_as_their_numbers(model, tmp_path):

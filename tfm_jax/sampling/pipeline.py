@@ -145,9 +145,10 @@ def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) ->
         noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in numbers])
         rows = jax.device_put((noise, text[numbers], text[[-1] * len(numbers)]), batch_sharding(mesh))
         settings = {"steps": steps, "shift": run.sampling.shift, "guidance": run.sampling.guidance}
-        return np.asarray(sample_latents(transformer, *rows, **settings, on_step=on_step))
+        with jax.set_mesh(mesh):  # not around the autoencoder, which is on one device
+            return np.asarray(sample_latents(transformer, *rows, **settings, on_step=on_step))
 
-    with jax.set_mesh(mesh), interrupts.postponed("stopping after this step"):
+    with interrupts.postponed("stopping after this step"):
         with _timed("compiling, and trying one step and the autoencoder"):
             latents = draw(rounds[0], 1, _stop_if_requested)
             _decode(vae, latents[0], rounds[0][0], run)
