@@ -96,6 +96,7 @@ def report(demo: Path) -> None:
 
 
 def draw_losses(axis: Axes, metrics: Sequence[dict[str, Any]]) -> None:
+    metrics = [line for line in metrics if not line.get("skipped")]
     steps = [line["step"] for line in metrics]
     for color, name in zip(("C0", "C1", "C2"), ("loss", "direction", "residual"), strict=True):
         values = [line[name] for line in metrics]

@@ -2,8 +2,9 @@
 
     python scripts/train.py --config configs/wan2.1_t2v_1.3b.yaml --train.output=runs/my_run [--resume]
 
-Every field of the configuration can be set on the command line; `--help` lists them. `--resume` goes on from the newest
-checkpoint in train.output; SIGTERM saves one there and ends the program.
+Every field of the configuration can be set on the command line; `--help` lists them. `--resume` continues from the
+newest checkpoint in train.output, or starts if there is none. Ctrl-C and SIGTERM save a checkpoint and end the program
+with exit code 75; a second one ends it at once.
 
 On several machines start it once on each (`srun` and TPU pods are recognised; elsewhere set JAX_COORDINATOR_ADDRESS,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID); all of them see the same files.

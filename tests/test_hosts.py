@@ -18,17 +18,18 @@ import virtual_devices
 from safetensors.numpy import load_file
 from wan_reference import SIZES, reference_transformer
 
-from tfm_jax import config, hosts
+from tfm_jax import config, hosts, interrupts
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import Record, RecordWriter, open_records
-from tfm_jax.errors import InputError, NonFiniteLoss
+from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly
 from tfm_jax.train import loop
 from tfm_jax.train.metrics import Metrics, read_metrics
 
 CONFIG = SIZES["small"]
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "train.py"
+CLIP = {"frames": 5, "height": 32, "width": 32, "fps": 16.0}
 BATCH = 8
 CLIPS = 24
 PATIENCE = 900
@@ -39,7 +40,6 @@ FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_llvm_disable_expen
 LOADING = """
 import json, sys
 from pathlib import Path
-import jax
 from tfm_jax import hosts
 from tfm_jax.config import MeshConfig
 from tfm_jax.sharding import make_mesh
@@ -71,13 +71,14 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("hosts")
     reference_transformer(CONFIG).save_pretrained(path / "model" / "transformer")
     rng = np.random.default_rng(0)
-    with RecordWriter(path / "latents", {}) as writer:
+    with RecordWriter(path / "latents", CLIP) as writer:
         for number in range(CLIPS):
             clip = rng.standard_normal((2, 4, 4, CONFIG.channels), np.float32)
             writer.write(Record(clip, rng.standard_normal((3, CONFIG.text_dim), np.float32), "", f"{number}.mp4"))
     values = {
         "model": {"path": str(path / "model"), "dim": CONFIG.dim, "ffn_dim": CONFIG.ffn_dim, "heads": CONFIG.heads,
                   "layers": CONFIG.layers, "dtype": "float32"},
+        "clip": CLIP,
         "data": {"path": str(path / "latents")},
         "lora": {"rank": 2, "targets": ["self_attn.q", "ffn.2"]},
         "optimizer": {"learning_rate": 1e-3},
@@ -146,8 +147,8 @@ def lines_of(output: Path) -> int:
 
 def saved(output: Path) -> tuple[list[int], dict[str, np.ndarray]]:
     """The steps of the checkpoints, and the arrays of the last."""
-    with Checkpoints(output / "checkpoints") as checkpoints:
-        return checkpoints.steps, {name: np.asarray(array) for name, array in checkpoints.restore().arrays.items()}
+    checkpoints = Checkpoints(output / "checkpoints")
+    return checkpoints.steps, {name: np.asarray(array) for name, array in checkpoints.restore().arrays.items()}
 
 
 # --- Two processes ---------------------------------------------------------------------------------------------------
@@ -159,14 +160,13 @@ def test_two_processes_are_stopped_resumed_and_equal_one(folder, launch):
     two = launch(2, training(folder, f"--train.output={output}"))
     wait_for(lambda: lines_of(output) >= 2, two)
     two[1].send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    two[1].send_signal(signal.SIGTERM)
     (out, err), (out_of_other, err_of_other) = (process.communicate(timeout=PATIENCE) for process in two)
-    assert [process.returncode for process in two] == [0, 0], err + err_of_other
+    assert [process.returncode for process in two] == [75, 75], err + err_of_other
     (stopped,) = saved(output)[0]
-    assert "2 processes, 8 devices" in out
-    assert f"stopped by SIGTERM after step {stopped}; the same command with --resume goes on" in out
-    assert not any(word in out_of_other + err_of_other for word in ("processes", "stopped", "step 1/"))
+    assert "devices: 8 x cpu in 2 processes; mesh: data=1, fsdp=8, sequence=1, tensor=1" in out
+    line = f"stopped by SIGTERM after step {stopped} of 1000; the same command with --resume continues\n"
+    assert (err + err_of_other).count(line) == 1
+    assert not any(word in out_of_other + err_of_other for word in ("processes", "error", "step 1/"))
     assert [line["step"] for line in read_metrics(output / "metrics.jsonl")] == list(range(1, stopped + 1))
 
     steps = f"--train.steps={stopped + 2}"
@@ -227,6 +227,35 @@ def test_an_error_of_one_process_ends_all(folder, launch):
     assert lines_of(folder / "failed") >= 1
 
 
+def test_a_killed_process_ends_the_other_and_ctrl_c_stops_both(folder, launch):
+    """The same command continues after either."""
+    output = folder / "killed"
+    command = training(folder, f"--train.output={output}", "--train.checkpoint_every=1", "--resume")
+    two = launch(2, command)
+    wait_for(lambda: Checkpoints(output / "checkpoints").steps, two)
+    two[1].kill()
+    killed = time.monotonic()
+    _, err = two[0].communicate(timeout=PATIENCE)
+    assert time.monotonic() - killed < 30
+    assert two[1].wait() == -signal.SIGKILL
+    # What comes first: a computation that fails without the other, or JAX, which aborts.
+    assert two[0].returncode in (1, -signal.SIGABRT), err
+
+    before = saved(output)[0][-1]
+    two = launch(2, command)
+    wait_for(lambda: lines_of(output) > before, two)
+    two[0].send_signal(signal.SIGINT)
+    (out, err), (_, err_of_other) = (process.communicate(timeout=PATIENCE) for process in two)
+    assert [process.returncode for process in two] == [75, 75], err + err_of_other
+    assert f"resumed {output} after step {before}" in out
+    stopped = saved(output)[0][-1]
+    assert stopped > before
+    message = rf"stopped by SIG(INT|TERM) after step {stopped} of 1000; the same command with --resume continues\n"
+    assert len(re.findall(message, err + err_of_other)) == 1
+    assert "SIGINT: saving a checkpoint after this step; send it again to end the program at once\n" in err
+    assert [line["step"] for line in read_metrics(output / "metrics.jsonl")] == list(range(1, stopped + 1))
+
+
 def damage(dataset: Path, copy: Path, clip: int) -> None:
     """`dataset` with one bit of one clip turned."""
     shutil.copytree(dataset, copy)
@@ -258,28 +287,57 @@ def damaged(records) -> list[int]:
 # --- One process -----------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypatch, number):
     add = Metrics.add
 
     def watched(self, step, *rest):
         if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
+            while not interrupts.requested():
+                time.sleep(0.01)
         add(self, step, *rest)
 
     monkeypatch.setattr(Metrics, "add", watched)
     options = ["--config", str(folder / "config.yaml"), "--mesh.fsdp=1", "--train.batch_size=1"]
     run = config.parse(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"], "train.py", "")
-    before = signal.getsignal(signal.SIGTERM)
-    with hosts.joined():
+    with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), hosts.joined():
         loop.train(run)
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert saved(tmp_path / "run")[0] == [2]
-    assert "stopped by SIGTERM after step 2; the same command with --resume goes on" in capsys.readouterr().out
+    (step,) = saved(tmp_path / "run")[0]
+    assert step in (2, 3)  # the signal came after the question of step 2
+    assert str(stopped.value) == (
+        f"stopped by {number.name} after step {step} of 1000; the same command with --resume continues"
+    )
 
 
-@pytest.mark.parametrize(("first", "code"), [(None, 1), ("2", 2)])
-def test_what_fails_after_another_is_silent_and_exits_with_its_code(monkeypatch, capsys, first, code):
+def test_several_processes_agree_on_a_stop_and_then_end_at_once(monkeypatch):
+    """JAX has SIGTERM until all agree on a step; Ctrl-C is passed on to it."""
+    agreed = iter([False, True])
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts.multihost_utils, "reached_preemption_sync_point", lambda step: next(agreed))
+    monkeypatch.setattr(interrupts, "requested", lambda: "SIGINT")
+    passed_on = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: passed_on.append(number))
+    try:
+        assert hosts.stop_requested(1) is None
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert hosts.stop_requested(2) == "SIGINT"
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert passed_on == [signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize(
+    ("ending", "first", "code", "line"),
+    [
+        (NonFiniteLoss("step 3"), None, 1, "error: process 0 of 1: step 3\n"),
+        (NonFiniteLoss("step 3"), "2", 2, ""),
+        (StoppedEarly("stopped"), None, 75, "stopped\n"),
+        (StoppedEarly("stopped"), "75", 75, ""),
+    ],
+)
+def test_the_first_ending_is_printed_and_gives_the_code_of_all(monkeypatch, capsys, ending, first, code, line):
     def key_value_set(name, value):
         if first:
             raise RuntimeError("ALREADY_EXISTS")
@@ -292,9 +350,9 @@ def test_what_fails_after_another_is_silent_and_exits_with_its_code(monkeypatch,
     monkeypatch.setattr(hosts, "_client", lambda: client)
     monkeypatch.setattr(hosts, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        hosts._fail(NonFiniteLoss("step 3"))
+        hosts._fail(ending)
     assert ended.value.code == code
-    assert ("step 3" in capsys.readouterr().err) == (first is None)
+    assert capsys.readouterr().err == line
 
 
 # --- What the environment says ---------------------------------------------------------------------------------------

@@ -132,9 +132,17 @@ def test_prepared_data_and_run(world):
     assert records.facts["model"] == str(world / "model")
     assert not (world / "latents.partial").exists()
     assert [line["step"] for line in read_metrics(world / "run" / "metrics.jsonl")] == [1, 2]
-    assert sorted(path.name for path in (world / "run").iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
-    again = ["--config", str(world / "run" / "config.yaml")]
-    assert parse(TrainRun, again, "", "") == parse(TrainRun, config(world), "", "")
+    names = [".lock", "checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in (world / "run").iterdir()) == names
+    again = parse(TrainRun, ["--config", str(world / "run" / "config.yaml"), f"--data.source={world}/clips"], "", "")
+    assert again == parse(TrainRun, config(world), "", "")
+
+
+def test_the_configuration_of_a_run_serves_sampling(call, world, tmp_path):
+    options = [f"--sampling.prompts={world}/prompts.txt", f"--sampling.output={tmp_path}/new", "--sampling.steps=2"]
+    outcome = call("sample", "--config", str(world / "run" / "config.yaml"), *options)
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "new" / "000.mp4").exists()
 
 
 def test_a_run_that_is_resumed(call, world, tmp_path):
@@ -319,6 +327,7 @@ def test_folders_that_hold_no_model(refused, world, tmp_path, name):
 def test_the_configuration_of_another_model(refused, world, tmp_path):
     options = ["--config", ROOT / "configs" / "wan2.1_t2v_14b.yaml", f"--model.path={world}/model"]
     options += [f"--data.path={world}/latents", f"--train.output={tmp_path}/run"]
+    options += ["--clip.frames=5", "--clip.height=32", "--clip.width=48"]
     refused("train", *options, words=("model/transformer/config.json", "dim 96", "model.dim=5120"))
 
 
@@ -365,7 +374,7 @@ def test_batch_that_the_devices_cannot_share(world, tmp_path):
 
 
 def test_outputs_that_are_taken(refused, world, tmp_path):
-    refused("train", *config(world), words=(f"train.output={world}/run", "has a run already", "--resume"))
+    refused("train", *config(world), words=(f"train.output={world}/run", "already contains a run", "--resume"))
     (tmp_path / "file").write_text("")
     refused("train", *config(world), f"--train.output={tmp_path}/file", words="expected a directory")
 
@@ -376,11 +385,6 @@ def test_a_folder_that_cannot_be_made(refused, world, tmp_path):
     refused("train", *config(world), f"--train.output={tmp_path}/file/run", words=(f"{tmp_path}/file", "irectory"))
     refused("prepare_data", *config(world), f"--data.path={tmp_path}/file/latents", words=f"{tmp_path}/file")
     refused("convert_weights", world / "model", tmp_path / "file" / "new", "--to=tfm_jax", words=f"{tmp_path}/file")
-
-
-def test_nothing_to_resume(refused, world, tmp_path):
-    options = [*config(world), f"--train.output={tmp_path}/run", "--resume"]
-    refused("train", *options, words=(f"train.output={tmp_path}/run", "no checkpoints to resume from"))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
 """Training: one step against PyTorch, resuming, many devices, and what the adapters may and may not change."""
 
+import contextlib
+import dataclasses
 import json
+import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,27 +21,32 @@ import torch
 import virtual_devices
 from diffusers import WanTransformer3DModel
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from wan_reference import SIZES, inputs, reference_transformer, relative, run_reference
 
 from tfm_jax.checkpoint import Checkpoints, flatten
 from tfm_jax.config import LoraConfig, ObjectiveConfig, OptimizerConfig, parse
-from tfm_jax.data.batches import Batch
+from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.data.records import Record, RecordWriter
-from tfm_jax.errors import InputError, NonFiniteLoss
+from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly, Terminated, describe
+from tfm_jax.files import lock, replacing
 from tfm_jax.lora.adapters import attach_lora, init_lora, load_adapters, split_lora, target_linears, to_files
 from tfm_jax.lora.files import read_lora, write_lora
 from tfm_jax.objective import schedule, temporal_path
+from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.sharding import one_device_mesh
+from tfm_jax.train import loop
 from tfm_jax.train.loop import TrainRun, check_batch, train
 from tfm_jax.train.metrics import Metrics, read_metrics
 from tfm_jax.train.optimizer import learning_rate, make_optimizer
-from tfm_jax.train.step import init_state, make_step
+from tfm_jax.train.step import init_state, make_step, run_keys
 from tfm_jax.wan import load_transformer
 from tfm_jax.wan.layouts import TRANSFORMER, abstract
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
 CONFIG = SIZES["many heads"]
 LORA = LoraConfig(rank=4, alpha=6)
+CLIP = {"frames": 9, "height": 32, "width": 48, "fps": 16.0}
 ALL_TARGETS = "to_q|to_k|to_v|to_out.0|ffn.net.0.proj|ffn.net.2"
 run = jax.jit(WanTransformer.__call__)
 
@@ -52,9 +62,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     """Twelve prepared clips."""
-    path = tmp_path_factory.mktemp("data") / "latents"
-    rng = np.random.default_rng(0)
-    with RecordWriter(path, {}) as writer:
+    return write_latents(tmp_path_factory.mktemp("data") / "latents", seed=0)
+
+
+def write_latents(path: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    with RecordWriter(path, CLIP) as writer:
         for number in range(12):
             clip = rng.standard_normal((3, 4, 6, CONFIG.channels), np.float32)
             text = rng.standard_normal((3 + number, CONFIG.text_dim), np.float32)
@@ -62,26 +75,58 @@ def latents(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def options(folder, latents, tmp_path):
-    """Arguments of a run of four steps."""
-    file = tmp_path / "config.yaml"
+@pytest.fixture(scope="module", autouse=True)
+def cached_compilations(tmp_path_factory):
+    """Runs that compile the same step compile it once."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def arguments(folder: Path, latents: Path, place: Path) -> list[str]:
+    """Of a run of four steps in `place / "run"`."""
     values = {
         "model": {"path": str(folder), "dim": CONFIG.dim, "ffn_dim": CONFIG.ffn_dim, "heads": CONFIG.heads,
                   "layers": CONFIG.layers, "dtype": "float32"},
+        "clip": CLIP,
         "data": {"path": str(latents)},
         "lora": {"rank": 4, "alpha": 4},
-        "optimizer": {"learning_rate": 1e-3},
-        "train": {"output": str(tmp_path / "run"), "steps": 4, "batch_size": 2, "checkpoint_every": 2},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
+        "train": {"output": str(place / "run"), "steps": 4, "batch_size": 2, "checkpoint_every": 1,
+                  "keep_checkpoints": 9},
     }  # fmt: skip
+    file = place / "config.yaml"
     file.write_text(json.dumps(values))  # JSON is YAML
     return ["--config", str(file)]
+
+
+@pytest.fixture
+def options(folder, latents, tmp_path):
+    return arguments(folder, latents, tmp_path)
 
 
 def start(options: list[str], resume: bool = False) -> Path:
     config = parse(TrainRun, options, "train.py", "")
     train(config, resume)
     return config.train.output
+
+
+@pytest.fixture(scope="module")
+def two_steps(folder, latents, tmp_path_factory):
+    """The run after two of its steps."""
+    return start([*arguments(folder, latents, tmp_path_factory.mktemp("two_steps")), "--train.steps=2"])
+
+
+@pytest.fixture
+def stopped(two_steps, tmp_path):
+    """A copy of the run after two steps, in the folder of `options`."""
+    return Path(shutil.copytree(two_steps, tmp_path / "run"))
 
 
 # --- Against PyTorch -------------------------------------------------------------------------------------------------
@@ -170,7 +215,7 @@ def test_one_step_equals_pytorch(folder):
     step = make_step(graph, optimizer, objective, seed, placement)
     state, report = step(state, frozen, batch)
 
-    noise_key, level_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))
+    noise_key, level_key = jax.random.split(jax.random.fold_in(run_keys(seed).steps, 0))
     noise = jax.random.normal(noise_key, batch.latents.shape, jnp.float32)
     index = np.asarray(schedule.sample_index(level_key, 2))
     original_to_diffusers = {name: diffusers_name(name) for name in to_files(before, LORA.alpha).adapters}
@@ -311,46 +356,126 @@ def test_warm_up_rises_to_a_constant():
     assert learning_rate(OptimizerConfig(learning_rate=1.0))(0) == 1.0
 
 
+# --- Metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_step_ends_what_cannot_skip_it(tmp_path):
+    """Lines of JSON, also for numbers that JSON does not have; the step after it is written on request."""
+    with Metrics(tmp_path / "metrics.jsonl", 0, 4, 2, 1) as metrics:
+        metrics.add(1, {"loss": jnp.float32(1)}, [3, 4])
+        metrics.add(2, {"grad_norm": jnp.float32(jnp.inf), "loss": jnp.float32(jnp.nan)}, [5, 6])
+        message = (
+            r"step 2: the loss is nan and the grad_norm is inf; clips of this step: 5, 6 \(bad steps in a row: 1\)"
+        )
+        with pytest.raises(NonFiniteLoss, match=message):
+            metrics.add(3, {"loss": jnp.float32(2)}, [7, 8])
+        metrics.flush()
+    bad = {"step": 2, "loss": None, "grad_norm": None, "skipped": True, "clips": ["5", "6"]}
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1}, bad, {"step": 3, "loss": 2}]
+
+
+def test_bad_steps_are_counted_by_the_step(tmp_path, capsys):
+    """The loss may be finite where the update is not. Many clips are not all named on the console."""
+    report = {"loss": jnp.float32(1)}
+    with Metrics(tmp_path / "m", 0, 9, 2, 1, max_bad_steps=2, name_of="{}.mp4".format) as metrics:
+        metrics.add(1, report | {"bad_steps": jnp.int32(1)}, range(10))
+        metrics.add(2, report | {"bad_steps": jnp.int32(0)}, [1])
+        metrics.add(3, report | {"bad_steps": jnp.int32(2)}, [2])
+        with pytest.raises(NonFiniteLoss, match=r"step 3: the update is not finite; clips .*: 2\.mp4 .* row: 2"):
+            metrics.flush()
+    line = "step 1/9  skipped: the update is not finite; clips of this step: 0.mp4, 1.mp4, 2.mp4, 3.mp4, 4.mp4, 5.mp4, "
+    assert capsys.readouterr().err.startswith(line + "6.mp4, 7.mp4 and 2 more\nstep 2/9  loss 1")
+    assert [line.get("skipped", False) for line in read_metrics(tmp_path / "m")] == [True, False, True]
+
+
+def test_the_time_that_is_left_is_told_by_steps_after_the_first(tmp_path, capsys, monkeypatch):
+    now = iter([1000.0, 1004.0])  # the end of the first step, then of the third
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    with Metrics(tmp_path / "metrics.jsonl", 0, 10, 3, log_every=3) as metrics:
+        for step in range(1, 5):
+            metrics.add(step, {"loss": jnp.float32(1)}, [])
+    assert capsys.readouterr().err == "step 3/10  loss 1  1.5 clips/s  ETA 0:00:14\n"
+
+
+def test_a_disk_that_takes_no_more(tmp_path):
+    """As the operating system says it for `ulimit -f`: the file is named, and what replaces another is whole or not."""
+    (tmp_path / "config.yaml").write_text("old")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0, 99, 2, log_every=99)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        with pytest.raises(OSError, match="File too large") as lines, metrics:
+            [metrics.add(step, {"loss": jnp.float32(1)}, []) for step in range(1, 9)]
+        with pytest.raises(OSError, match="File too large") as whole, replacing(tmp_path / "config.yaml") as scratch:
+            scratch.write_text("new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert describe(lines.value) == (f"{tmp_path}/metrics.jsonl: File too large", 2)
+    assert describe(whole.value) == (f"{tmp_path}/config.yaml: File too large", 2)
+    assert (tmp_path / "config.yaml").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl"]
+
+
 # --- Runs ------------------------------------------------------------------------------------------------------------
 
 
 def saved(output: Path, step: int) -> dict[str, np.ndarray]:
-    with Checkpoints(output / "checkpoints") as checkpoints:
-        return {name: np.asarray(array) for name, array in checkpoints.restore(step=step).arrays.items()}
+    restored = Checkpoints(output / "checkpoints").restore(step=step)
+    return {name: np.asarray(array) for name, array in restored.arrays.items()}
 
 
-def test_resuming_changes_no_bit(options, tmp_path):
+def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_resuming_changes_no_bit(options, stopped, tmp_path, capsys):
+    """Also after lines that were written later than the last checkpoint, the last of them cut off."""
     whole = start([*options, f"--train.output={tmp_path}/whole"])
-    first = start([*options, f"--train.output={tmp_path}/parts", "--train.steps=2"])
-    parts = start([*options, f"--train.output={tmp_path}/parts"], resume=True)
-    assert first == parts
-    a, b = saved(whole, 4), saved(parts, 4)
-    assert a.keys() == b.keys()
-    assert all((a[name] == b[name]).all() for name in a)
-    losses = read_metrics(whole / "metrics.jsonl")
-    assert losses == read_metrics(parts / "metrics.jsonl")
-    assert [line["step"] for line in losses] == [1, 2, 3, 4]
-    assert len({line["loss"] for line in losses}) == 4
+    with open(stopped / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 3, "loss": 7}\n{"step": 4, "los')
+    start(options, resume=True)
+    assert_same(saved(whole, 4), saved(stopped, 4))
+    lines = read_metrics(whole / "metrics.jsonl")
+    assert lines == read_metrics(stopped / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert len({line["loss"] for line in lines}) == 4
+    assert [line["learning_rate"] for line in lines] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+
+    out = capsys.readouterr().out.splitlines()
+    first, second = out[: len(out) // 2], out[len(out) // 2 :]
+    assert first[:5] == [
+        f"training a LoRA in {whole}: 4 steps, batches of 2",
+        "devices: 1 x cpu; mesh: data=1, fsdp=1, sequence=1, tensor=1",
+        f"data: 12 clips in {options_data(options)}, latents 3 x 4 x 6 x 16",
+        "model: 402,904 parameters in the base, 24,000 in the adapters",
+        f"started {whole}",
+    ]
+    assert second[4] == f"resumed {stopped} after step 2"
+    for lines in first, second:
+        assert lines[5] == "compiling the training step ..."
+        assert re.fullmatch(r"compiled in \d+\.\d s", lines[6])
+        assert len(lines) == 7
 
 
-def test_lines_after_the_last_checkpoint_are_written_again(options, tmp_path):
-    output = start([*options, "--train.steps=3", "--train.checkpoint_every=2", "--train.keep_checkpoints=9"])
-    expected = read_metrics(output / "metrics.jsonl")
-    shutil.rmtree(output / "checkpoints" / "3")  # as if the run had been killed between the checkpoint and the end
-    with open(output / "metrics.jsonl", "a") as stream:
-        stream.write('{"step": 4, "los')
-    start([*options, "--train.steps=3"], resume=True)
-    assert read_metrics(output / "metrics.jsonl") == expected
+def options_data(options: list[str]) -> str:
+    return str(parse(TrainRun, options, "", "").data.path)
 
 
-def test_the_base_never_changes_and_the_adapters_do(options, folder):
-    files = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    output = start([*options, "--train.checkpoint_every=1", "--train.keep_checkpoints=9"])
-    assert files == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    one, four = saved(output, 1), saved(output, 4)
-    assert all(name.startswith(("lora/", "optimizer/", "step")) for name in one)
+def test_the_base_is_not_saved_and_the_adapters_change(two_steps):
+    one, two = saved(two_steps, 1), saved(two_steps, 2)
+    assert all(name.startswith(("lora/", "optimizer/")) or name in ("step", "bad_steps") for name in one)
     assert not any("kernel" in name or "bias" in name for name in one)
-    assert all((one[name] != four[name]).any() for name in one if name.startswith("lora/"))
+    assert all((one[name] != two[name]).any() for name in one if name.startswith("lora/"))
+
+
+def test_the_keys_of_a_run_are_its_own():
+    """Adapters and every step draw from different keys."""
+    keys = run_keys(0)
+    steps = [jax.random.fold_in(keys.steps, step) for step in range(20)]
+    adapters = [jax.random.fold_in(keys.adapters, number) for number in range(20)]
+    data = [jax.random.key_data(key).tolist() for key in (*steps, *adapters)]
+    assert len({tuple(words) for words in data}) == 40
 
 
 @pytest.mark.parametrize(
@@ -360,35 +485,194 @@ def test_the_base_never_changes_and_the_adapters_do(options, folder):
         ("--train.seed=1", "train.seed=1"),
         ("--train.batch_size=4", "train.batch_size=4"),
         ("--objective.rho=5", "objective.rho=5"),
-        ("--train.steps=2", "train.steps=2: .* has 2 already"),
     ],
 )
-def test_resuming_as_another_run_is_refused(options, change, message):
-    start([*options, "--train.steps=2"])
+def test_resuming_as_another_run_is_refused(options, stopped, change, message):
     with pytest.raises(InputError, match=message):
         start([*options, change], resume=True)
 
 
-def test_resuming_on_other_weights_is_refused(options, tmp_path):
-    start([*options, "--train.steps=2"])
+def test_resuming_on_other_weights_is_refused(options, stopped, tmp_path):
     reference_transformer(CONFIG, seed=5).save_pretrained(tmp_path / "other" / "transformer")
     with pytest.raises(InputError, match="not the base weights"):
         start([*options, f"--model.path={tmp_path}/other"], resume=True)
 
 
-def test_a_diverged_run_stops_and_names_the_clips(options, tmp_path):
-    with Metrics(tmp_path / "metrics.jsonl", 0, 4, 2, 1) as metrics:
-        metrics.add(1, {"loss": jnp.float32(1)}, [3, 4])
-        metrics.add(2, {"loss": jnp.float32(jnp.nan)}, [5, 6])
-        with pytest.raises(NonFiniteLoss, match=r"step 2: the loss is nan; clips of this step: \[5, 6\]"):
-            metrics.add(3, {"loss": jnp.float32(1)}, [7, 8])
+def test_resuming_on_other_clips_is_refused(options, stopped, tmp_path):
+    """Of the same number and sizes."""
+    write_latents(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="not the clips that the run in"):
+        start([*options, f"--data.path={tmp_path}/other"], resume=True)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
-    with Metrics(tmp_path / "metrics.jsonl", 0, 4, 2, 1) as metrics:
-        metrics.add(1, {"loss": jnp.float32(1), "grad_norm": jnp.float32(jnp.inf)}, [3, 4])
-        with pytest.raises(NonFiniteLoss, match=r"step 1: the grad_norm is inf; clips of this step: \[3, 4\]"):
-            metrics.flush()
+def test_resuming_after_the_last_step_is_no_error(options, stopped, capsys):
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    start([*options, "--train.steps=2"], resume=True)
+    assert capsys.readouterr().out.endswith(f"{stopped} is complete: it has 2 steps, and train.steps=2\n")
+    assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+
+
+def test_fields_that_a_saved_configuration_lacks_have_their_defaults(options):
+    """Those of a checkpoint that an earlier version wrote. A field that is not known is told."""
+    run = parse(TrainRun, options, "train.py", "")
+    now = {"config": loop._plain(run), "base": "b", "data": "d"}
+    saved = json.loads(json.dumps(now))
+    del saved["config"]["objective"]["beta"], saved["config"]["optimizer"]
+    now["config"]["optimizer"] = loop._plain(dataclasses.replace(run, optimizer=OptimizerConfig()))["optimizer"]
+    loop._check_same_run(saved, now, run)
+    now["config"]["objective"]["beta"] = 0.5
+    with pytest.raises(InputError, match=r"objective.beta=0.5: the run in .* was started with 1.0"):
+        loop._check_same_run(saved, now, run)
+    saved["config"]["lora"]["dropout"] = 0.1
+    with pytest.raises(InputError, match=r"checkpoints: lora.dropout=0.1: expected a field of this version"):
+        loop._check_same_run(saved, now, run)
+
+
+# --- The folder of a run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_has_one_run_at_a_time(options, stopped, resume):
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    with lock(stopped / ".lock"), pytest.raises(InputError, match=rf"train.output={stopped}: another run is using"):
+        start(options, resume)
+    assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+
+
+def test_a_new_folder_is_taken_by_another_run_meanwhile(options, tmp_path, monkeypatch):
+    with contextlib.ExitStack() as held:
+
+        def load(*arguments):
+            held.enter_context(lock(tmp_path / "run" / ".lock"))
+            return load_base(*arguments)
+
+        load_base = loop.load_base
+        monkeypatch.setattr(loop, "load_base", load)
+        with pytest.raises(InputError, match="another run is using"):
+            start(options)
+
+
+def test_a_folder_with_a_checkpoint_needs_resume(options, stopped):
+    with pytest.raises(InputError, match=r"already contains a run; pass --resume to continue it"):
+        start(options)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(options, tmp_path, monkeypatch, resume):
+    output = tmp_path / "run"
+    (output / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    for name in (".lock", "config.yaml", "metrics.jsonl"):
+        (output / name).write_text("")
+    started = []
+    monkeypatch.setattr(loop, "_compile", lambda setup, state, first: started.append(first) or setup.step)
+    monkeypatch.setattr(loop, "_train", lambda *arguments: None)
+    start(options, resume)
+    assert started == [0]
+
+
+def test_folders_that_are_no_folder_of_a_run(options):
+    for path, output, data in (
+        ("", "--train.output=: expected a path", "--data.path=: expected a path"),
+        (".", "train.output=.: expected the path of a folder", ".: no .* expected a folder that prepare_data.py wrote"),
+        ("/", "train.output=/: expected the path of a folder", "/: no .* expected a folder that prepare_data.py wrote"),
+    ):
+        with pytest.raises(InputError, match=f"^{output}"):
+            start([*options, f"--train.output={path}"])
+        with pytest.raises(InputError, match=f"^{data}"):
+            start([*options, f"--data.path={path}"])
+
+
+def test_clips_that_were_prepared_otherwise(options):
+    with pytest.raises(InputError, match=r"clip.frames=81: data.path=.* was prepared with 9; expected the same"):
+        start([*options, "--clip.frames=81"])
+
+
+def test_the_configuration_of_a_run_serves_sampling(options, two_steps, tmp_path):
+    file = ["--config", str(two_steps / "config.yaml")]
+    sampling = parse(SampleRun, [*file, f"--sampling.output={tmp_path}"], "sample.py", "")
+    assert dataclasses.asdict(sampling.clip) == CLIP
+    run = parse(TrainRun, [*options, f"--train.output={two_steps}", "--train.steps=2"], "train.py", "")
+    assert parse(TrainRun, file, "train.py", "") == run
+    assert "source" not in (two_steps / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(("signal", "name"), [(KeyboardInterrupt, "SIGINT"), (Terminated, "SIGTERM")])
+def test_a_signal_before_the_first_step(options, monkeypatch, signal, name):
+    def load(*arguments):
+        raise signal
+
+    monkeypatch.setattr(loop, "load_base", load)
+    with pytest.raises(StoppedEarly, match=f"stopped by {name} before the first step; the same command starts again"):
+        start(options)
+
+
+# --- Steps that are not finite ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Put a NaN into the latents of these steps, from 1."""
+
+    def spoil(*steps: int) -> None:
+        read = Batches.at
+
+        def at(self, step):
+            batch, clips = read(self, step)
+            return batch._replace(latents=batch.latents * (np.nan if step + 1 in steps else 1)), clips
+
+        monkeypatch.setattr(Batches, "at", at)
+
+    return spoil
+
+
+def test_a_bad_step_is_skipped(options, tmp_path, spoil, capsys):
+    """It leaves everything but the count of steps, and resuming after it changes no bit."""
+    spoil(2)
+    whole = start([*options, f"--train.output={tmp_path}/whole"])
+    assert re.search(
+        r"step 2/4  skipped: the loss is nan and .*; clips of this step: \d+\.mp4, ", capsys.readouterr().err
+    )
+    one, two, four = (saved(whole, step) for step in (1, 2, 4))
+    assert {name for name in one if (one[name] != two[name]).any()} == {"step", "bad_steps"}
+    assert (two["step"], two["bad_steps"], four["bad_steps"], four["optimizer/1/count"]) == (2, 1, 0, 3)
+    lines = read_metrics(whole / "metrics.jsonl")
+    assert [line.get("skipped", False) for line in lines] == [False, True, False, False]
+    assert lines[1]["loss"] is None
+    assert all(name.endswith(".mp4") for name in lines[1]["clips"])
+
+    parts = start([*options, "--train.steps=2"])
+    start(options, resume=True)
+    assert_same(saved(parts, 4), four)
+    assert read_metrics(parts / "metrics.jsonl") == lines
+
+
+def test_bad_steps_in_a_row_end_the_run(options, spoil, tmp_path):
+    spoil(2, 3, 5)
+    message = r"step 3: the loss is nan .*row: 2\); the adapters before the bad steps are saved in .*run"
+    options = [*options, "--train.steps=9", "--train.max_bad_steps=2", "--train.checkpoint_every=9"]
+    with pytest.raises(NonFiniteLoss, match=message):
+        start(options)
+    (step,) = Checkpoints(tmp_path / "run" / "checkpoints").steps
+    assert step == 4  # computed while the host read what step 3 reported
+    state = saved(tmp_path / "run", step)
+    assert all(np.isfinite(array).all() for array in state.values())
+    assert state["optimizer/1/count"] == 2
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_run_of_bad_steps_alone_is_no_success(options, tmp_path):
+    """An update that is not finite, after a loss and a gradient that are."""
+    options = [*options, "--optimizer.learning_rate=1e37", "--optimizer.weight_decay=1e3", "--train.steps=1"]
+    with pytest.raises(NonFiniteLoss, match="step 1: the update is not finite"):
+        start(options)
+    state = saved(tmp_path / "run", 1)
+    assert all(np.isfinite(array).all() for array in state.values())
+    assert not any(array.any() for name, array in state.items() if name.endswith("lora_b"))
+    with pytest.raises(NonFiniteLoss, match="the run is complete, but its last 1 steps were skipped"):
+        start(options, resume=True)
+
+
+# --- Many devices ----------------------------------------------------------------------------------------------------
 
 
 def test_eight_devices_train_as_one_does(options, tmp_path):
@@ -400,13 +684,20 @@ from tfm_jax.train import loop
 step = loop.make_step
 def watched(*arguments):
     inner = step(*arguments)
-    def call(state, frozen, batch):
+    def shards(state, frozen, batch):
         q = frozen["blocks"]["self_attn"]["q"]["kernel"].get_value()
         a = state.lora["blocks"]["self_attn"]["q"]["lora_a"].get_value()
         mu = state.optimizer[1].mu["blocks"]["ffn"]["up"]["lora_a"].get_value()
         print("shards", *(x.addressable_shards[0].data.shape for x in (q, a, mu, batch.latents)), file=sys.stdout)
-        return inner(state, frozen, batch)
-    return call
+    class Step:
+        def lower(self, *arguments):
+            lowered = inner.lower(*arguments)
+            class Lowered:
+                def compile(self):
+                    program = lowered.compile()
+                    return lambda *arguments: shards(*arguments) or program(*arguments)
+            return Lowered()
+    return Step()
 loop.make_step = watched
 script = sys.argv[1]
 sys.argv = sys.argv[1:]
@@ -426,7 +717,7 @@ runpy.run_path(script, run_name="__main__")
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines() == [shards] * 10
+        assert [line for line in done.stdout.splitlines() if line.startswith("shards")] == [shards] * 10
         losses[devices] = [line["loss"] for line in read_metrics(output / "metrics.jsonl")]
     assert len(losses[1]) == 10
     assert losses[8] == pytest.approx(losses[1], rel=1e-5)

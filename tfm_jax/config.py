@@ -6,7 +6,7 @@ A program declares the sections it uses as one dataclass (`class TrainConfig: mo
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_type_hints
 
@@ -119,7 +119,7 @@ class OptimizerConfig:
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Constant after the warm-up."""
     warmup_steps: NonNegative = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up: step n, from 1, learns at learning_rate * n / (warmup_steps + 1)."""
     b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     b2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -148,6 +148,9 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Positive = 3
     """Newest checkpoints kept."""
+    max_bad_steps: Positive = 3
+    """A step whose numbers are not finite is skipped: the adapters stay as they were. The run stops after so many of
+    them in a row, or if a shorter run has no others."""
     log_every: Positive = 1
     """Steps between lines on the console; metrics.jsonl has every step."""
     remat: Remat = "full"
@@ -234,10 +237,23 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, about: str) -> T:
         _set(kind, values, name, text)
     wanted = {name: values[name] for name in _sections(kind) if name in values}
     _check_paths(kind, wanted, str(file), origin)
+    return from_plain(kind, wanted, str(file), origin)
+
+
+def from_plain(kind: type[T], values: dict[str, Any], file: str, origin: Mapping[str, str] | None = None) -> T:
+    """`kind` from section -> field -> value; what is not given has its default.
+
+    Args:
+        file: where the values come from.
+        origin: field -> the command-line argument that gave its value.
+
+    Raises:
+        InputError: missing, unknown or impossible values.
+    """
     try:
-        return pydantic.TypeAdapter(kind).validate_python(wanted)
+        return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        raise InputError(_first_problem(error, str(file), origin)) from None
+        raise InputError(_first_problem(error, file, origin or {})) from None
 
 
 def plain(config: Any) -> dict[str, dict[str, Any]]:
@@ -363,11 +379,12 @@ _EXPECTED = {
     "literal_error": "expected {expected}",
     "tuple_type": "expected a list, such as [a, b]",
     "too_short": "expected at least {min_length} of them",
+    "unexpected_keyword_argument": "expected a field of this version of tfm_jax",
 }
 """Type of a pydantic error -> what it says, in our words, filled in from the error's context."""
 
 
-def _first_problem(error: pydantic.ValidationError, file: str, origin: dict[str, str]) -> str:
+def _first_problem(error: pydantic.ValidationError, file: str, origin: Mapping[str, str]) -> str:
     """The first of the problems on one line: file or option, field, value, what was expected."""
     problem = error.errors()[0]
     name = ".".join(str(part) for part in problem["loc"][:2])

@@ -20,7 +20,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from types import FrameType
 from typing import Any, NoReturn
 
 import jax
@@ -28,7 +27,7 @@ from jax._src import cloud_tpu_init
 from jax._src.distributed import global_state  # its client is not public; it alone reaches a process that is stuck
 from jax.experimental import multihost_utils
 
-from tfm_jax import errors
+from tfm_jax import errors, interrupts
 from tfm_jax.errors import InputError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -41,25 +40,23 @@ PART_SECONDS = 5
 
 _ERROR = "tfm_jax/error"
 
-_stop = threading.Event()
-
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Run the block as one of the processes that the environment names; enter it before JAX has looked for devices.
 
-    An error of one process ends all of them within seconds: it is printed once, with the number of the process, and all
-    exit with its code. In a run of one process, exceptions pass through.
+    An exception in one process ends all of them within seconds: it is printed once, with the number of the process, and
+    all exit with its code. `StoppedEarly` does the same, and is printed as what it is: no error. In a run of one
+    process, exceptions pass through.
+
+    A process that is killed says nothing. The others end within 30 s: with exit code 1 if a computation between the
+    processes fails, or with 134 when JAX notices after 15 s and aborts them.
 
     Raises:
         InputError: the environment is half given or wrong.
     """
     if not _start():
-        before = signal.signal(signal.SIGTERM, _on_sigterm)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        yield
         return
     watch = _Watch()
     try:
@@ -95,17 +92,22 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def stop_requested(step: int) -> bool:
-    """Whether to save and stop after step `step`, since this process or another got SIGTERM.
+def stop_requested(step: int) -> str | None:
+    """The name of the signal that asks to save and stop after step `step`, whichever process got it.
 
-    All processes are answered alike; each must ask after every step.
+    All processes are told to stop at the same step; each must ask after every step, inside `interrupts.postponed`.
+    Afterwards a second signal ends a process at once.
     """
-    return multihost_utils.reached_preemption_sync_point(step) if several() else _stop.is_set()
-
-
-def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    _stop.set()
+    name = interrupts.requested()
+    if not several():
+        return name
+    # JAX has taken SIGTERM over, to agree with the other processes on a step. Ctrl-C joins it.
+    if name:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if not multihost_utils.reached_preemption_sync_point(step):
+        return None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return name or "SIGTERM"
 
 
 # --- Meeting ---------------------------------------------------------------------------------------------------------
@@ -113,7 +115,6 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 
 def _start() -> bool:
     """Connect to the other processes, if there are any."""
-    _stop.clear()
     settings = arguments(os.environ)
     if settings is None:
         return False
@@ -194,7 +195,8 @@ def _check_port(address: str, port: int) -> None:
 def _give_up() -> NoReturn:
     _tell(
         f"not all of {global_state.num_processes} processes came to {global_state.coordinator_address} within "
-        f"{MEET_SECONDS} s; expected each to be running and to be given the same address and number of processes"
+        f"{MEET_SECONDS} s; expected each to be running and to be given the same address and number of processes",
+        2,
     )
     _exit(2)
 
@@ -223,7 +225,7 @@ class _Watch:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """End this process, and by that the others, and tell why: the first error is the cause of all that follow."""
+    """End this process and with it the others, and print why: the first error is the cause of all that follow."""
     message, code = errors.describe(error) or ("".join(traceback.format_exception(error)), 1)
     try:
         _client().key_value_set(_ERROR, str(code))
@@ -232,7 +234,7 @@ def _fail(error: BaseException) -> NoReturn:
     else:
         code_of_the_cause = None
     if code_of_the_cause is None:
-        _tell(message)
+        _tell(message, code)
     else:
         code = code_of_the_cause
     _part()
@@ -259,9 +261,9 @@ def _client() -> Any:
     return global_state.client
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, code: int) -> None:
     place = f"process {global_state.process_id} of {global_state.num_processes}"
-    print(f"error: {place}: {message}", file=sys.stderr, flush=True)
+    print(message if code == 75 else f"error: {place}: {message}", file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> NoReturn:

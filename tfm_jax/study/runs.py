@@ -282,7 +282,7 @@ def _train_run(study: Study, arm: str, seed: int, steps: int) -> TrainRun:
     )
     data = configs.DataConfig(path=latents_of(study, "clips"))
     return TrainRun(
-        model=run.model, data=data, train=settings, lora=run.lora, objective=study.objective(arm),
+        model=run.model, clip=run.clip, data=data, train=settings, lora=run.lora, objective=study.objective(arm),
         optimizer=run.optimizer,
     )  # fmt: skip
 

@@ -1,36 +1,40 @@
-"""A training run, from a configuration to checkpoints."""
+"""A training run, from a configuration to checkpoints: prepare, restore, train."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from functools import partial
-from typing import Any
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from tfm_jax import config as configs
-from tfm_jax import hosts
+from tfm_jax import files, hosts, interrupts
 from tfm_jax.checkpoint import Arrays, Checkpoints, fingerprints, flatten, unflatten
 from tfm_jax.config import section
 from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.data.records import Records, open_records
-from tfm_jax.errors import InputError
+from tfm_jax.errors import CompilerError, InputError, NonFiniteLoss, StoppedEarly, Terminated
 from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
 from tfm_jax.sharding import batch_sharding, make_mesh, split
 from tfm_jax.train.metrics import Metrics
-from tfm_jax.train.optimizer import learning_rate, make_optimizer
-from tfm_jax.train.step import init_state, make_step
+from tfm_jax.train.optimizer import make_optimizer
+from tfm_jax.train.step import Step, TrainState, init_state, make_step, run_keys
 from tfm_jax.wan import load_base
 from tfm_jax.wan.parallel_attention import check_split
 from tfm_jax.wan.transformer import WanTransformer, token_grid
 
 MAY_CHANGE = {"train.output", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
-              "train.remat", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "model.path", "data.path",
-              "data.source"}  # fmt: skip
-"""Fields in which a resumed run may differ from the run it goes on with: they do not change what is computed."""
+              "train.max_bad_steps", "train.remat", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
+              "model.path", "data.path"}  # fmt: skip
+"""Fields in which a resumed run may differ from the run that it continues: they do not change what is computed."""
 
 
 @section
@@ -38,6 +42,7 @@ class TrainRun:
     """The sections that training reads."""
 
     model: configs.ModelConfig
+    clip: configs.ClipConfig
     data: configs.DataConfig
     train: configs.TrainConfig
     lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
@@ -46,76 +51,113 @@ class TrainRun:
     mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
 
 
+class _Setup(NamedTuple):
+    """What a run works with."""
+
+    mesh: Mesh
+    batches: Batches
+    frozen: nnx.State
+    state: TrainState
+    """Before the first step."""
+    placement: TrainState
+    step: Step
+    metadata: dict[str, Any]
+    """Saved with every checkpoint: configuration, base weights and data, by which a run is recognised."""
+
+
 def train(run: TrainRun, resume: bool = False) -> None:
     """Train a LoRA and leave config.yaml, metrics.jsonl and checkpoints/ in `run.train.output`.
 
-    With `resume`, go on from the newest checkpoint there, exactly as if the run had not been interrupted. Several
-    processes (`tfm_jax.hosts`) all call this with the same arguments and see the same files.
+    With `resume`, continue from the newest checkpoint there, exactly as if the run had not been interrupted; start if
+    there is none. Several processes (`tfm_jax.hosts`) all call this with the same arguments and see the same files.
 
     Raises:
-        InputError: what the configuration names is missing, does not fit together, or would be overwritten.
+        InputError: what the configuration names is missing, does not fit together or would be overwritten, or another
+            run is using the folder.
         NonFiniteLoss: training diverged.
+        CompilerError: the training step could not be compiled.
+        StoppedEarly: Ctrl-C or SIGTERM stopped the run before its last step.
     """
+    output, steps = run.train.output, run.train.steps
+    files.check_output_directory("train.output", output)
+    hosts.say(f"training a LoRA in {output}: {steps} steps, batches of {run.train.batch_size}")
+    with contextlib.ExitStack() as held:
+        with _nothing_to_keep():
+            # A new folder is made only after everything that can be wrong with the input has been checked.
+            is_new = not output.exists()
+            if not is_new:
+                held.enter_context(_alone(output, resume))
+            setup = _prepare(run)
+            if is_new:
+                held.enter_context(_alone(output, resume))
+            hosts.meet("every process has checked its input")
+            first, state = _restore(run, setup)
+            if first >= steps:
+                hosts.say(f"{output} is complete: it has {first} steps, and train.steps={steps}")
+                return
+            step = _compile(setup, state, first)
+        _train(run, setup._replace(step=step), state, first)
+
+
+# --- Prepare ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _nothing_to_keep() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM before the first step into `StoppedEarly`."""
+    try:
+        yield
+    except KeyboardInterrupt as signal:
+        name = "SIGTERM" if isinstance(signal, Terminated) else "SIGINT"
+        raise StoppedEarly(f"stopped by {name} before the first step; the same command starts again") from None
+
+
+@contextlib.contextmanager
+def _alone(output: Path, resume: bool) -> Iterator[None]:
+    """Hold the folder of a run, made if it does not exist, as its only run.
+
+    Raises:
+        InputError: another run holds it, or it has a checkpoint and `resume` was not asked for.
+    """
+    if not hosts.is_first():
+        yield
+        return
+    with files.lock(output / ".lock") as free:
+        if not free:
+            raise InputError(f"train.output={output}: another run is using this folder; expected a folder of its own")
+        if not resume and Checkpoints(output / "checkpoints").steps:
+            raise InputError(
+                f"train.output={output}: already contains a run; pass --resume to continue it, or name another folder"
+            )
+        yield
+
+
+def _prepare(run: TrainRun) -> _Setup:
     settings = run.train
     mesh = make_mesh(run.mesh)
-    if hosts.several():
-        hosts.say(f"{jax.process_count()} processes, {mesh.size} devices")
+    processes = f" in {jax.process_count()} processes" if hosts.several() else ""
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    hosts.say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}; mesh: {sizes}")
     check_batch(settings.batch_size, mesh)
-    _check_output(run, resume)
+
     records = open_records(run.data.path)
-    check_split(run.model.heads, math.prod(token_grid(records[0].latents.shape)), mesh)
+    _check_clip(records, run)
+    shape = records[0].latents.shape
+    hosts.say(f"data: {len(records)} clips in {run.data.path}, latents {' x '.join(map(str, shape))}")
+    check_split(run.model.heads, math.prod(token_grid(shape)), mesh)
     batches = Batches(records, settings.batch_size, settings.seed, _rows(settings.batch_size, mesh))
+
     model = load_base(run.model, mesh)
     _check_records(records, model, run)
     attach_lora(model, run.lora)
-    init_lora(model, jax.random.key(settings.seed), mesh)
-
+    init_lora(model, run_keys(settings.seed).adapters, mesh)
     graph, lora, frozen = split_lora(model)
+    hosts.say(f"model: {_parameters(frozen):,} parameters in the base, {_parameters(lora):,} in the adapters")
     optimizer = make_optimizer(run.optimizer)
     state, placement = init_state(lora, optimizer, mesh)
-    del model, lora  # the state has copies
-    step_fn = make_step(graph, optimizer, run.objective, settings.seed, placement, settings.remat)
-    base = _digest(frozen)
-    schedule = learning_rate(run.optimizer)
-    hosts.meet("every process has checked its input")
-    settings.output.mkdir(parents=True, exist_ok=True)
-
-    facts = {"config": configs.plain(run), "base": base, "data": records.fingerprint}
-    first = 0
-    if resume:
-        with Checkpoints(settings.output / "checkpoints", settings.keep_checkpoints) as checkpoints:
-            restored = checkpoints.restore(partial(_wanted, run, facts, _abstract(state, placement)))
-        if restored is None:
-            raise InputError(f"train.output={settings.output}: no checkpoint to resume from; remove it and start anew")
-        first = restored.step
-        if first >= settings.steps:
-            raise InputError(
-                f"train.steps={settings.steps}: the run in {settings.output} has {first} already; nothing to do"
-            )
-        state = unflatten(state, restored.arrays)
-        hosts.say(f"resumed {settings.output} after step {first}")
-
-    done, stop = first, False
-    with Checkpoints(settings.output / "checkpoints", settings.keep_checkpoints) as checkpoints, jax.set_mesh(mesh):
-        if hosts.is_first():
-            configs.dump(run, settings.output / "config.yaml")
-        log = settings.output / "metrics.jsonl" if hosts.is_first() else None
-        with Metrics(log, first, settings.steps, settings.batch_size, settings.log_every) as metrics:
-            for number, batch, clips in batches.iterate(first):
-                if number >= settings.steps:
-                    break
-                rate = float(np.asarray(schedule(number)))
-                state, report = step_fn(state, frozen, _place(batch, batches, mesh))
-                done = number + 1
-                metrics.add(done, {**report, "learning_rate": rate}, clips)
-                stop = hosts.stop_requested(done)
-                if done % settings.checkpoint_every == 0 or done == settings.steps or stop:
-                    metrics.flush()  # a diverged state is never saved
-                    checkpoints.save(done, flatten(state), facts)
-                if stop:
-                    break
-    if stop and done < settings.steps:
-        hosts.say(f"stopped by SIGTERM after step {done}; the same command with --resume goes on")
+    step = make_step(graph, optimizer, run.objective, settings.seed, placement, settings.remat)
+    metadata = {"config": _plain(run), "base": _digest(frozen), "data": records.fingerprint}
+    return _Setup(mesh, batches, frozen, state, placement, step, metadata)
 
 
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
@@ -129,14 +171,16 @@ def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def _check_output(run: TrainRun, resume: bool) -> None:
-    output = run.train.output
-    if output.exists() and not output.is_dir():
-        raise InputError(f"train.output={output}: a file; expected a directory")
-    if not resume and output.exists() and any((output / name).exists() for name in ("checkpoints", "metrics.jsonl")):
-        raise InputError(f"train.output={output}: has a run already; add --resume to go on with it, or name another")
-    if resume and not (output / "checkpoints").is_dir():
-        raise InputError(f"train.output={output}: no checkpoints to resume from; start without --resume")
+def _check_clip(records: Records, run: TrainRun) -> None:
+    """Raise InputError unless the clips were prepared as the configuration says."""
+    for name, value in _plain(run)["clip"].items():
+        prepared = records.facts.get(name)
+        if prepared is None:
+            raise InputError(f"{run.data.path}: does not say with which clip.{name} it was prepared; prepare it again")
+        if prepared != value:
+            raise InputError(
+                f"clip.{name}={value}: data.path={run.data.path} was prepared with {prepared}; expected the same"
+            )
 
 
 def _check_records(records: Records, model: WanTransformer, run: TrainRun) -> None:
@@ -149,27 +193,135 @@ def _check_records(records: Records, model: WanTransformer, run: TrainRun) -> No
         )
 
 
-def _wanted(run: TrainRun, facts: dict[str, Any], abstract: Arrays, saved: dict[str, Any]) -> Arrays:
-    """The arrays to restore from a checkpoint, after a check that `saved`, its metadata, is of the same run."""
+def _plain(run: TrainRun) -> dict[str, dict[str, Any]]:
+    """The configuration as it is kept: without the folder of clips, which preparing reads, not training."""
+    values = configs.plain(run)
+    del values["data"]["source"]
+    return values
+
+
+def _parameters(state: nnx.State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+# --- Restore ---------------------------------------------------------------------------------------------------------
+
+
+def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
+    """How many steps are done, and the state after them."""
     output = run.train.output
-    before, now = _leaves(saved["config"]), _leaves(facts["config"])
-    for name in sorted(before.keys() | now.keys()):
-        if name not in MAY_CHANGE and before.get(name) != now.get(name):
-            raise InputError(f"{name}={now.get(name)}: the run in {output} was started with {before.get(name)}")
-    if saved["data"] != facts["data"]:
+
+    def wanted(metadata: dict[str, Any]) -> Arrays:
+        _check_same_run(metadata, setup.metadata, run)
+        where = flatten(setup.placement)
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name])
+            for name, x in flatten(setup.state).items()
+        }
+
+    with Checkpoints(output / "checkpoints", run.train.keep_checkpoints) as checkpoints:
+        restored = checkpoints.restore(wanted)
+    if restored is None:
+        hosts.say(f"started {output}")
+        return 0, setup.state
+    state = unflatten(setup.state, restored.arrays)
+    hosts.say(f"resumed {output} after step {restored.step}")
+    bad_steps = int(state.bad_steps)
+    if restored.step >= run.train.steps and bad_steps >= _most_bad_steps(run):
+        raise NonFiniteLoss(f"train.output={output}: the run is complete, but its last {bad_steps} steps were skipped")
+    return restored.step, state
+
+
+def _check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) -> None:
+    """Raise InputError if a checkpoint with the metadata `saved` is not of the run with the metadata `now`."""
+    output = run.train.output
+    config = configs.from_plain(TrainRun, saved["config"], str(output / "checkpoints"))
+    before, after = _leaves(_plain(config)), _leaves(now["config"])
+    for name, value in after.items():
+        if name not in MAY_CHANGE and before[name] != value:
+            raise InputError(f"{name}={value}: the run in {output} was started with {before[name]}")
+    if saved["data"] != now["data"]:
         raise InputError(f"data.path={run.data.path}: not the clips that the run in {output} was started with")
-    if saved["base"] != facts["base"]:
+    if saved["base"] != now["base"]:
         raise InputError(f"model.path={run.model.path}: not the base weights that the run in {output} was started with")
-    return abstract
 
 
 def _leaves(sections: dict[str, Any]) -> dict[str, Any]:
     return {f"{name}.{field}": value for name, part in sections.items() for field, value in part.items()}
 
 
-def _abstract(state: Any, placement: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    where = flatten(placement)
-    return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[n]) for n, x in flatten(state).items()}
+# --- Train -----------------------------------------------------------------------------------------------------------
+
+
+def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
+    """The training step as a compiled program, so that the clock of the run starts without the compiler."""
+    hosts.say("compiling the training step ...")
+    start = time.monotonic()
+    batch, _ = setup.batches.at(first)
+    program: Any = setup.step
+    try:
+        with jax.set_mesh(setup.mesh):
+            compiled = program.lower(state, setup.frozen, _place(batch, setup.batches, setup.mesh)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise CompilerError(f"the training step: {' '.join(str(error).split())[:300]}") from error
+    hosts.say(f"compiled in {time.monotonic() - start:.1f} s")
+    return compiled
+
+
+def _train(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
+    """The steps after `first`, until the last one, a signal or too many bad steps; then a checkpoint is saved."""
+    settings, output, done = run.train, run.train.output, first
+    signal: str | None = None
+    diverged: NonFiniteLoss | None = None
+    with (
+        interrupts.postponed("saving a checkpoint after this step"),
+        Checkpoints(output / "checkpoints", settings.keep_checkpoints) as checkpoints,
+        jax.set_mesh(setup.mesh),
+        _open_metrics(run, setup, first) as metrics,
+    ):
+        for number, batch, clips in setup.batches.iterate(first):
+            state, report = setup.step(state, setup.frozen, _place(batch, setup.batches, setup.mesh))
+            done = number + 1
+            signal = hosts.stop_requested(done)
+            last = done == settings.steps or signal is not None
+            save = last or done % settings.checkpoint_every == 0
+            try:
+                metrics.add(done, report, clips)
+                if save:
+                    metrics.flush()
+            except NonFiniteLoss as error:
+                diverged = error
+                with contextlib.suppress(NonFiniteLoss):
+                    metrics.flush()  # the step that was computed meanwhile
+            if save or diverged:
+                checkpoints.save(done, flatten(state), setup.metadata)
+            if last or diverged:
+                break
+    hosts.meet("the last checkpoint is complete")
+    if diverged:
+        raise NonFiniteLoss(f"{diverged}; the adapters before the bad steps are saved in {output}")
+    if done < settings.steps:
+        raise StoppedEarly(
+            f"stopped by {signal} after step {done} of {settings.steps}; the same command with --resume continues"
+        )
+
+
+def _open_metrics(run: TrainRun, setup: _Setup, first: int) -> Metrics:
+    """metrics.jsonl of the run, and config.yaml beside it; both are written by the first process."""
+    settings, output = run.train, run.train.output
+    file = None
+    if hosts.is_first():
+        file = output / "metrics.jsonl"
+        configs.dump(_plain(run), output / "config.yaml")
+    return Metrics(
+        file, first, settings.steps, settings.batch_size, settings.log_every, _most_bad_steps(run),
+        lambda clip: setup.batches.records[clip].video,
+    )  # fmt: skip
+
+
+def _most_bad_steps(run: TrainRun) -> int:
+    """The number of bad steps in a row that ends the run. A short run in which all are bad has not trained anything."""
+    return min(run.train.max_bad_steps, run.train.steps)
 
 
 def _digest(frozen: Any) -> str:

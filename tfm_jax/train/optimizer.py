@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from tfm_jax.arrays import Scalar
 from tfm_jax.config import OptimizerConfig
 
 FACTORS = ("lora_a", "lora_b")
@@ -21,16 +22,21 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=_factors(*FACTORS)),
         optax.masked(optax.scale(config.lora_b_factor), _factors("lora_b")),
-        optax.scale_by_learning_rate(learning_rate(config)),
+        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate(config)),
     )
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Step (from 0) -> learning rate of the A factors: linear warm-up whose first step is not lost, then constant."""
+    """Update (from 0) -> learning rate of the A factors: a linear warm-up that does not begin at 0, then constant."""
     warmup = optax.linear_schedule(
         config.learning_rate / (config.warmup_steps + 1), config.learning_rate, config.warmup_steps
     )
     return warmup if config.warmup_steps else optax.constant_schedule(config.learning_rate)
+
+
+def last_learning_rate(state: Any) -> Scalar:
+    """The learning rate of the update that led to this state of the optimizer."""
+    return state[-1].hyperparams["learning_rate"]
 
 
 def _factors(*names: str) -> Callable[[Any], Any]:
