@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 
 from tfm_jax import cli, config
+from tfm_jax.config import Remat
 from tfm_jax.errors import InputError
 from tfm_jax.planning.chips import CHIPS, EXAMPLES, topology
 from tfm_jax.planning.plan import Plan, describe, make_plan
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         plans = [make_plan(run, devices)]
     else:
         given = any(field.startswith("--train.remat") for field in fields)
-        policies = [run.train.remat] if isinstance(run, TrainPlan) and given else list(KEPT)
+        policies: Sequence[Remat] = [run.train.remat] if isinstance(run, TrainPlan) and given else [*KEPT]
         plans = search(run, devices, chosen.search, policies)
     if chosen.json:
         print(json.dumps(plans[0].as_json() if chosen.search is None else [plan.as_json() for plan in plans]))
