@@ -406,6 +406,16 @@ def test_resuming_as_another_run(refused, world, option, before):
 # --- Mistakes in export, sampling and conversion ---------------------------------------------------------------------
 
 
+def test_a_run_without_a_good_checkpoint_does_not_start_again_by_itself(call, world, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    (run / "checkpoints/2/_CHECKPOINT_METADATA").write_bytes(b"")
+    for _ in range(2):
+        outcome = call("train", *config(world), f"--train.output={run}", "--train.steps=3", "--resume")
+        assert_refused(outcome, (f"train.output={run}: all checkpoints are damaged (2.damaged)", "remove this one"))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["2.damaged"]
+
+
 def test_exports(refused, world, tmp_path):
     file = tmp_path / "lora.safetensors"
     refused("export_lora", world / "clips", file, words=(f"{world}/clips", "expected the train.output"))

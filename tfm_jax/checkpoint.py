@@ -140,6 +140,11 @@ class Checkpoints:
         # Orbax gives a checkpoint its final name when it is complete.
         return sorted(int(path.name) for path in self.directory.glob("*") if _is_step(path.name))
 
+    @property
+    def set_aside(self) -> list[Path]:
+        """The damaged checkpoints that a writer has renamed."""
+        return sorted(self.directory.glob("*.damaged*"))
+
     def restore(
         self, wanted: Callable[[dict[str, Any]], Arrays] | None = None, step: int | None = None
     ) -> Restored | None:

@@ -221,6 +221,12 @@ def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
 
     with Checkpoints(output / "checkpoints", run.train.keep_checkpoints) as checkpoints:
         restored = checkpoints.restore(wanted)
+    if restored is None and checkpoints.set_aside:
+        names = ", ".join(path.name for path in checkpoints.set_aside)
+        raise InputError(
+            f"train.output={output}: all checkpoints are damaged ({names}); expected a good one to resume from; "
+            "to start at step 0, name another folder or remove this one"
+        )
     if restored is None:
         hosts.say(f"started {output}")
         return 0, setup.state
