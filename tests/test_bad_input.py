@@ -1,6 +1,6 @@
 """Bad input through the real programs: one clear line each, the right exit code, nothing written, nothing compiled."""
 
-import re
+from collections import Counter
 from pathlib import Path
 from string import Template
 
@@ -10,18 +10,11 @@ from bad_input_table import OPTIONS, Row
 from breaking import Place
 from tiny_world import without_arithmetic, write_world
 
-from tfm_jax.planning import programs
 from tfm_jax.pretraining import recipe
-from tfm_jax.sampling import pipeline
 from tfm_jax.study import runs
 from tfm_jax.train import loop
-from tfm_jax.wan.text_encoder import UMT5Encoder
 from tfm_jax.wan.transformer import WanTransformer
 from tfm_jax.wan.vae import WanVae
-
-
-PROGRESS = re.compile(r"$|(\w+ ?){1,3}: .*(\[|\|)")
-"""What a program may print on the error stream before the line about the mistake: a progress bar."""
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +28,21 @@ def sound(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_arithmetic(monkeypatch):
-    """Whatever takes long fails the test: bad input has to be found before it."""
+def no_work(monkeypatch):
+    """What takes long, to compile or to run, fails the test: bad input has to be found before it.
+
+    The text encoder gives zeros instead: the weights that come after it cannot be looked at before.
+    """
 
     def started(*_, **__):
         pytest.fail("the program began to work")
 
-    for module in (loop, programs):
-        monkeypatch.setattr(module, "make_step", lambda *_, **__: started)
-    for module in (pipeline, programs):
-        monkeypatch.setattr(module, "sample_latents", started)
+    without_arithmetic(monkeypatch)
+    monkeypatch.setattr(loop, "make_step", lambda *_, **__: started)
+    for network, method in ((WanTransformer, "__call__"), (WanVae, "encode"), (WanVae, "decode")):
+        monkeypatch.setattr(network, method, started)
     for module in (recipe, runs):
         monkeypatch.setattr(module, "write_clips", started)
-    for network, method in ((WanVae, "encode"), (WanVae, "decode"), (UMT5Encoder, "__call__")):
-        monkeypatch.setattr(network, method, started)
-    monkeypatch.setattr(WanTransformer, "__call__", started)
 
 
 def files(*folders: Path) -> dict[Path, tuple | None]:
@@ -81,7 +74,11 @@ def test_bad_input(row: Row, sound, tmp_path, call, monkeypatch):
     *others, last = outcome.err.splitlines()
     assert outcome.code == row.code, outcome
     assert last.startswith("error: "), outcome.err
-    assert all(PROGRESS.match(line) for line in others), outcome.err
+    assert not any(line.startswith(("error: ", "Traceback")) for line in others), outcome.err
     for word in row.words:
         assert filled(word) in last, last
-    assert files(sound, tmp_path) == before
+    after = files(sound, tmp_path)
+    if row.set_aside:
+        assert Counter(after.values()) == Counter(before.values())
+    else:
+        assert after == before
