@@ -5,6 +5,39 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+class Outcome(NamedTuple):
+    """How a program ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a program as its `__main__` does."""
+    from tiny_world import program  # not above: pytest first has to prepare the type checks of our package
+
+    from tfm_jax import cli
+
+    def run(name: str, *arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.run(program(name).main)
+        except SystemExit as done:
+            code = done.code
+        return Outcome(code, *capsys.readouterr())
+
+    return run
