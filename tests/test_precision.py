@@ -19,7 +19,7 @@ from tfm_jax.data.batches import Batch
 from tfm_jax.lora.adapters import attach_lora, split_lora
 from tfm_jax.objective.losses import OBJECTIVES
 from tfm_jax.precision import precision_of
-from tfm_jax.sampling import sample_latents
+from tfm_jax.sampling.pipeline import guided_velocity
 from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, make_step
@@ -97,15 +97,15 @@ def training_step(dtype: str, kind: str = "tfm") -> jax.stages.Traced:
     attach_lora(model, LoraConfig(rank=2))
     graph, lora, frozen = split_lora(model)
     optimizer = make_optimizer(OptimizerConfig())
-    state = TrainState(integers(), lora, jax.eval_shape(optimizer.init, lora))
+    state = TrainState(integers(), integers(), lora, jax.eval_shape(optimizer.init, lora))
     placement = shardings(state, one_device_mesh())
     step: Any = make_step(graph, optimizer, ObjectiveConfig(kind=kind), 0, placement)
     return step.trace(state, frozen, Batch(floats(*LATENTS), floats(*TEXT)))
 
 
 def sampling(dtype: str) -> jax.stages.Traced:
-    args = (network(TRANSFORMER, dtype), floats(*LATENTS), floats(*TEXT), floats(*TEXT))
-    return sample_latents.trace(*args, steps=2)
+    args = (network(TRANSFORMER, dtype), floats(*LATENTS), floats(), floats(*TEXT), floats(*TEXT))
+    return guided_velocity.trace(*args, guidance=5.0)
 
 
 def encoding_text(dtype: str) -> jax.stages.Traced:
