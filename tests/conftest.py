@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell makes what it starts in the background ignore Ctrl-C, and so the programs that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Outcome(NamedTuple):
