@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tfm_jax import cli
 from tfm_jax.errors import InputError
+from tfm_jax.files import check_output_directory
 from tfm_jax.pretraining.recipe import Recipe, pretrain
 
 
@@ -22,6 +23,9 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if not 0 < options.share <= 1:
         raise InputError(f"--share={options.share}: expected more than 0 and at most 1")
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed={options.seed}: expected 0 to 4294967295")
+    check_output_directory("output", options.output)
     pretrain(options.output, Recipe().shortened(options.share), options.seed)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tfm_jax import cli, config
 from tfm_jax.errors import InputError
+from tfm_jax.files import check_output_directory
 from tfm_jax.study import protocol
 from tfm_jax.study.report import write_report
 from tfm_jax.study.runs import Size, Study, StudyRun, run_study
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
         tuple(options.arms.split(",")), options.seeds, options.clips, options.prompts, options.reference,
         options.rounds, tuple(options.laws.split(",")),
     )  # fmt: skip
+    check_output_directory("--output", options.output)
     study = Study(run, size, options.output)
     results = run_study(study)
     print(

@@ -8,7 +8,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import signal
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,22 +18,14 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Outcome(NamedTuple):
-    """How a program ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def call(capsys, monkeypatch):
-    """Run a program as its `__main__` does."""
-    from tiny_world import program  # not above: pytest first has to prepare the type checks of our package
+    """Run a program as its `__main__` does: (name, *arguments) -> Outcome."""
+    from tiny_world import Outcome, program  # not above: pytest first has to prepare the type checks of our package
 
     from tfm_jax import cli
 
-    def run(name: str, *arguments: str | Path) -> Outcome:
+    def run(name: str, *arguments: str | Path) -> "Outcome":
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capsys.readouterr()
         code = 0

@@ -5,8 +5,10 @@ from pathlib import Path
 from string import Template
 
 import pytest
-from bad_files_table import FILES
+from bad_data_table import DATA_FILES
 from bad_input_table import OPTIONS, Row
+from bad_models_table import MODEL_FILES
+from bad_runs_table import RUNS
 from breaking import Place
 from tiny_world import without_arithmetic, write_world
 
@@ -38,7 +40,7 @@ def no_work(monkeypatch):
         pytest.fail("the program began to work")
 
     without_arithmetic(monkeypatch)
-    monkeypatch.setattr(loop, "make_step", lambda *_, **__: started)
+    monkeypatch.setattr(loop, "_compile", started)
     for network, method in ((WanTransformer, "__call__"), (WanVae, "encode"), (WanVae, "decode")):
         monkeypatch.setattr(network, method, started)
     for module in (recipe, runs):
@@ -55,7 +57,9 @@ def files(*folders: Path) -> dict[Path, tuple | None]:
     return found
 
 
-@pytest.mark.parametrize("row", [*OPTIONS, *FILES], ids=lambda row: f"{row.program}: {row.wrong}")
+@pytest.mark.parametrize(
+    "row", [*OPTIONS, *RUNS, *DATA_FILES, *MODEL_FILES], ids=lambda row: f"{row.program}: {row.wrong}"
+)
 def test_bad_input(row: Row, sound, tmp_path, call, monkeypatch):
     place = Place(sound, tmp_path / "tmp")
     for folder in (place.tmp, tmp_path / "here"):

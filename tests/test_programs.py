@@ -1,106 +1,36 @@
-"""The programs as a user meets them: the whole chain once, and one clear line for every mistake."""
+"""The programs as a user meets them: the whole chain once."""
 
-import importlib.util
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 import virtual_devices
-import yaml
 from PIL import Image
-from random_model import write_model
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tiny_world import PROMPTS, ROOT, Outcome, program, write_world
 
-from tfm_jax import cli, video
+from tfm_jax import video
 from tfm_jax.config import parse
 from tfm_jax.data.records import open_records
 from tfm_jax.embedded.world import write_clips
-from tfm_jax.lora.files import DIALECTS, Lora, read_lora, write_lora
+from tfm_jax.lora.files import DIALECTS, read_lora
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.train.loop import TrainRun
 from tfm_jax.train.metrics import read_metrics
 from tfm_jax.wan.tensors import open_safetensors
 from tfm_jax.wan.transformer import TransformerConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ["a red disc moves right, slowly", "一个蓝色的圆 🔵"]
-
-
-def program(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A tiny model, four clips, the configuration of all programs, prepared data and a run of two steps."""
     folder = tmp_path_factory.mktemp("world")
-    write_clips(folder / "clips", 4, frames=5, size=(32, 48))
-    write_model(folder / "model", PROMPTS)
-    (folder / "prompts.txt").write_text(PROMPTS[0], encoding="utf-8")
-    values = {
-        "model": {"path": folder / "model", "dim": 96, "ffn_dim": 256, "heads": 4, "layers": 4, "dtype": "float32"},
-        "clip": {"frames": 5, "height": 32, "width": 48},
-        "data": {"source": folder / "clips", "path": folder / "latents"},
-        "lora": {"rank": 2},
-        "optimizer": {"learning_rate": 1e-3},
-        "train": {"output": folder / "run", "steps": 2, "batch_size": 2},
-        "sampling": {"prompts": folder / "prompts.txt", "output": folder / "samples", "steps": 2},
-    }
-    (folder / "config.yaml").write_text(json.dumps(values, default=str), encoding="utf-8")  # JSON is YAML
-    config = ["--config", str(folder / "config.yaml")]
-    program("prepare_data").main(config)
-    program("train").main(config)
+    write_world(folder, steps=2)
     return folder
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Run a program as its `__main__` does."""
-
-    def run(name: str, *arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.run(program(name).main)
-        except SystemExit as done:
-            code = done.code
-        return Outcome(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def refused(call, world, tmp_path):
-    """Run a program that must refuse: exit code 2, one line that holds all of `words`, no file made or changed."""
-
-    def files() -> dict[Path, bytes | None]:
-        found = [path for folder in (world, tmp_path) for path in folder.rglob("*")]
-        return {path: path.read_bytes() if path.is_file() else None for path in found}
-
-    def run(name: str, *arguments: str | Path, words: str | tuple[str, ...]) -> None:
-        before = files()
-        outcome = call(name, *arguments)
-        assert_refused(outcome, words)
-        assert files() == before
-
-    return run
 
 
 def assert_refused(outcome: Outcome, words: str | tuple[str, ...]) -> None:
@@ -115,11 +45,6 @@ def assert_refused(outcome: Outcome, words: str | tuple[str, ...]) -> None:
 
 def config(world: Path) -> list[str]:
     return ["--config", str(world / "config.yaml")]
-
-
-def save_yaml(file: Path, values: dict) -> list[str]:
-    file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return ["--config", str(file)]
 
 
 # --- The chain -------------------------------------------------------------------------------------------------------
@@ -239,125 +164,19 @@ def test_help(call, name):
     assert f"python scripts/{name}.py" in outcome.out
 
 
-# --- Mistakes in the configuration and on the command line -----------------------------------------------------------
+# --- Mistakes beyond the table of bad input ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        ("--train.steps=0", "expected at least 1"),
-        ("--train.steps=-1", "expected at least 1"),
-        ("--train.steps=many", "expected a whole number"),
-        ("--optimizer.learning_rate=0", "expected more than 0"),
-        ("--optimizer.learning_rate=nan", "expected a finite number"),
-        ("--lora.rank=0", "expected at least 1"),
-        ("--train.stepz=5", "did you mean train.steps"),
-    ],
-)
-def test_impossible_values(refused, world, option, words):
-    refused("train", *config(world), option, words=(option, words))
-
-
-@pytest.mark.parametrize(
-    ("option", "words"), [("--clip.frames=6", "expected 4 n + 1"), ("--clip.height=40", "expected a multiple of 16")]
-)
-@pytest.mark.parametrize("name", ["prepare_data", "sample"])
-def test_impossible_clips(refused, world, name, option, words):
-    refused(name, *config(world), option, words=(option, words))
-
-
-@pytest.mark.parametrize("name", ["prepare_data", "train", "sample"])
-def test_no_configuration(refused, tmp_path, name):
-    refused(name, words=(f"{name}.py", "--config FILE is missing"))
-    refused(name, f"--config={tmp_path}/none.yaml", words=(f"{tmp_path}/none.yaml", "expected a configuration"))
-
-
-def test_unknown_names_in_the_configuration(refused, world, tmp_path):
-    values = yaml.safe_load((world / "config.yaml").read_text())
-    field = save_yaml(tmp_path / "field.yaml", values | {"lora": {"ranck": 4}})
-    refused("sample", *field, words=(str(tmp_path / "field.yaml"), "unknown field lora.ranck; did you mean lora.rank?"))
-    section = save_yaml(tmp_path / "section.yaml", values | {"optimiser": {}})
-    refused("train", *section, words="unknown section optimiser; did you mean optimizer?")
-
-
-# --- Mistakes in files -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("table", "words"),
-    [
-        ("video,caption\n0000.mp4,a disc\n", ("metadata.csv:1", "'prompt'", "expected one")),
-        ("video,prompt\n0009.mp4,a disc\n", ("metadata.csv:2", "video='0009.mp4'", "no such file")),
-        ("video,prompt\n../0000.mp4,a disc\n", ("metadata.csv:2", "video='../0000.mp4'", "leads out of the folder")),
-        ("video,prompt\n", ("metadata.csv", "no rows")),
-        ("", ("metadata.csv", "no rows")),
-        (None, ("metadata.csv", "no such file")),
-    ],
-)
-def test_metadata(refused, world, tmp_path, table, words):
-    (tmp_path / "clips").mkdir()
-    if table is not None:
-        (tmp_path / "clips" / "metadata.csv").write_text(table)
-    options = [f"--data.source={tmp_path}/clips", f"--data.path={tmp_path}/latents"]
-    refused("prepare_data", *config(world), *options, words=(str(tmp_path), *words))
-
-
-def test_clips(call, refused, world, tmp_path):
-    """Their files are known only once the encoders are at work."""
-    options = [*config(world), f"--data.path={tmp_path}/latents"]
-    refused("prepare_data", *options, "--clip.frames=9", words=("0000.mp4: 5 frames", "expected enough for 9 frames"))
-    refused("prepare_data", *config(world), words=(str(world / "latents"), "already exists and is not empty"))
+def test_a_clip_that_cannot_be_used(call, world, tmp_path):
+    """It is known only once the encoders are at work."""
     shutil.copytree(world / "clips", tmp_path / "clips")
     (tmp_path / "clips" / "0002.mp4").write_text("not a video")
-    outcome = call("prepare_data", *options, f"--data.source={tmp_path}/clips")
+    options = [f"--data.path={tmp_path}/latents", f"--data.source={tmp_path}/clips"]
+    outcome = call("prepare_data", *config(world), *options)
     file = tmp_path / "latents" / "rejected.jsonl"
     assert (outcome.code, outcome.out) == (0, f"{file.parent}: 3 of 4 clips; 1 rejected: see {file}\n"), outcome.err
     assert "clips/0002.mp4: damaged or not a video" in file.read_text()
     assert len(open_records(file.parent)) == 3
-
-
-@pytest.mark.parametrize("name", ["prepare_data", "train", "sample"])
-def test_folders_that_hold_no_model(refused, world, tmp_path, name):
-    fresh = [f"--data.path={tmp_path}/latents"] if name == "prepare_data" else [f"--train.output={tmp_path}/run"]
-    options = [*config(world), *(fresh if name != "sample" else [])]
-    refused(name, *options, f"--model.path={tmp_path}/none", words=(f"{tmp_path}/none", "expected"))
-    refused(name, *options, f"--model.path={world}/clips", words=(f"{world}/clips", "expected"))
-
-
-def test_the_configuration_of_another_model(refused, world, tmp_path):
-    options = ["--config", ROOT / "configs" / "wan2.1_t2v_14b.yaml", f"--model.path={world}/model"]
-    options += [f"--data.path={world}/latents", f"--train.output={tmp_path}/run"]
-    options += ["--clip.frames=5", "--clip.height=32", "--clip.width=48"]
-    refused("train", *options, words=("model/transformer/config.json", "dim 96", "model.dim=5120"))
-
-
-def test_weights_that_are_not_numbers(refused, world, tmp_path):
-    shutil.copytree(world / "model", tmp_path / "model")
-    file = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    tensors["blocks.1.attn1.to_q.weight"][3, 4] = np.nan
-    save_file(tensors, file)
-    options = [*config(world), f"--model.path={tmp_path}/model", f"--train.output={tmp_path}/run"]
-    refused("train", *options, words=("model/transformer", "blocks.1.attn1.to_q.weight has a NaN"))
-    words = ("model/transformer", "blocks.1.attn1.to_q.weight has a NaN")
-    refused("convert_weights", tmp_path / "model", tmp_path / "new", "--to=tfm_jax", words=words)
-
-
-# --- Mistakes in training --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        ("--lora.targets=[q, to_q]", ("lora.targets: 'to_q' names no linear map", "ffn.0")),
-        ("--lora.rank=97", ("lora.rank=97", "width of self_attn.q, 96")),
-        ("--train.batch_size=5", ("train.batch_size=5", "latents has only 4 clips")),
-        ("--mesh.fsdp=2", ("mesh.fsdp=2 does not divide the 1 devices", "use one of 1")),
-        ("--data.path=nowhere", ("nowhere", "expected a folder that prepare_data.py wrote")),
-    ],
-)
-def test_runs_that_cannot_be(refused, world, tmp_path, option, words):
-    refused("train", *config(world), f"--train.output={tmp_path}/run", option, words=words)
 
 
 def test_batch_that_the_devices_cannot_share(world, tmp_path):
@@ -373,39 +192,6 @@ def test_batch_that_the_devices_cannot_share(world, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_that_are_taken(refused, world, tmp_path):
-    refused("train", *config(world), words=(f"train.output={world}/run", "already contains a run", "--resume"))
-    (tmp_path / "file").write_text("")
-    refused("train", *config(world), f"--train.output={tmp_path}/file", words="expected a directory")
-
-
-def test_a_folder_that_cannot_be_made(refused, world, tmp_path):
-    """As on a disk that is read-only."""
-    (tmp_path / "file").write_text("")
-    refused("train", *config(world), f"--train.output={tmp_path}/file/run", words=(f"{tmp_path}/file", "irectory"))
-    refused("prepare_data", *config(world), f"--data.path={tmp_path}/file/latents", words=f"{tmp_path}/file")
-    refused("convert_weights", world / "model", tmp_path / "file" / "new", "--to=tfm_jax", words=f"{tmp_path}/file")
-
-
-@pytest.mark.parametrize(
-    ("option", "before"),
-    [
-        ("--lora.rank=4", "2"),
-        ("--lora.targets=[q, k]", "['q', 'k', 'v', 'o', 'ffn.0', 'ffn.2']"),
-        ("--train.seed=7", "0"),
-        ("--train.batch_size=1", "2"),
-        ("--objective.kind=fm", "tfm"),
-    ],
-)
-def test_resuming_as_another_run(refused, world, option, before):
-    field = option[2:].partition("=")[0]
-    options = [*config(world), "--train.steps=3", "--resume", option]
-    refused("train", *options, words=(f"{field}=", f"{world}/run was started with {before}"))
-
-
-# --- Mistakes in export, sampling and conversion ---------------------------------------------------------------------
-
-
 def test_a_run_without_a_good_checkpoint_does_not_start_again_by_itself(call, world, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(world / "run", run)
@@ -414,69 +200,6 @@ def test_a_run_without_a_good_checkpoint_does_not_start_again_by_itself(call, wo
         outcome = call("train", *config(world), f"--train.output={run}", "--train.steps=3", "--resume")
         assert_refused(outcome, (f"train.output={run}: all checkpoints are damaged (2.damaged)", "remove this one"))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["2.damaged"]
-
-
-def test_exports(refused, world, tmp_path):
-    file = tmp_path / "lora.safetensors"
-    refused("export_lora", world / "clips", file, words=(f"{world}/clips", "expected the train.output"))
-    refused("export_lora", tmp_path / "none", file, words=(f"{tmp_path}/none", "expected the train.output"))
-    refused(
-        "export_lora",
-        world / "run",
-        file,
-        "--step=7",
-        words=(f"{world}/run", "no checkpoint of step 7", "expected one of 2"),
-    )
-    file.write_text("mine")
-    refused("export_lora", world / "run", file, words=(str(file), "already there"))
-
-
-@pytest.fixture
-def lora(call, world, tmp_path) -> Path:
-    """The LoRA of the run."""
-    call("export_lora", world / "run", tmp_path / "lora.safetensors")
-    return tmp_path / "lora.safetensors"
-
-
-def test_loras_that_do_not_fit(refused, world, tmp_path, lora):
-    options = [*config(world), f"--sampling.output={tmp_path}/new"]
-    refused("sample", *options, "--sampling.lora=none.safetensors", words=("none.safetensors", "no such file"))
-    whole = read_lora(lora)
-
-    def write(name: str, adapters: dict) -> str:
-        write_lora(tmp_path / name, Lora(adapters, whole.rank, whole.alpha))
-        return f"--sampling.lora={tmp_path}/{name}"
-
-    wide = write("wide", {n: a._replace(a=np.tile(a.a, 2), b=np.tile(a.b, (2, 1))) for n, a in whole.adapters.items()})
-    refused("sample", *options, wide, words=(f"{tmp_path}/wide", "self_attn.q is [2, 192]", "expected [2, 96]"))
-    deep = write("deep", {**whole.adapters, "blocks.4.ffn.2": whole.adapters["blocks.3.ffn.2"]})
-    refused("sample", *options, deep, words=(f"{tmp_path}/deep", "blocks.4.ffn.2", "each of 4 layers"))
-    (tmp_path / "page").write_text("<!DOCTYPE html><html>")
-    refused("sample", *options, f"--sampling.lora={tmp_path}/page", words=(f"{tmp_path}/page", "HTML page"))
-
-
-def test_samples_that_cannot_be(refused, world, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "000.mp4").write_text("mine")
-    words = (f"sampling.output={tmp_path}/full", "expected a new or empty directory")
-    refused("sample", *config(world), f"--sampling.output={tmp_path}/full", words=words)
-    (tmp_path / "prompts.txt").write_text("\n \n")
-    words = (f"sampling.prompts={tmp_path}/prompts.txt", "no prompt")
-    refused("sample", *config(world), f"--sampling.prompts={tmp_path}/prompts.txt", words=words)
-    shutil.copytree(world / "model", tmp_path / "model")
-    shutil.rmtree(tmp_path / "model" / "vae")
-    words = (f"{tmp_path}/model: no vae found", "expected vae/config.json")
-    refused("sample", *config(world), f"--model.path={tmp_path}/model", words=words)
-
-
-def test_conversions(refused, world, tmp_path):
-    refused("convert_weights", world / "clips", tmp_path / "new", "--to=tfm_jax", words="no network of Wan2.1 found")
-    refused("convert_weights", tmp_path / "none", tmp_path / "new", "--to=tfm_jax", words="no such directory")
-    refused(
-        "convert_weights", world / "model", world / "run", "--to=tfm_jax", words=f"target={world}/run: already exists"
-    )
-    refused("convert_weights", world / "model", tmp_path / "new", "--to=theirs", words=("'theirs'", "tfm_jax"))
-    refused("convert_weights", world / "model", words="target")
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------

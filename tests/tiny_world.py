@@ -4,19 +4,31 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from random_model import TEXT_DIM, write_model
 
 from tfm_jax.embedded.world import write_clips
+from tfm_jax.lora.adapters import split_lora
 from tfm_jax.train import loop
 from tfm_jax.wan.text_encoder import UMT5Encoder
 from tfm_jax.wan.vae import WanVae
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red disc moves right, slowly", "一个蓝色的圆 🔵"]
+
+
+class Outcome(NamedTuple):
+    """How a program ended."""
+
+    code: int
+    out: str
+    err: str
 
 
 def program(name: str) -> ModuleType:
@@ -54,6 +66,12 @@ def without_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(state, frozen, batch):
         return state._replace(step=state.step + 1), {"loss": jnp.float32(1)}
 
-    monkeypatch.setattr(loop, "make_step", lambda *_, **__: step)
+    def init_lora(model, key, mesh):
+        rng = np.random.default_rng(0)
+        lora = split_lora(model).lora
+        nnx.update(model, jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), lora))
+
+    monkeypatch.setattr(loop, "_compile", lambda *_: step)
+    monkeypatch.setattr(loop, "init_lora", init_lora)
     monkeypatch.setattr(WanVae, "encode", lambda vae, video: latents)
     monkeypatch.setattr(UMT5Encoder, "__call__", lambda encoder, ids, mask: jnp.zeros((*ids.shape, TEXT_DIM)))

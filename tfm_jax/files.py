@@ -17,7 +17,8 @@ def check_output_directory(field: str, path: Path) -> None:
         InputError: `path` is empty, the current folder or one above it (the root is), or a file.
     """
     # Path("") is Path("."): both would put results among whatever is in the current folder.
-    if Path.cwd().resolve().is_relative_to(path.resolve()):
+    # realpath: before Python 3.13, resolve() raises RuntimeError on links that lead to themselves.
+    if Path.cwd().resolve().is_relative_to(os.path.realpath(path)):
         raise InputError(f"{field}={path}: expected the path of a folder for the results, such as runs/name")
     if path.exists() and not path.is_dir():
         raise InputError(f"{field}={path}: a file; expected a directory")
