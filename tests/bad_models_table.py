@@ -200,6 +200,9 @@ MODELS = [
         "x.safetensors",
         "missing",
     ),
+    *weights(
+        "whose index names a file of 300 letters", write(INDEX, json.dumps({"weight_map": {BLOCK: "x" * 300}})), "xxx"
+    ),
     *weights("whose index has no map", write(INDEX, "{}"), "index.json", "weight_map"),
     *weights("whose index names no file", write(INDEX, '{"weight_map": {}}'), "index.json"),
     *weights("whose index has numbers for files", write(INDEX, '{"weight_map": {"a": 1, "b": "c"}}'), "index.json"),

@@ -89,7 +89,7 @@ def _neighbours(value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int | float):
-        return [2 * value, value + 1, value - 1, -value, 0, str(value), float(value)]
+        return [2 * value, value + 1, value - 1, -value, 0, str(value), 1.0 * min(value, 10**9)]
     if isinstance(value, list):
         return [value[1:], value * 2, value[::-1], []]
     if isinstance(value, str):

@@ -80,7 +80,7 @@ def safetensors_in(directory: Path) -> list[Path]:
             raise InputError(f"{index}: {shown(name)} is in {shown(shard)}; expected a file of the same directory")
     files = [directory / shard for shard in sorted(set(weight_map.values()))]
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path.is_file raises OSError for a name that is too long
             raise InputError(f"{file}: missing, but {index.name} names it; download it again")
     return files
 
