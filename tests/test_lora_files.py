@@ -86,6 +86,19 @@ def test_more_than_ten_blocks_come_back_in_order(tmp_path):
     assert list(read_lora(tmp_path / "lora.safetensors").adapters) == list(lora.adapters)
 
 
+def test_the_same_lora_is_the_same_file(tmp_path):
+    lora, files = make_lora(), set()
+    metadata = {
+        name: f'\u00e9 \t\x7f " \\ {name}' for name in ("base_model", "steps", "objective", "rho", "beta", "rank")
+    }
+    for _ in range(8):
+        write_lora(tmp_path / "lora.safetensors", lora, metadata=metadata)
+        files.add((tmp_path / "lora.safetensors").read_bytes())
+    assert len(files) == 1
+    assert file_metadata(tmp_path / "lora.safetensors") == {**metadata, "format": "pt"}
+    assert read_lora(tmp_path / "lora.safetensors").adapters.keys() == lora.adapters.keys()
+
+
 def test_default_is_comfy_in_bfloat16(tmp_path):
     lora = make_lora()
     write_lora(tmp_path / "lora.safetensors", lora, metadata={"base_model": "Wan2.1-T2V-1.3B"})

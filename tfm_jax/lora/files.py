@@ -125,7 +125,20 @@ def write_lora(
         facts[_METADATA] = json.dumps(_diffusers_config(lora))
     with replacing(path) as scratch:
         save_file(tensors, scratch, facts)
+        _sort_metadata(scratch)
         scratch.chmod(0o644)  # safetensors lets nobody else read it
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the metadata into the order of its names: safetensors writes it in a random order, other bytes each time."""
+    with open(file, "r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 def _spell(pattern: str, name: str) -> str:
