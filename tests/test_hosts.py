@@ -40,6 +40,7 @@ FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_llvm_disable_expen
 LOADING = """
 import json, sys
 from pathlib import Path
+import jax
 from tfm_jax import hosts
 from tfm_jax.config import MeshConfig
 from tfm_jax.sharding import make_mesh
