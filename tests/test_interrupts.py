@@ -100,6 +100,7 @@ def test_a_program_in_the_background_keeps_ignoring_ctrl_c():
     try:
         with interrupts.handled():
             os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 

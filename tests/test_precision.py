@@ -1,6 +1,6 @@
 """Float32 is multiplied as float32 on TPUs and GPUs, as the programs lowered for them say.
 
-A CPU multiplies float32 exactly whatever it is told, so no number computed here could show a difference. Lowering for
+A CPU multiplies float32 exactly at every precision, so no number computed here could show a difference. Lowering for
 a platform does not need it.
 """
 

@@ -513,7 +513,7 @@ def test_resuming_after_the_last_step_is_no_error(options, stopped, capsys):
 
 
 def test_fields_that_a_saved_configuration_lacks_have_their_defaults(options):
-    """Those of a checkpoint that an earlier version wrote. A field that is not known is told."""
+    """A checkpoint of an earlier version lacks them. An unknown field is reported."""
     run = parse(TrainRun, options, "train.py", "")
     now = {"config": loop._plain(run), "base": "b", "data": "d"}
     saved = json.loads(json.dumps(now))

@@ -95,7 +95,7 @@ def meet(name: str) -> None:
 def stop_requested(step: int) -> str | None:
     """The name of the signal that asks to save and stop after step `step`, whichever process got it.
 
-    All processes are told to stop at the same step; each must ask after every step, inside `interrupts.postponed`.
+    All processes stop at the same step; each must ask after every step, inside `interrupts.postponed`.
     Afterwards a second signal ends a process at once.
     """
     name = interrupts.requested()
