@@ -26,7 +26,7 @@ from matplotlib.transforms import Bbox
 from tfm_jax import cli, video
 from tfm_jax.config import parse
 from tfm_jax.data.metadata import read_metadata
-from tfm_jax.embedded.world import write_clips
+from tfm_jax.moving_shapes.world import write_clips
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.train.metrics import read_metrics
 

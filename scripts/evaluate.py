@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tfm_jax import cli
 from tfm_jax import config as configs
-from tfm_jax.embedded.world import Stage
 from tfm_jax.errors import InputError
-from tfm_jax.evaluation.report import Counts, compare, list_clips, measure_clips, show, to_json
+from tfm_jax.moving_shapes.evaluation.report import Counts, compare, list_clips, measure_clips, show, to_json
+from tfm_jax.moving_shapes.world import Stage
 
 DEFAULT = configs.ClipConfig(frames=17, height=64, width=64, fps=16)
 LIMITS = {"frames": (5, 1000), "height": (16, 4096), "width": (16, 4096), "fps": (1, 1000)}

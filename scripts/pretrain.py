@@ -12,7 +12,7 @@ from pathlib import Path
 from tfm_jax import cli
 from tfm_jax.errors import InputError
 from tfm_jax.files import check_output_directory
-from tfm_jax.pretraining.recipe import Recipe, pretrain
+from tfm_jax.moving_shapes.pretraining.recipe import Recipe, pretrain
 
 
 def main(argv: Sequence[str]) -> None:

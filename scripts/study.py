@@ -14,9 +14,9 @@ from pathlib import Path
 from tfm_jax import cli, config
 from tfm_jax.errors import InputError
 from tfm_jax.files import check_output_directory
-from tfm_jax.study import protocol
-from tfm_jax.study.report import write_report
-from tfm_jax.study.runs import Size, Study, StudyRun, run_study
+from tfm_jax.moving_shapes.study import protocol
+from tfm_jax.moving_shapes.study.report import write_report
+from tfm_jax.moving_shapes.study.runs import Size, Study, StudyRun, run_study
 
 OWN = ("train.output", "train.steps", "train.seed", "sampling.output", "sampling.prompts", "sampling.lora",
        "sampling.seed", "objective.kind", "data.source", "data.path")  # fmt: skip

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     parse = partial(config.parse, TrainRun, options, "train.py", __doc__ or "")
     if not {"-h", "--help"}.isdisjoint(options):
         parse()  # prints and ends, without the other processes
-    with hosts.joined():
+    with hosts.distributed():
         train(parse(), resume="--resume" in argv)
 
 

@@ -21,7 +21,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture
 def call(capsys, monkeypatch):
     """Run a program as its `__main__` does: (name, *arguments) -> Outcome."""
-    from tiny_world import Outcome, program  # not above: pytest first has to prepare the type checks of our package
+    from helpers.tiny_world import (  # not above: pytest first has to prepare the type checks of our package
+        Outcome,
+        program,
+    )
 
     from tfm_jax import cli
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
-import virtual_devices
+from helpers import virtual_devices
+from helpers.paths import ROOT
 
 from tfm_jax import checkpoint
 from tfm_jax.checkpoint import Checkpoints, fingerprints
@@ -25,7 +26,6 @@ from tfm_jax.errors import InputError, NonFiniteLoss
 from tfm_jax.lora.files import read_lora
 from tfm_jax.train.export import export
 
-ROOT = Path(__file__).resolve().parent.parent
 FACTORS = "lora/blocks/self_attn/q"
 METADATA = {
     "config": {
@@ -377,7 +377,7 @@ def fail(place, abstract, read=checkpoint._read_arrays):
     return read(place, abstract)
 
 checkpoint._read_arrays = fail
-with hosts.joined():
+with hosts.distributed():
     where = NamedSharding(jax.make_mesh((8,), "x"), PartitionSpec("x"))
     folder = Path(sys.argv[1])
     with Checkpoints(folder, keep=9) as checkpoints:
@@ -390,7 +390,7 @@ with hosts.joined():
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
         data.write_bytes(content)
-    hosts.meet("damaged")
+    hosts.barrier("damaged")
     with Checkpoints(folder, keep=9) as checkpoints:
         restored = checkpoints.restore(lambda _: {"x": jax.ShapeDtypeStruct((16,), np.float32, sharding=where)})
         parts = restored.arrays["x"].addressable_shards

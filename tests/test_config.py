@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.paths import ROOT
 
 from tfm_jax.config import Config, dump, parse, plain
 from tfm_jax.data.prepare import PrepareRun
@@ -13,7 +14,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.train.loop import TrainRun
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RUNS = (TrainRun, PrepareRun, SampleRun)
 
 TEXT = """\

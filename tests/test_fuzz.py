@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fuzzing import JUNK, TEXT, damaged_bytes, damaged_json, damaged_text
+from helpers.fuzzing import JUNK, TEXT, damaged_bytes, damaged_json, damaged_text
+from helpers.paths import ROOT, WAN_TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -35,8 +36,8 @@ from tfm_jax.wan import layouts, load_tokenizer
 from tfm_jax.wan.pth import open_pth
 from tfm_jax.wan.tensors import open_safetensors, safetensors_in
 
-MODEL = Path(video.__file__).parent / "embedded" / "wan_tiny"
-CONFIG = MODEL.parents[2] / "configs" / "wan_tiny.yaml"
+MODEL = WAN_TINY
+CONFIG = ROOT / "configs" / "wan_tiny.yaml"
 
 Fuzz = Callable[[st.DataObject, Path], None]
 """Draws damaged input, writes it into a folder, and reads it."""

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import virtual_devices
+from helpers import virtual_devices
+from helpers.paths import ROOT
+from helpers.wan_reference import SIZES, reference_transformer
 from safetensors.numpy import load_file
-from wan_reference import SIZES, reference_transformer
 
 from tfm_jax import config, hosts, interrupts
 from tfm_jax.checkpoint import Checkpoints
@@ -27,7 +28,6 @@ from tfm_jax.train import loop
 from tfm_jax.train.metrics import Metrics, read_metrics
 
 CONFIG = SIZES["small"]
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "train.py"
 CLIP = {"frames": 5, "height": 32, "width": 32, "fps": 16.0}
 BATCH = 8
@@ -59,7 +59,7 @@ def counted(files):
     return {name: entry(name, tensor) for name, tensor in open_tensors(files).items()}
 
 layouts.open_tensors = counted
-with hosts.joined():
+with hosts.distributed():
     load_transformer(sys.argv[1], "float32", make_mesh(MeshConfig(data=1, fsdp=8)))
     Path(f"{sys.argv[2]}/reads{jax.process_index()}.json").write_text(json.dumps(reads))
 """
@@ -302,7 +302,7 @@ def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypat
     monkeypatch.setattr(Metrics, "add", watched)
     options = ["--config", str(folder / "config.yaml"), "--mesh.fsdp=1", "--train.batch_size=1"]
     run = config.parse(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"], "train.py", "")
-    with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), hosts.joined():
+    with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), hosts.distributed():
         loop.train(run)
     (step,) = saved(tmp_path / "run")[0]
     assert step in (2, 3)  # the signal came after the question of step 2
@@ -416,7 +416,7 @@ def test_a_port_that_is_taken_is_told():
 
 
 def test_a_process_that_nobody_meets_ends():
-    program = "from tfm_jax import hosts\nhosts.MEET_SECONDS = 2\nwith hosts.joined():\n    print('met')"
+    program = "from tfm_jax import hosts\nhosts.MEET_SECONDS = 2\nwith hosts.distributed():\n    print('met')"
     with socket.socket() as free:
         free.bind(("", 0))
         settings = EXPLICIT | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}"}

@@ -169,7 +169,7 @@ def loss_of_autoencoder(vae, video):
     ],
 )
 def test_gradients_of_all_weights(loss, component, args, platform):
-    """What `tfm_jax.pretraining` trains, in float32. Every product has at least one more in the backward pass."""
+    """What pretraining trains, in float32. Every product has at least one more in the backward pass."""
     graph, weights = nnx.split(network(component))
 
     def of_weights(weights, *args):

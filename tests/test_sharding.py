@@ -4,22 +4,21 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import virtual_devices
 from flax import nnx
+from helpers import virtual_devices
+from helpers.paths import HELPERS
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from tfm_jax.config import MeshConfig, Remat
 from tfm_jax.errors import InputError
-from tfm_jax.sharding import MESH_AXES, make_mesh, partition_spec, shardings
-from tfm_jax.train.loop import check_batch
-from tfm_jax.wan.parallel_attention import check_split, self_attention
+from tfm_jax.sharding import MESH_AXES, check_batch, check_split, make_mesh, partition_spec, shardings
+from tfm_jax.wan.parallel_attention import self_attention
 from tfm_jax.wan.remat import POLICIES
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
@@ -32,7 +31,7 @@ def runs(tmp_path_factory):
     """What sharded_runs.py computes, with the adapters of its trainings."""
     folder = tmp_path_factory.mktemp("runs")
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "sharded_runs.py", folder],
+        [sys.executable, HELPERS / "sharded_runs.py", folder],
         env=virtual_devices.environment(8),
         capture_output=True,
         text=True,

@@ -9,6 +9,9 @@ s: tokens of the transformer, f * (h / 2) * (w / 2)
 
 from jaxtyping import Array, Float, Int
 
+TEXT_LENGTH = 512
+"""Tokens per prompt that Wan was trained with, including the end-of-sequence token."""
+
 Latents = Float[Array, "b f h w c"]
 Video = Float[Array, "b t y x 3"]
 Text = Float[Array, "b l d"]

@@ -206,7 +206,7 @@ class Checkpoints:
         """Say that a checkpoint is damaged; a writer also renames it, to a name that is no step."""
         place = self.directory / str(step)
         if self._keep is None:
-            hosts.say(f"note: {place} is damaged and not used: {reason}")
+            hosts.print_once(f"note: {place} is damaged and not used: {reason}")
             return
         if hosts.is_first():
             aside, number = place.with_name(f"{step}.damaged"), 1
@@ -214,8 +214,8 @@ class Checkpoints:
                 number += 1
                 aside = place.with_name(f"{step}.damaged-{number}")
             place.rename(aside)
-            hosts.say(f"note: {place} is damaged and now named {aside.name}: {reason}")
-        hosts.meet(f"checkpoint {step} is set aside")
+            hosts.print_once(f"note: {place} is damaged and now named {aside.name}: {reason}")
+        hosts.barrier(f"checkpoint {step} is set aside")
 
     def _writer(self) -> Any:
         """Orbax's manager of the folder. Opened by the first save, when the damaged checkpoints are set aside."""
@@ -245,7 +245,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Closing waits for the other processes, which an error may have left behind.
-        if self._orbax is None or (kind is not None and hosts.several()):
+        if self._orbax is None or (kind is not None and hosts.is_distributed()):
             return
         try:
             self._orbax.close()
@@ -253,7 +253,7 @@ class Checkpoints:
             if kind is None:
                 self._raise_failed_write(error)
             # The error that ends the block is the one to report.
-            hosts.say(f"note: {self.directory}: the last save failed: {_one_line(error)}")
+            hosts.print_once(f"note: {self.directory}: the last save failed: {_one_line(error)}")
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def _one_line(error: Exception) -> str:
 
 def _first_text(text: str) -> str:
     """The text of the first process that has one; every process must call this."""
-    if not hosts.several():
+    if not hosts.is_distributed():
         return text
     row = np.zeros(512, np.uint8)
     data = text.encode()[: row.size]

@@ -74,6 +74,11 @@ class ClipConfig:
         _require(self.height % 16 == 0, "height", self.height, "a multiple of 16")
         _require(self.width % 16 == 0, "width", self.width, "a multiple of 16")
 
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the clip's latents: the autoencoder's strides are 4, 8 and 8."""
+        return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+
 
 @section
 class DataConfig:

@@ -42,7 +42,7 @@ _ERROR = "tfm_jax/error"
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def distributed() -> Iterator[None]:
     """Run the block as one of the processes that the environment names; enter it before JAX has looked for devices.
 
     An exception in one process ends all of them within seconds: it is printed once, with the number of the process, and
@@ -70,25 +70,25 @@ def joined() -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether the run has several processes (or one that the environment numbers)."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes logs and talks."""
-    return not several() or jax.process_index() == 0
+    return not is_distributed() or jax.process_index() == 0
 
 
-def say(line: str) -> None:
+def print_once(line: str) -> None:
     """Print a line, once for all processes."""
     if is_first():
         print(line, flush=True)
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Wait until all processes are here."""
-    if several():
+    if is_distributed():
         multihost_utils.sync_global_devices(name)
 
 
@@ -99,7 +99,7 @@ def stop_requested(step: int) -> str | None:
     Afterwards a second signal ends a process at once.
     """
     name = interrupts.requested()
-    if not several():
+    if not is_distributed():
         return name
     # JAX has taken SIGTERM over, to agree with the other processes on a step. Ctrl-C joins it.
     if name:

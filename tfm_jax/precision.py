@@ -29,8 +29,8 @@ Three parts of the package multiply without `precision_of`:
   and sums, and its small linear systems go to the solver of JAX, which has no precision to choose.
 - The attention kernels for TPUs (splash) and for GPUs (cuDNN) choose their own precision inside, so they are given
   bfloat16 or float16 only (`tfm_jax.wan.attention`).
-- Muon, the optimizer of `tfm_jax.pretraining`, orthogonalises by optax's Newton-Schulz iteration at JAX's default. A
-  rough result is enough for it, and its authors run it in bfloat16 (Jordan et al. 2024).
+- Muon, the optimizer of `tfm_jax.moving_shapes.pretraining`, orthogonalises with optax's Newton-Schulz iteration at
+  JAX's default precision. A rough result is enough for it, and its authors run it in bfloat16 (Jordan et al. 2024).
 """
 
 import jax

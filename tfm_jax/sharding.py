@@ -93,6 +93,27 @@ def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
     return (left, *inner.values())
 
 
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raise InputError unless every part of the mesh that shares the batch gets the same number of clips."""
+    parts = num_shards("batch", mesh)
+    if batch_size % parts:
+        above = -(-batch_size // parts) * parts
+        raise InputError(
+            f"train.batch_size={batch_size}: expected a multiple of mesh.data={mesh.shape['data']} x mesh.fsdp="
+            f"{mesh.shape['fsdp']}; use {above}, or split less by data and fsdp and more by sequence or tensor"
+        )
+
+
+def check_split(heads: int, tokens: int, mesh: Mesh | AbstractMesh | None = None) -> None:
+    """Raise InputError unless a mesh, by default that of `jax.set_mesh`, can split that many heads and tokens."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    for axis, length, what in (("heads", heads, "heads of the model"), ("tokens", tokens, "tokens of a clip")):
+        parts = num_shards(axis, mesh)
+        if length % parts:
+            (name,), choices = RULES[axis], divisors(math.gcd(length, mesh.size))
+            raise InputError(f"mesh.{name}={parts} does not divide the {length} {what}; use one of {choices}")
+
+
 def divisors(number: int) -> str:
     """All of them, as errors list the values that would do."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
@@ -121,7 +142,7 @@ def partition_spec(axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(names or None for names in spec))
 
 
-def split(axis: str | None, mesh: Mesh | AbstractMesh | None = None) -> int:
+def num_shards(axis: str | None, mesh: Mesh | AbstractMesh | None = None) -> int:
     """Into how many parts a logical axis is split on a mesh, by default that of `jax.set_mesh`; without one, 1."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty or axis is None:
@@ -141,7 +162,7 @@ def shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
             return replicated(mesh)
         axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
         for axis, length in zip(axes, shape, strict=True):
-            if length % split(axis, mesh):
+            if length % num_shards(axis, mesh):
                 names = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in RULES[axis] if mesh.shape[name] > 1)
                 raise InputError(
                     f"{names} does not divide the {axis} axis of length {length} of a parameter; use a divisor of it"

@@ -8,9 +8,9 @@ import grain
 import numpy as np
 from jaxtyping import Array, Float
 
+from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.data.records import Records
 from tfm_jax.errors import InputError
-from tfm_jax.wan.transformer import TEXT_LENGTH
 
 
 class Batch(NamedTuple):

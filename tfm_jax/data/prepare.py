@@ -47,8 +47,8 @@ def prepare(run: PrepareRun) -> Prepared:
     if run.data.source is None:
         raise InputError("data.source is missing; expected the folder of metadata.csv and its clips")
     rows = read_metadata(run.data.source)
-    facts = {"model": str(run.model.path), **configs.plain(run)["clip"]}
-    with RecordWriter(run.data.path, facts) as writer:
+    metadata = {"model": str(run.model.path), **configs.plain(run)["clip"]}
+    with RecordWriter(run.data.path, metadata) as writer:
         _announce(run, len(rows))
         encode = _encoder(run.model)
         return _write(rows, run.clip, encode, writer)

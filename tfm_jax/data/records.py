@@ -17,9 +17,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Float32
 
+from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.errors import InputError
 from tfm_jax.files import check_new_directory, lock
-from tfm_jax.wan.transformer import TEXT_LENGTH
 
 NAME = "tfm_clips"
 INFO = "dataset_info.json"
@@ -49,7 +49,7 @@ class Record(NamedTuple):
 class RecordWriter:
     """Context manager that writes records one by one into `folder.partial` and renames it at a clean end.
 
-    After an exception nothing is kept. What a killed run left in `folder.partial` is replaced. `facts` (JSON values:
+    After an exception nothing is kept. What a killed run left in `folder.partial` is replaced. `metadata` (JSON values:
     model, size of the clips) are kept beside the records.
 
     Raises:
@@ -57,11 +57,11 @@ class RecordWriter:
             `folder.partial`; on leaving, no record was written.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any]):
+    def __init__(self, folder: Path, metadata: dict[str, Any]):
         self.folder = folder
         self._target = Path(os.path.realpath(folder))  # a folder cannot be renamed to a link
         self.partial = self._target.parent / f"{self._target.name}.partial"
-        self._facts = facts
+        self._metadata = metadata
         self._writer: tfds.core.SequentialWriter | None = None
         self._digests: list[str] = []
         self._lock = contextlib.ExitStack()
@@ -117,7 +117,7 @@ class RecordWriter:
         info = tfds.core.DatasetInfo(
             builder=tfds.core.DatasetIdentity(NAME, version, data_dir=str(self.partial), module_name=""),
             features=_features(first.latents.shape, first.text.shape[1]),
-            metadata=tfds.core.MetadataDict(self._facts),
+            metadata=tfds.core.MetadataDict(self._metadata),
         )
         per_record = first.latents.nbytes + TEXT_LENGTH * first.text.shape[1] * first.text.itemsize
         per_shard = max(1, SHARD_BYTES // per_record)
@@ -150,9 +150,9 @@ class RecordWriter:
 class Records:
     """Random access to prepared clips: `len(records)`, `records[i]`. Made by `open_records`."""
 
-    def __init__(self, folder: Path, source: Any, digests: Sequence[str], facts: dict[str, Any]):
+    def __init__(self, folder: Path, source: Any, digests: Sequence[str], metadata: dict[str, Any]):
         self.folder = folder
-        self.facts = facts
+        self.metadata = metadata
         self._source = source
         self._digests = digests
 
@@ -203,7 +203,7 @@ def open_records(folder: Path) -> Records:
         features = builder.info.features
         fields = set(features.keys())
         ours = fields == FIELDS and _is_ours(features)
-        facts = dict(builder.info.metadata)
+        metadata = dict(builder.info.metadata)
         split = builder.info.splits[SPLIT]
         shards = list(zip(map(Path, split.filepaths), split.shard_lengths, strict=True))
         source = builder.as_data_source(split=SPLIT)
@@ -219,7 +219,7 @@ def open_records(folder: Path) -> Records:
     if len(digests) != len(source):
         count = f"{len(digests)} lines for {len(source)} clips"
         raise InputError(f"{folder / FINGERPRINTS}: {count}; prepare the data again")
-    return Records(folder, source, digests, facts)
+    return Records(folder, source, digests, metadata)
 
 
 def _features(latents_shape: tuple[int, ...], text_dim: int) -> tfds.features.FeaturesDict:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from tfm_jax.arrays import Latents, PerVideo, Scalar, Text
 from tfm_jax.config import ObjectiveConfig
 from tfm_jax.objective import schedule
-from tfm_jax.objective.temporal import over, temporal_loss, temporal_path
+from tfm_jax.objective.temporal import safe_divide, temporal_loss, temporal_path
 
 Velocity = Callable[[Latents, PerVideo, Text], Latents]
 """The network: (latents, timestep 0..1000, text) -> velocity, which has the sign of noise - clean."""
@@ -98,8 +98,8 @@ def warped_flow_matching(
     """
     path = temporal_path(clean, noise, sigma, config.rho)
     distance = jnp.sqrt(jnp.sum(jnp.square(noise - clean), axis=(2, 3, 4)))
-    left, rate = (jnp.mean(over(x, distance), axis=1) for x in (path.remaining, path.speed))
-    return _squared_error(predict(_between(clean, noise, left)), _per_video(rate) * (noise - clean))
+    remaining, rate = (jnp.mean(safe_divide(x, distance), axis=1) for x in (path.remaining, path.speed))
+    return _squared_error(predict(_between(clean, noise, remaining)), _per_video(rate) * (noise - clean))
 
 
 OBJECTIVES = {
@@ -111,9 +111,9 @@ OBJECTIVES = {
 }
 
 
-def _between(clean: Latents, noise: Latents, left: PerVideo) -> Latents:
+def _between(clean: Latents, noise: Latents, remaining: PerVideo) -> Latents:
     """The point on the straight path with this share of the way to clean left."""
-    return (1 - _per_video(left)) * clean + _per_video(left) * noise
+    return (1 - _per_video(remaining)) * clean + _per_video(remaining) * noise
 
 
 def _squared_error(prediction: Latents, velocity: Latents) -> tuple[PerVideo, Terms]:

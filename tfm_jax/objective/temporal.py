@@ -76,17 +76,17 @@ def _path(clean: Frames, noise: Frames, sigma: Scalar, rho: float) -> TemporalPa
     change = phi(0.0 * distance, clean_gap, rho) - phi(distance, noise_gap, rho)  # c_i
 
     def neighbours(q: FrameScalars) -> tuple[PairScalars, Matrix]:
-        p = over(q, distance)
+        p = safe_divide(q, distance)
         middle, lag = (p[:-1] + p[1:]) / 2, p[1:] - p[:-1]
         moved = jnp.stack([-middle, middle, lag], axis=-1)  # coefficients of x_{i+1} - x_i, less those at q = 0
         weight = moved + jnp.array([1.0, 0.0, 0.0], jnp.float32)
         inner = jnp.sum(gram * weight[:, None, :], axis=-1)  # (x_{i+1} - x_i) . basis
         gap = jnp.sqrt(jnp.maximum(jnp.sum(weight * inner, axis=-1), 0.0))  # |x_{i+1} - x_i|
         # |x|^2 - |y|^2 = (x - y).(x + y): the growth of the gap, accurate when it is tiny beside the gap
-        growth = over(jnp.sum(moved * (inner + gram[:, 0]), axis=-1), gap + clean_gap)
+        growth = safe_divide(jnp.sum(moved * (inner + gram[:, 0]), axis=-1), gap + clean_gap)
         half = (inner[:, 1] - inner[:, 0]) / 2  # b_{i+1} - b_i is the difference of the first two
-        along_left = -over(over(inner[:, 2] - half, distance[:-1]), gap)  # unit(x_{i+1} - x_i) . a_i
-        along_right = -over(over(inner[:, 2] + half, distance[1:]), gap)  # unit(x_{i+1} - x_i) . a_{i+1}
+        along_left = -safe_divide(safe_divide(inner[:, 2] - half, distance[:-1]), gap)  # unit(x_{i+1} - x_i) . a_i
+        along_right = -safe_divide(safe_divide(inner[:, 2] + half, distance[1:]), gap)  # unit(x_{i+1} - x_i) . a_{i+1}
         return growth, tridiagonal(along_left, along_right, rho)
 
     def newton(q: FrameScalars) -> FrameScalars:
@@ -96,14 +96,14 @@ def _path(clean: Frames, noise: Frames, sigma: Scalar, rho: float) -> TemporalPa
 
     q = jax.lax.fori_loop(0, NEWTON_STEPS, lambda _, q: newton(q), sigma * distance)
     speed = jnp.linalg.solve(neighbours(q)[1], change)  # M h = c
-    p, u = over(q, distance), over(speed, distance)
-    return TemporalPath(clean + frames(p) * back, frames(u) * back, p * distance, speed)
+    p, u = safe_divide(q, distance), safe_divide(speed, distance)
+    return TemporalPath(clean + per_frame(p) * back, per_frame(u) * back, p * distance, speed)
 
 
 def _loss(prediction: Frames, clean: Frames, noise: Frames, x_t: Frames, rho: float) -> tuple[Scalar, Scalar]:
     matrix, change = system(clean, noise, x_t, rho)
     back, length = noise - clean, norm(prediction)
-    cosine = over(over(dot(prediction, back), length), norm(back))  # u_i is h_i back_i / D_i
+    cosine = safe_divide(safe_divide(dot(prediction, back), length), norm(back))  # u_i is h_i back_i / D_i
     direction = 1 - jnp.sign(jnp.linalg.solve(matrix, change)) * cosine
     residual = jnp.abs(jnp.abs(jnp.sum(matrix * length, axis=-1)) / (jnp.abs(change) + 1e-6) - 1)
     return jnp.mean(direction), jnp.mean(residual)
@@ -142,17 +142,17 @@ def norm(x: Float[Array, "n h w c"]) -> Float[Array, "n"]:
     return jnp.where(square == 0, 0.0, jnp.sqrt(jnp.where(square == 0, 1.0, square)))
 
 
-def over(x: Float[Array, "..."], length: Float[Array, "..."]) -> Float[Array, "..."]:
+def safe_divide(x: Float[Array, "..."], length: Float[Array, "..."]) -> Float[Array, "..."]:
     """x / length, but 0 where the length is at most EPS, with finite gradients in both branches. NaN stays NaN."""
     return jnp.where(length <= EPS, 0.0, x / jnp.where(length <= EPS, 1.0, length))
 
 
 def unit(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     """x / |x|, and 0 for frames shorter than EPS: x / max(|x|, EPS) without its slope of 1 / EPS at zero."""
-    return over(x, frames(norm(x)))
+    return safe_divide(x, per_frame(norm(x)))
 
 
-def frames(scalars: Float[Array, "n"]) -> Float[Array, "n 1 1 1"]:
+def per_frame(scalars: Float[Array, "n"]) -> Float[Array, "n 1 1 1"]:
     """One number per frame, shaped to scale the frames."""
     return scalars[:, None, None, None]
 

@@ -6,9 +6,10 @@ to save memory. Norms, softmax and the objective are left out: they are no matri
 
 from typing import NamedTuple
 
+from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import LoraConfig, Remat
 from tfm_jax.lora.adapters import target_linears
-from tfm_jax.wan.transformer import PATCH, TEXT_LENGTH, TransformerConfig
+from tfm_jax.wan.transformer import PATCH, TransformerConfig
 
 _TEXT = ("cross_attn.k", "cross_attn.v")
 """Maps that see the text, which needs no gradient; all others see the video."""

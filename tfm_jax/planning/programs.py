@@ -12,17 +12,16 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from tfm_jax import config as configs
+from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import section
 from tfm_jax.data.batches import Batch
 from tfm_jax.lora.adapters import attach_lora, split_lora
 from tfm_jax.sampling.pipeline import guided_velocity
-from tfm_jax.sharding import batch_sharding, replicated, shardings, split
-from tfm_jax.train.loop import check_batch
+from tfm_jax.sharding import batch_sharding, check_batch, check_split, num_shards, replicated, shardings
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, init_state, make_step
 from tfm_jax.wan import layouts
-from tfm_jax.wan.parallel_attention import check_split
-from tfm_jax.wan.transformer import TEXT_LENGTH, TransformerConfig, WanTransformer, token_grid
+from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, token_grid
 
 
 @section
@@ -59,8 +58,7 @@ def network(model: configs.ModelConfig) -> TransformerConfig:
 
 def latent_shape(run: TrainPlan | SamplePlan) -> tuple[int, int, int, int]:
     """Frames, height, width and channels of a clip's latents."""
-    clip = run.clip
-    return (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8, network(run.model).channels
+    return *run.clip.latent_size, network(run.model).channels
 
 
 def tokens(run: TrainPlan | SamplePlan) -> int:
@@ -70,7 +68,7 @@ def tokens(run: TrainPlan | SamplePlan) -> int:
 
 def clips(run: TrainPlan | SamplePlan, mesh: Mesh) -> int:
     """That one call of the program handles."""
-    return run.train.batch_size if isinstance(run, TrainPlan) else split("batch", mesh)
+    return run.train.batch_size if isinstance(run, TrainPlan) else num_shards("batch", mesh)
 
 
 def check(run: TrainPlan | SamplePlan, mesh: Mesh | AbstractMesh) -> None:
@@ -111,7 +109,7 @@ def _sampling(run: SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
         attach_lora(model, run.lora)
     graph, state = nnx.split(model)
     model = nnx.merge(graph, _placed(state, shardings(state, mesh)))
-    videos, text_dim = split("batch", mesh), network(run.model).text_dim
+    videos, text_dim = num_shards("batch", mesh), network(run.model).text_dim
     text = _rows((videos, TEXT_LENGTH, text_dim), mesh)
     sigma = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     args = (model, _rows((videos, *latent_shape(run)), mesh), sigma, text, text)

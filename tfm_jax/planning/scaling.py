@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 from tfm_jax import config
 from tfm_jax.config import Remat
 from tfm_jax.errors import CompilerError, InputError
+from tfm_jax.markdown import table
 from tfm_jax.planning.chips import GIB, Topology, topology
 from tfm_jax.planning.plan import Plan
 from tfm_jax.planning.programs import TrainPlan
@@ -241,18 +242,10 @@ def _document(found: Found, levers: Sequence[Plan], curves: Curves, command: str
         batch=FIXED_BATCH,
         where=POLICIES_ON,
         mesh=POLICIES_MESH.removeprefix("--"),
-        table=_table(COLUMNS, (_cells(case, plan) for case, plan in found)),
-        levers=_table(LEVERS, map(_lever, levers)),
-        growth=_table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), ((str(p.chips), *_facts(p)) for p in plans)),
+        table=table(COLUMNS, (_cells(case, plan) for case, plan in found)),
+        levers=table(LEVERS, map(_lever, levers)),
+        growth=table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), ((str(p.chips), *_facts(p)) for p in plans)),
     )
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join([_line(columns), "|---" * len(columns) + "|", *map(_line, rows)])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _facts(plan: Plan) -> tuple[str, ...]:

@@ -25,9 +25,8 @@ from tfm_jax.objective import timestep
 from tfm_jax.prompts import read_prompts
 from tfm_jax.sampling.outputs import SampleRun, Samples, digest_file, digest_weights
 from tfm_jax.sampling.solvers import euler, noise_levels
-from tfm_jax.sharding import batch_sharding, constrain, make_mesh, split
+from tfm_jax.sharding import batch_sharding, check_split, constrain, make_mesh, num_shards
 from tfm_jax.wan import find_base, layouts, load_base, load_text_encoder, load_tokenizer, load_vae
-from tfm_jax.wan.parallel_attention import check_split
 from tfm_jax.wan.tokenizer import encode_prompts, find_tokenizer
 from tfm_jax.wan.transformer import WanTransformer, token_grid
 from tfm_jax.wan.vae import WanVae
@@ -99,7 +98,7 @@ def sample(run: SampleRun) -> None:
     """
     settings = run.sampling
     mesh = make_mesh(run.mesh)
-    check_split(run.model.heads, math.prod(token_grid(_latent_size(run.clip))), mesh)
+    check_split(run.model.heads, math.prod(token_grid(run.clip.latent_size)), mesh)
     prompts = _read_prompts(settings.prompts)
     _say(
         f"{len(prompts)} prompts, {settings.steps} steps each; {run.model.path} ({run.model.layers} blocks of width "
@@ -136,11 +135,11 @@ def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) ->
         text = _embed(run, [*prompts, run.sampling.negative_prompt])
     with _timed("loading the transformer"):
         transformer = _transformer(run, lora, mesh)
-    rounds = _rounds(len(prompts), split("batch", mesh), missing)
+    rounds = _rounds(len(prompts), num_shards("batch", mesh), missing)
 
     def draw(numbers: list[int], steps: int, on_step: Callable[[], None]) -> np.ndarray:
         """Latents of these prompts."""
-        shape = (*_latent_size(run.clip), transformer.config.channels)
+        shape = (*run.clip.latent_size, transformer.config.channels)
         key = jax.random.key(run.sampling.seed)
         noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in numbers])
         rows = jax.device_put((noise, text[numbers], text[[-1] * len(numbers)]), batch_sharding(mesh))
@@ -209,10 +208,6 @@ def _decode(vae: WanVae, latents: np.ndarray, number: int, run: SampleRun) -> np
     if pixels.shape != size:
         raise InputError(f"{run.model.path}: the autoencoder makes videos {list(pixels.shape)}; expected {list(size)}")
     return pixels
-
-
-def _latent_size(clip: configs.ClipConfig) -> tuple[int, int, int]:
-    return (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
 
 
 # --- Input -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from tfm_jax import config as configs
 from tfm_jax import files, hosts, interrupts
@@ -23,12 +23,11 @@ from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.data.records import Records, open_records
 from tfm_jax.errors import CompilerError, InputError, NonFiniteLoss, StoppedEarly, Terminated
 from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
-from tfm_jax.sharding import batch_sharding, make_mesh, split
+from tfm_jax.sharding import batch_sharding, check_batch, check_split, make_mesh
 from tfm_jax.train.metrics import Metrics
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import Step, TrainState, init_state, make_step, run_keys
 from tfm_jax.wan import load_base
-from tfm_jax.wan.parallel_attention import check_split
 from tfm_jax.wan.transformer import WanTransformer, token_grid
 
 MAY_CHANGE = {"train.output", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
@@ -80,7 +79,7 @@ def train(run: TrainRun, resume: bool = False) -> None:
     """
     output, steps = run.train.output, run.train.steps
     files.check_output_directory("train.output", output)
-    hosts.say(f"training a LoRA in {output}: {steps} steps, batches of {run.train.batch_size}")
+    hosts.print_once(f"training a LoRA in {output}: {steps} steps, batches of {run.train.batch_size}")
     with contextlib.ExitStack() as held:
         with _nothing_to_keep():
             # A new folder is made only after everything that can be wrong with the input has been checked.
@@ -90,10 +89,10 @@ def train(run: TrainRun, resume: bool = False) -> None:
             setup = _prepare(run)
             if is_new:
                 held.enter_context(_alone(output, resume))
-            hosts.meet("every process has checked its input")
+            hosts.barrier("every process has checked its input")
             first, state = _restore(run, setup)
             if first >= steps:
-                hosts.say(f"{output} is complete: it has {first} steps, and train.steps={steps}")
+                hosts.print_once(f"{output} is complete: it has {first} steps, and train.steps={steps}")
                 return
             step = _compile(setup, state, first)
         _train(run, setup._replace(step=step), state, first)
@@ -135,15 +134,15 @@ def _alone(output: Path, resume: bool) -> Iterator[None]:
 def _prepare(run: TrainRun) -> _Setup:
     settings = run.train
     mesh = make_mesh(run.mesh)
-    processes = f" in {jax.process_count()} processes" if hosts.several() else ""
+    processes = f" in {jax.process_count()} processes" if hosts.is_distributed() else ""
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    hosts.say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}; mesh: {sizes}")
+    hosts.print_once(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}; mesh: {sizes}")
     check_batch(settings.batch_size, mesh)
 
     records = open_records(run.data.path)
     _check_clip(records, run)
     shape = records[0].latents.shape
-    hosts.say(f"data: {len(records)} clips in {run.data.path}, latents {' x '.join(map(str, shape))}")
+    hosts.print_once(f"data: {len(records)} clips in {run.data.path}, latents {' x '.join(map(str, shape))}")
     check_split(run.model.heads, math.prod(token_grid(shape)), mesh)
     batches = Batches(records, settings.batch_size, settings.seed, _rows(settings.batch_size, mesh))
 
@@ -152,7 +151,7 @@ def _prepare(run: TrainRun) -> _Setup:
     attach_lora(model, run.lora)
     init_lora(model, run_keys(settings.seed).adapters, mesh)
     graph, lora, frozen = split_lora(model)
-    hosts.say(f"model: {_parameters(frozen):,} parameters in the base, {_parameters(lora):,} in the adapters")
+    hosts.print_once(f"model: {_parameters(frozen):,} parameters in the base, {_parameters(lora):,} in the adapters")
     optimizer = make_optimizer(run.optimizer)
     state, placement = init_state(lora, optimizer, mesh)
     step = make_step(graph, optimizer, run.objective, settings.seed, placement, settings.remat)
@@ -160,21 +159,10 @@ def _prepare(run: TrainRun) -> _Setup:
     return _Setup(mesh, batches, frozen, state, placement, step, metadata)
 
 
-def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raise InputError unless every part of the mesh that shares the batch gets the same number of clips."""
-    parts = split("batch", mesh)
-    if batch_size % parts:
-        above = -(-batch_size // parts) * parts
-        raise InputError(
-            f"train.batch_size={batch_size}: expected a multiple of mesh.data={mesh.shape['data']} x mesh.fsdp="
-            f"{mesh.shape['fsdp']}; use {above}, or split less by data and fsdp and more by sequence or tensor"
-        )
-
-
 def _check_clip(records: Records, run: TrainRun) -> None:
     """Raise InputError unless the clips were prepared as the configuration says."""
     for name, value in _plain(run)["clip"].items():
-        prepared = records.facts.get(name)
+        prepared = records.metadata.get(name)
         if prepared is None:
             raise InputError(f"{run.data.path}: does not say with which clip.{name} it was prepared; prepare it again")
         if prepared != value:
@@ -228,10 +216,10 @@ def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
             "to start at step 0, name another folder or remove this one"
         )
     if restored is None:
-        hosts.say(f"started {output}")
+        hosts.print_once(f"started {output}")
         return 0, setup.state
     state = unflatten(setup.state, restored.arrays)
-    hosts.say(f"resumed {output} after step {restored.step}")
+    hosts.print_once(f"resumed {output} after step {restored.step}")
     bad_steps = int(state.bad_steps)
     if restored.step >= run.train.steps and bad_steps >= _most_bad_steps(run):
         raise NonFiniteLoss(f"train.output={output}: the run is complete, but its last {bad_steps} steps were skipped")
@@ -261,7 +249,7 @@ def _leaves(sections: dict[str, Any]) -> dict[str, Any]:
 
 def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
     """The training step as a compiled program, so that the clock of the run starts without the compiler."""
-    hosts.say("compiling the training step ...")
+    hosts.print_once("compiling the training step ...")
     start = time.monotonic()
     batch, _ = setup.batches.at(first)
     program: Any = setup.step
@@ -270,7 +258,7 @@ def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
             compiled = program.lower(state, setup.frozen, _place(batch, setup.batches, setup.mesh)).compile()
     except jax.errors.JaxRuntimeError as error:
         raise CompilerError(f"the training step: {' '.join(str(error).split())[:300]}") from error
-    hosts.say(f"compiled in {time.monotonic() - start:.1f} s")
+    hosts.print_once(f"compiled in {time.monotonic() - start:.1f} s")
     return compiled
 
 
@@ -303,7 +291,7 @@ def _train(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
                 checkpoints.save(done, flatten(state), setup.metadata)
             if last or diverged:
                 break
-    hosts.meet("the last checkpoint is complete")
+    hosts.barrier("the last checkpoint is complete")
     if diverged:
         raise NonFiniteLoss(f"{diverged}; the adapters before the bad steps are saved in {output}")
     if done < settings.steps:

@@ -46,7 +46,7 @@ def constant(
     return nnx.Param(jnp.full((*stack, *shape), value, dtype), axes=("layers",) * len(stack) + tuple(axes))
 
 
-def ready(variable: nnx.Variable, dtype: DTypeLike) -> Array:
+def gathered(variable: nnx.Variable, dtype: DTypeLike) -> Array:
     """One layer's parameter in the dtype of the computation, gathered from the devices that share it by `embed`."""
     value = variable[...]
     return gather(value.astype(dtype), variable.get_metadata()["axes"][-value.ndim :])
@@ -79,15 +79,15 @@ class Linear(nnx.Module):
         self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = _matmul(x, ready(self.kernel, x.dtype))
+        y = _matmul(x, gathered(self.kernel, x.dtype))
         if self.bias is not None:
-            y = y + ready(self.bias, x.dtype)
+            y = y + gathered(self.bias, x.dtype)
         # Round here: XLA may carry more bits than bfloat16 has into what follows, and not the same with an adapter.
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is not None and self.lora_b is not None:
-            low = _matmul(x, ready(self.lora_a, x.dtype))
-            y = y + _matmul(low, ready(self.lora_b, x.dtype)) * self.lora_scale
+            low = _matmul(x, gathered(self.lora_a, x.dtype))
+            y = y + _matmul(low, gathered(self.lora_b, x.dtype)) * self.lora_scale
         return y
 
 

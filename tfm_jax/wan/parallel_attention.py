@@ -9,17 +9,13 @@ Queries of one device must meet the keys of all. Two ways, both exact, forward a
   travel along with them, and arrive home complete.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Float32
 
-from tfm_jax.errors import InputError
-from tfm_jax.sharding import RULES, divisors, per_device, split
+from tfm_jax.sharding import RULES, num_shards, per_device
 from tfm_jax.wan.attention import ATTENTION_OUTPUT, Keys, LogSum, Queries, attention, backward, forward
 
 (SEQUENCE,) = RULES["tokens"]
@@ -37,19 +33,9 @@ def cross_attention(query: Queries, key: Keys, value: Keys) -> Queries:
     return per_device(attention, (query, key, value), (HERE, EVERYWHERE, EVERYWHERE))
 
 
-def check_split(heads: int, tokens: int, mesh: Mesh | AbstractMesh | None = None) -> None:
-    """Raise InputError unless a mesh, by default that of `jax.set_mesh`, can split that many heads and tokens."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    for axis, length, what in (("heads", heads, "heads of the model"), ("tokens", tokens, "tokens of a clip")):
-        parts = split(axis, mesh)
-        if length % parts:
-            (name,), choices = RULES[axis], divisors(math.gcd(length, mesh.size))
-            raise InputError(f"mesh.{name}={parts} does not divide the {length} {what}; use one of {choices}")
-
-
 def _among_tokens(query: Queries, key: Queries, value: Queries) -> Queries:
     """Of the tokens and heads of one device."""
-    parts = split("tokens")
+    parts = num_shards("tokens")
     if parts == 1:
         return attention(query, key, value)
     return all_to_all(query, key, value) if query.shape[2] % parts == 0 else ring(query, key, value)
@@ -77,7 +63,7 @@ def _ring_forward(query: Queries, key: Queries, value: Queries) -> tuple[Queries
 
     lse = jnp.full((query.shape[0], query.shape[2], query.shape[1]), -jnp.inf, jnp.float32)
     start = (key, value, jnp.zeros_like(query, jnp.float32), lse)
-    (_, _, out, lse), _ = jax.lax.scan(meet, start, length=split("tokens"))
+    (_, _, out, lse), _ = jax.lax.scan(meet, start, length=num_shards("tokens"))
     return out.astype(query.dtype), lse
 
 
@@ -96,7 +82,7 @@ def _ring_backward(saved: tuple[Array, ...], out_gradient: Queries) -> tuple[Que
         return (*_pass_on(key, value), dquery, *_pass_on(dkey, dvalue)), None
 
     zeros = tuple(jnp.zeros_like(x, jnp.float32) for x in (query, key, value))
-    (_, _, *gradients), _ = jax.lax.scan(meet, (key, value, *zeros), length=split("tokens"))
+    (_, _, *gradients), _ = jax.lax.scan(meet, (key, value, *zeros), length=num_shards("tokens"))
     dquery, dkey, dvalue = (total.astype(x.dtype) for total, x in zip(gradients, (query, key, value), strict=True))
     return dquery, dkey, dvalue
 
@@ -106,7 +92,7 @@ ring.defvjp(_ring_save, _ring_backward)
 
 def _pass_on(*arrays: Array) -> tuple[Array, ...]:
     """To the next device along `sequence`, from the one before."""
-    parts = split("tokens")
+    parts = num_shards("tokens")
     following = [(place, (place + 1) % parts) for place in range(parts)]
     return tuple(jax.lax.ppermute(x, SEQUENCE, following) for x in arrays)
 

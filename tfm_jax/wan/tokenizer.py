@@ -12,11 +12,10 @@ import numpy as np
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerFast
 
-from tfm_jax.arrays import Text
+from tfm_jax.arrays import TEXT_LENGTH, Text
 from tfm_jax.errors import InputError
 from tfm_jax.inputs import JSON_BYTES, read_json, shown
 from tfm_jax.wan.text_encoder import UMT5Encoder
-from tfm_jax.wan.transformer import TEXT_LENGTH
 
 PLACES = ("tokenizer", "google/umt5-xxl")
 """Where the tokenizer is in a model directory: the Diffusers layout and ours, the original layout."""

@@ -23,15 +23,12 @@ from jaxtyping import Array, Float
 from tfm_jax.arrays import Latents, PerVideo, Text
 from tfm_jax.config import Remat
 from tfm_jax.precision import precision_of
-from tfm_jax.sharding import constrain
-from tfm_jax.wan.layers import LayerNorm, Linear, RMSNorm, constant, param, ready
-from tfm_jax.wan.parallel_attention import check_split, cross_attention, self_attention
+from tfm_jax.sharding import check_split, constrain
+from tfm_jax.wan.layers import LayerNorm, Linear, RMSNorm, constant, gathered, param
+from tfm_jax.wan.parallel_attention import cross_attention, self_attention
 from tfm_jax.wan.remat import POLICIES
 
 PATCH = (1, 2, 2)
-TEXT_LENGTH = 512
-"""Tokens per prompt that Wan was trained with, the end-of-sequence token included."""
-
 ROTARY_THETA = 10_000.0
 
 Tokens = Float[Array, "b s d"]
@@ -238,6 +235,6 @@ class PatchIn(nnx.Module):
         p, q, r = PATCH
         patches = rearrange(latents, "b (f p) (h q) (w r) c -> b (f h w) p q r c", p=p, q=q, r=r)
         patches = constrain(patches, ("batch", "tokens"))
-        kernel, bias = (ready(x, latents.dtype) for x in (self.kernel, self.bias))
+        kernel, bias = (gathered(x, latents.dtype) for x in (self.kernel, self.bias))
         tokens = jnp.einsum("bspqrc,pqrcd->bsd", patches, kernel, precision=precision_of(patches, kernel))
         return constrain(tokens + bias, ACTIVATION)

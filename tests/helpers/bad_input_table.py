@@ -1,0 +1,257 @@
+"""The table of bad input: what a row is, and the rows about options and configuration files."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from helpers.breaking import Break, link, replace, write
+
+CONFIG = "--config=$world/config.yaml"
+
+USUAL: dict[str, tuple[str, ...]] = {
+    "train": (CONFIG, "--train.output=$tmp/new"),
+    "prepare_data": (CONFIG, "--data.path=$tmp/new"),
+    "sample": (CONFIG, "--sampling.output=$tmp/new"),
+    "export_lora": ("$world/run", "$tmp/new.safetensors"),
+    "convert_weights": ("$world/model", "$tmp/new", "--to=tfm_jax"),
+    "evaluate": ("$world/clips", "--reference=$world/clips", "--frames=5", "--height=32", "--width=48"),
+    "plan": (CONFIG, "--topology=v5e:2x2"),
+    "study": (CONFIG, "--output=$tmp/new", "--docs=$tmp/docs"),
+    "pretrain": ("$tmp/new",),
+}
+"""The arguments with which a program works in a sound world."""
+
+
+class Row(NamedTuple):
+    """A mistake, and what the program must do. `$world` and `$tmp` stand for a sound world and the row's own folder."""
+
+    program: str
+    wrong: str
+    """What is wrong; the name of the test."""
+    arguments: Sequence[str]
+    words: Sequence[str]
+    """They are all in the one line that the program prints."""
+    broken: Sequence[Break] = ()
+    """Applied to the row's own folder first."""
+    code: int = 2
+    set_aside: bool = False
+    """Whether the program may rename what is damaged."""
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+def row(program: str, wrong: str, *arguments: str, words: str | Sequence[str], broken: Break | Sequence[Break] = ()):
+    """A row whose arguments are added to the usual ones.
+
+    An option takes the place of the usual one of that name; positional arguments take the place of all usual ones.
+    """
+    given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+    positional = any(not argument.startswith("--") for argument in arguments)
+    kept = [
+        usual
+        for usual in USUAL[program]
+        if (usual.partition("=")[0] not in given if usual.startswith("--") else not positional)
+    ]
+    return exactly(program, wrong, *kept, *arguments, words=words, broken=broken)
+
+
+def exactly(
+    program: str, wrong: str, *arguments: str, words: str | Sequence[str], broken: Break | Sequence[Break] = ()
+):
+    """A row with these arguments alone."""
+    words = [words] if isinstance(words, str) else words
+    return Row(program, wrong, arguments, words, [broken] if callable(broken) else broken)
+
+
+def options(program: str, *table: tuple[str, str]) -> list[Row]:
+    """A row for each (option, words), which names the field and its value."""
+    return [row(program, option, option, words=(option[2:], words)) for option, words in table]
+
+
+def config(wrong: str, content: str | bytes, *words: str) -> Row:
+    """A row with another configuration file, which is named."""
+    file = "--config=$tmp/config.yaml"
+    return row(
+        "train",
+        f"a configuration with {wrong}",
+        file,
+        words=("config.yaml", *words),
+        broken=write("config.yaml", content),
+    )
+
+
+def changed(wrong: str, old: str, new: str, *words: str) -> Row:
+    """A row with the usual configuration file but for one piece of text."""
+    file = "--config=$tmp/config.yaml"
+    broken = replace("config.yaml", old, new)
+    return row("train", f"a configuration with {wrong}", file, words=("config.yaml", *words), broken=broken)
+
+
+LONG = "a" * 5000
+
+VALUES = [
+    *options(
+        "train",
+        ("--train.steps=0", "expected at least 1"),
+        ("--train.steps=-1", "expected at least 1"),
+        ("--train.steps=many", "expected a whole number"),
+        ("--train.steps=1.5", "expected a whole number"),
+        ("--train.steps=", "expected a whole number"),
+        ("--train.batch_size=0", "expected at least 1"),
+        ("--train.seed=-1", "expected at least 0"),
+        ("--train.seed=9223372036854775808", "expected less than 4.29497e+09"),
+        ("--train.checkpoint_every=0", "expected at least 1"),
+        ("--train.keep_checkpoints=0", "expected at least 1"),
+        ("--train.log_every=0", "expected at least 1"),
+        ("--train.remat=some", "attention_offload"),
+        ("--optimizer.learning_rate=0", "expected more than 0"),
+        ("--optimizer.learning_rate=nan", "expected a finite number"),
+        ("--optimizer.learning_rate=inf", "expected a finite number"),
+        ("--optimizer.learning_rate=fast", "expected a number"),
+        ("--optimizer.warmup_steps=-1", "expected at least 0"),
+        ("--optimizer.b1=1", "expected less than 1"),
+        ("--optimizer.b2=-0.1", "expected at least 0"),
+        ("--optimizer.eps=0", "expected more than 0"),
+        ("--optimizer.weight_decay=-1", "expected at least 0"),
+        ("--optimizer.lora_b_factor=0", "expected more than 0"),
+        ("--optimizer.max_grad_norm=0", "expected more than 0"),
+        ("--lora.rank=0", "expected at least 1"),
+        ("--lora.rank=97", "width of self_attn.q, 96"),
+        ("--lora.alpha=0", "expected more than 0"),
+        ("--lora.targets=[]", "expected at least 1"),
+        ("--lora.targets=q", "expected a list"),
+        ("--lora.targets=[q", "expected one such as [a, b]"),
+        ("--lora.targets=[2020-13-45]", "expected"),
+        ("--objective.kind=flow", "fm_direction"),
+        ("--objective.rho=0", "expected more than 0"),
+        ("--objective.beta=-1", "expected at least 0"),
+        ("--objective.shift=0", "expected more than 0"),
+        ("--objective.low=1", "expected"),
+        ("--objective.high=1.5", "expected at most 1"),
+        ("--model.dtype=float16", "bfloat16"),
+        ("--model.heads=5", "expected a divisor of dim=96"),
+        ("--model.dim=0", "expected at least 1"),
+        ("--model.path=", "expected"),
+        ("--mesh.data=0", "expected 1 or more, or -1"),
+        ("--mesh.data=-2", "expected at least -1"),
+        ("--mesh.fsdp=0", "expected at least 1"),
+        ("--data.path=", "expected"),
+        ("--train.output=", "expected a path"),
+        ("--train.output=.", "expected the path of a folder"),
+        ("--train.output=..", "expected the path of a folder"),
+        ("--train.output=/", "expected the path of a folder"),
+        ("--train.stepz=5", "did you mean train.steps"),
+        ("--trian.steps=5", "did you mean train.steps"),
+        ("--tensorboard=1", "unknown field tensorboard"),
+        ("--resume=yes", "unknown field resume"),
+    ),
+    *options(
+        "sample",
+        ("--clip.frames=6", "expected 4 n + 1"),
+        ("--clip.frames=0", "expected at least 1"),
+        ("--clip.height=40", "expected a multiple of 16"),
+        ("--clip.width=0", "expected at least 1"),
+        ("--clip.fps=0", "expected more than 0"),
+        ("--clip.fps=inf", "expected a finite number"),
+        ("--sampling.steps=0", "expected at least 1"),
+        ("--sampling.shift=nan", "expected a finite number"),
+        ("--sampling.guidance=-1", "expected at least 0"),
+        ("--sampling.guidance=inf", "expected a finite number"),
+        ("--sampling.seed=-1", "expected at least 0"),
+        ("--sampling.prompts=", "expected"),
+        ("--sampling.lora=", "expected"),
+        ("--sampling.output=", "expected a path"),
+        ("--sampling.output=.", "expected the path of a folder"),
+    ),
+    *options(
+        "prepare_data",
+        ("--clip.frames=6", "expected 4 n + 1"),
+        ("--clip.width=40", "expected a multiple of 16"),
+        ("--data.source=", "expected"),
+        ("--data.path=", "expected a path"),
+        ("--data.path=.", "expected the path of a folder"),
+        ("--data.path=/", "expected the path of a folder"),
+    ),
+]
+
+COMMANDS = [
+    *(
+        exactly(program, "no arguments", words=(f"{program}.py", "--config FILE is missing"))
+        for program in ("train", "prepare_data", "sample", "plan")
+    ),
+    *(exactly(program, "no arguments", words=f"{program}.py") for program in ("convert_weights", "export_lora")),
+    *(exactly(program, "no arguments", words=f"{program}.py") for program in ("evaluate", "pretrain")),
+    *(
+        row(
+            program,
+            "no such configuration",
+            "--config=$tmp/none.yaml",
+            words=("$tmp/none.yaml", "expected a configuration"),
+        )
+        for program in ("train", "prepare_data", "sample", "plan", "study")
+    ),
+    row("train", "a word that is no option", "quickly", words=("'quickly'", "expected --section.field=value")),
+    row("train", "an option without a value", "--train.steps", words=("--train.steps", "expected a value")),
+    row("train", "an option for a value", "--train.steps", "--resume", words=("--train.steps", "expected a value")),
+    row("train", "an option twice", "--train.seed=1", "--train.seed=1", words=("--train.seed", "given twice")),
+    row("train", "a folder for a configuration", "--config=$world", words=("$world", "expected a YAML file")),
+    row(
+        "train",
+        "a configuration that links to itself",
+        "--config=$tmp/loop.yaml",
+        words=("loop.yaml", "expected a configuration"),
+        broken=link("loop.yaml", "loop.yaml"),
+    ),
+    row("train", "an endless path", f"--train.output=$tmp/{LONG}", words="aaaaa"),
+    row("train", "a number of 5000 digits", f"--train.steps={'9' * 5000}", words="--train.steps=999"),
+    row(
+        "prepare_data", "no source", "--data.source=null", words=("data.source", "expected the folder of metadata.csv")
+    ),
+    row("prepare_data", "a word that is no option", "now", words=("'now'", "expected --section.field=value")),
+    row("sample", "an option without a value", "--sampling.lora", words=("--sampling.lora", "expected a value")),
+    Row("train", "64-bit numbers", USUAL["train"], ["JAX_ENABLE_X64=1"], environment={"JAX_ENABLE_X64": "1"}),
+    Row(
+        "export_lora", "64-bit numbers", USUAL["export_lora"], ["JAX_ENABLE_X64=1"], environment={"JAX_ENABLE_X64": "1"}
+    ),
+]
+
+ALIASES = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdef", "bcdefg", strict=True)
+)
+
+CONFIGURATIONS = [
+    config("nothing in it", "", "expected sections"),
+    config("a list", "- model\n", "expected sections"),
+    config("a section that is a list", "model: [1]\n", "expected"),
+    config("a section that is nothing", "model:\n", "expected"),
+    config("bytes that are no text", b"model: \xff\xfe\n", "not"),
+    config("bytes of zero", bytes(64), "not a YAML file"),
+    config("a bracket that stays open", "model: {dim: [1\n", "not a YAML file"),
+    config("tabs", "model:\n\tdim: 1\n", "not a YAML file"),
+    config(
+        "a tag that runs code", 'model: !!python/object/apply:os.mkdir ["owned"]\n', "config.yaml:1", "tag !!python"
+    ),
+    config("a date that is none", "model: {dim: 2020-13-45}\n", "config.yaml:1", "2020-13-45"),
+    config("a whole number that is none", "model: {dim: !!int x}\n", "config.yaml"),
+    config("a number that is none", "model: {dim: !!float y}\n", "config.yaml"),
+    config("a truth value that is none", "model: {dim: !!bool x}\n", "config.yaml"),
+    config("a time that is none", "model: {dim: !!timestamp x}\n", "config.yaml"),
+    changed("a date", '"dim": 96', '"dim": 2020-12-24', "config.yaml:1", "2020-12-24"),
+    config("a number of 5000 digits", f"model: {{dim: {'9' * 5000}}}\n", "config.yaml"),
+    config("lists 3000 deep", f"model: {{dim: {'[' * 3000}{']' * 3000}}}\n", "config.yaml"),
+    config("lists that repeat each other", ALIASES + "model: {dim: *g}\n", "config.yaml"),
+    config("a list that holds itself", "model: &a [*a]\n", "config.yaml"),
+    config("a field twice", "model: {dim: 1, dim: 1}\n", "config.yaml:1", "dim is given twice"),
+    config("a section twice", "model: {dim: 1}\nmodel: {dim: 2}\n", "config.yaml:2", "model is given twice"),
+    config("a list for a name", "? [a, b]\n: {dim: 1}\n", "config.yaml"),
+    config("a mapping for a name", "? {a: b}\n: {dim: 1}\n", "config.yaml"),
+    config("an unknown section", "optimiser: {}\n", "unknown section optimiser; did you mean optimizer?"),
+    config("an unknown field", "lora: {ranck: 4}\n", "unknown field lora.ranck; did you mean lora.rank?"),
+    config("a truth value", "train: {steps: yes}\n", "train.steps=true", "expected no truth value"),
+    changed("text for a number", '"steps": 3', '"steps": soon', "train.steps=soon", "expected a whole number"),
+    config("no section that is needed", "lora: {rank: 2}\n", "model is missing"),
+    changed("a path with a zero byte", '/model"', '/mo\\0del"', "config.yaml"),
+    changed("an infinite number", "0.001", ".inf", "config.yaml:1", ".inf: expected a decimal number"),
+    config("a merge key of nothing", "model: {<<: 1}\n", "config.yaml"),
+]
+
+OPTIONS = [*VALUES, *COMMANDS, *CONFIGURATIONS]

@@ -1,0 +1,420 @@
+"""The evaluation on clips with known damage, and its numbers against independent ones."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from helpers import damage
+from helpers.tiny_world import program
+from scipy import linalg, stats
+
+from tfm_jax import cli, video
+from tfm_jax.errors import InputError
+from tfm_jax.moving_shapes import world
+from tfm_jax.moving_shapes.evaluation import metrics
+from tfm_jax.moving_shapes.evaluation.physics import residual
+from tfm_jax.moving_shapes.evaluation.report import Counts, compare, list_clips, measure, show
+from tfm_jax.moving_shapes.evaluation.tracking import track
+from tfm_jax.moving_shapes.world import LAWS, Stage, make_clip, write_clips
+from tfm_jax.video import read_clip, write_clip
+
+STAGE = Stage(17, (64, 64), 16)
+CLIPS = 16
+
+
+def scene(law: str, number: int = 0, **options) -> world.Scene:
+    return make_clip(np.random.default_rng((11, number)), laws=[law], **options)
+
+
+def damaged(change) -> list:
+    """Measures of bouncing clips after a damage."""
+    rng = np.random.default_rng(5)
+    clips = [scene("bouncing", number, objects=[1]) for number in range(CLIPS)]
+    return [measure(change(clip.pixels, rng), clip.caption, 16) for clip in clips]
+
+
+@pytest.fixture(scope="module")
+def reference() -> list:
+    clips = [scene("bouncing", number, objects=[1]) for number in range(100, 100 + 2 * CLIPS)]
+    return [measure(clip.pixels, clip.caption, 16) for clip in clips]
+
+
+@pytest.fixture(scope="module")
+def table(reference):
+    """Damage -> metric -> its value; "floor" -> metric -> the floor."""
+
+    def values(change) -> dict[str, float]:
+        return {row.metric: row.generated for row in compare(damaged(change), reference)[0]}
+
+    found = {change.__name__: values(change) for change in damage.DAMAGES}
+    rows = compare(damaged(lambda clip, rng: clip), reference)[0]
+    return found | {"clean": {r.metric: r.generated for r in rows}, "floor": {r.metric: r.floor for r in rows}}
+
+
+# --- Known damage ----------------------------------------------------------------------------------------------------
+
+
+def test_clean_clips(table):
+    clean, floor = table["clean"], table["floor"]
+    assert clean["residual"] < 0.1
+    for share in ("tracked", "faithful", "moving", "whole", "colours", "shapes", "directions"):
+        assert clean[share] == 1
+    for distance in ("frechet", "wasserstein", "smoothness_gap"):
+        assert clean[distance] < 3 * floor[distance]
+
+
+@pytest.mark.parametrize("name", ["shuffled", "jittered", "swapped"])
+def test_wrong_motion_is_noticed(table, name):
+    """By the residual, the smoothness and the Frechet distance; mass and number of objects are blind to it."""
+    values, clean, floor = table[name], table["clean"], table["floor"]
+    assert values["residual"] > 0.5 > 5 * clean["residual"]
+    assert values["faithful"] < 0.5
+    assert values["frechet"] > 4 * max(clean["frechet"], floor["frechet"])
+    assert values["smoothness_gap"] > 10 * max(clean["smoothness_gap"], floor["smoothness_gap"])
+    assert values["whole"] == values["tracked"] == 1
+    assert values["variation"] < 2 * clean["variation"]
+
+
+def test_frozen_clips_obey_the_law_and_do_not_move(table):
+    values = table["frozen"]
+    assert values["residual"] < 1e-6
+    assert values["faithful"] == 1
+    assert values["speed"] == values["moving"] == values["directions"] == 0
+    assert values["variation"] == 0
+    assert values["whole"] == values["colours"] == values["shapes"] == 1
+    assert values["wasserstein"] > 3 * table["floor"]["wasserstein"]
+
+
+@pytest.mark.parametrize("name", ["noisy", "blurred"])
+def test_what_does_not_change_the_motion_is_not_taken_for_it(table, name):
+    """The difference of neighbouring frames alone takes noise for motion."""
+    values, clean = table[name], table["clean"]
+    assert values["residual"] < 0.1
+    for share in ("tracked", "faithful", "moving", "whole", "colours", "shapes", "directions"):
+        assert values[share] == 1
+    assert values["speed"] == pytest.approx(clean["speed"], rel=0.02)
+    assert values["frechet"] == pytest.approx(clean["frechet"], rel=0.1)
+    assert values["wasserstein"] > 2 * clean["wasserstein"]
+
+
+def test_objects_that_do_not_persist_are_noticed(table):
+    clean = table["clean"]
+    assert table["ghosting"]["variation"] > 5 * clean["variation"]
+    assert table["ghosting"]["whole"] == 1  # a ghost that still touches its object is a part of it
+    assert table["fading"]["variation"] > 20 * clean["variation"]
+    assert table["vanishing"]["tracked"] == table["vanishing"]["whole"] == table["vanishing"]["faithful"] == 0
+    assert table["vanishing"]["residual"] == np.inf
+    assert table["vanishing"]["variation"] > 20 * clean["variation"]
+
+
+def test_a_second_object_and_another_colour_are_noticed():
+    one = scene("uniform", objects=[1])
+    two = scene("uniform", 1, objects=[2])
+    assert measure(two.pixels, one.caption, 16).whole == 0
+    assert measure(one.pixels, two.caption, 16).whole == 0
+    assert measure(one.pixels, two.caption, 16).residual == np.inf
+    partly = measure(one.pixels, two.caption, 16)  # one of its two objects is there
+    assert np.isnan([partly.speed, partly.roughness]).all()
+    assert {row.metric: row.generated for row in compare([partly] * 2, [partly] * 4)[0]}["tracked"] == 0
+    body = one.bodies[0]
+    for change, wrong in (
+        ({"colour": "green" if body.colour == "red" else "red"}, "colours"),
+        ({"shape": "disc" if body.shape == "square" else "square"}, "shapes"),
+        ({"direction": "left" if body.direction == "right" else "right"}, "directions"),
+    ):
+        caption = world.write_caption("uniform", [body._replace(**change)], "black")
+        found = measure(one.pixels, caption, 16)
+        assert {name: getattr(found, name) for name in ("colours", "shapes", "directions")} == {
+            name: float(name != wrong) for name in ("colours", "shapes", "directions")
+        }
+        assert found.whole == 1
+        assert found.residual < 0.1
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_directions_of_every_law(law):
+    """Seen in the clip; not in the clip played backwards, where something moves and does not come back."""
+    for number in range(6):
+        clip = scene(law, number)
+        assert measure(clip.pixels, clip.caption, 16).directions == 1
+        if law not in ("bouncing", "collision"):
+            assert measure(clip.pixels[::-1], clip.caption, 16).directions == (law == "still")
+
+
+def test_noise_has_no_objects():
+    """What a model with random weights gives: shares of 0, and no number where there is none."""
+    noise = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3)).astype(np.uint8)
+    found = measure(noise, "a red disc moves right, fast", 16)
+    assert (found.whole, found.directions, found.residual) == (0, 0, np.inf)
+    black = measure(np.zeros_like(noise), None, 16)
+    assert (black.whole, black.residual) == (0, np.inf)
+    assert np.isnan([black.speed, black.roughness, black.variation, black.colours, black.directions]).all()
+    assert len(black.features) == 0
+
+
+# --- Tracking and physics --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_tracks_survive_the_video_codec(law, tmp_path):
+    for number in range(6):
+        clip = scene(law, number)
+        write_clip(tmp_path / "clip.mp4", clip.pixels, 16)
+        tracks = {t.colour: t for t in track(read_clip(tmp_path / "clip.mp4", 17, 64, 64, 16))}
+        assert tracks.keys() == {body.colour for body in clip.bodies}
+        centres = np.stack([tracks[body.colour].centres for body in clip.bodies])
+        np.testing.assert_allclose(centres, clip.positions, atol=0.3)
+        assert all((t.parts == 1).all() for t in tracks.values())
+        assert [tracks[body.colour].shape for body in clip.bodies] == [body.shape for body in clip.bodies]
+        assert residual(law, centres, STAGE) < 0.2
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_residual_is_the_distance_from_the_law(law):
+    """0 on exact paths; of independent errors what the fit does not take up; large on paths of another kind."""
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        positions = scene(law, number).positions
+        assert residual(law, positions, STAGE) < 2e-3
+        error = rng.normal(0, 0.5, positions.shape)
+        size = np.sqrt((error**2).sum(-1).mean())
+        assert 0.6 * size < residual(law, positions + error, STAGE) <= size + 1e-9
+        order = rng.permutation(17)
+        assert residual(law, positions[:, order], STAGE) > 1 or law == "still"
+
+
+def test_laws_are_told_apart():
+    for law, other in (("uniform", "still"), ("bouncing", "uniform"), ("gravity", "bouncing"), ("orbit", "uniform")):
+        values = [residual(other, scene(law, number, objects=[1]).positions, STAGE) for number in range(8)]
+        assert np.median(values) > 0.5, (law, other)
+    crash = scene("collision")
+    assert residual("uniform", crash.positions, STAGE) > 0.5
+    assert residual("collision", crash.positions[:1], STAGE) == np.inf
+
+
+def test_inelastic_collisions_are_noticed():
+    """Both go on together from the contact: momentum is kept, energy is not."""
+    for number in range(4):
+        positions = scene("collision", number).positions
+        contact = int(np.linalg.norm(positions[0] - positions[1], axis=-1).argmin())
+        steps = np.diff(positions, axis=1)
+        steps[:, contact:] = steps[:, contact:].mean(0)
+        stuck = np.concatenate([positions[:, :1], positions[:, :1] + np.cumsum(steps, 1)], 1)
+        assert residual("collision", stuck, STAGE) > 0.3
+
+
+# --- Formulas --------------------------------------------------------------------------------------------------------
+
+
+def test_motion_by_hand():
+    path = np.array([[[0.0, 0.0], [3.0, 4.0], [3.0, 4.0]]])
+    motion = metrics.measure_motion(path)
+    assert motion.speed == 2.5
+    assert motion.roughness == pytest.approx(5 / 2.55)
+    assert motion.features.tolist() == [[3, 4, 0, 0, -3, -4]]
+
+
+def test_frechet_against_a_matrix_root():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(40, 5)), rng.normal(1, 2, size=(30, 5)) @ rng.normal(size=(5, 5))
+    s, t = np.cov(a.T), np.cov(b.T)
+    root = linalg.sqrtm(s @ t).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * root)
+    assert metrics.frechet(a, b) == pytest.approx(expected, rel=1e-6)
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet(a, a + 3) == pytest.approx(45)
+    assert np.isnan(metrics.frechet(a[:1], b))
+
+
+def test_wasserstein_against_sorted_samples():
+    rng = np.random.default_rng(0)
+    clips = [rng.integers(0, top, (3, 8, 8, 3)).astype(np.uint8) for top in (256, 90)]
+    counts = [metrics.count_changes(clip) for clip in clips]
+    changes = [abs(np.diff(clip.astype(int), axis=0)).ravel() / 255 for clip in clips]
+    assert metrics.wasserstein(*counts) == pytest.approx(stats.wasserstein_distance(*changes))
+
+
+# --- The program -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Six real clips; three generated ones, as sample.py leaves them, with their prompts."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder / "real", 6, frames=9, seed=1, laws=["uniform"])
+    (folder / "samples").mkdir()
+    clips = [scene("uniform", number, frames=9) for number in range(3)]
+    for number, clip in enumerate(clips):
+        write_clip(folder / "samples" / f"{number:03d}.mp4", clip.pixels, 16)
+    (folder / "prompts.txt").write_text("\n".join([c.caption for c in clips]), encoding="utf-8")
+    return folder
+
+
+def evaluate(*arguments) -> None:
+    *folders, reference = [argument for argument in arguments if not str(argument).startswith("--")]
+    options = [argument for argument in arguments if str(argument).startswith("--")]
+    program("evaluate").main([str(argument) for argument in (*folders, f"--reference={reference}", *options)])
+
+
+def test_the_program(folders, tmp_path, capsys):
+    options = ["--frames=9", f"--prompts={folders}/prompts.txt", f"--json={tmp_path}/numbers.json"]
+    evaluate(folders / "samples", folders / "real", *options)
+    printed = capsys.readouterr().out
+    assert "physics residual R" in printed
+    assert "3 generated clips, 6 of the reference; floor: halves of the reference, 3 clips each" in printed
+    assert "it needs a network" in printed
+    numbers = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
+    assert numbers["clips"] == {"generated": 3, "reference": 6, "compared": 3}
+    for share in ("tracked", "faithful", "moving", "whole", "colours", "shapes", "directions"):
+        assert numbers["metrics"][share] == {"samples": 1, "reference": 1, "floor": 0}
+    assert numbers["metrics"]["frechet"]["reference"] is None
+    assert numbers["metrics"]["frechet"]["floor"] > 0
+    assert numbers["thresholds"]["faithful"] == 0.5
+
+
+def test_clips_come_in_the_order_of_their_numbers(tmp_path):
+    names = ["1.mp4", "02.mp4", "9.mp4", "101.mp4", "999.mp4", "1000.mp4", "a2.mp4", "a10.mp4", "a10b.mp4"]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    assert [file.name for file in video.find_clips(tmp_path)] == names
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join([f"caption\u2028of {name}" for name in names]), encoding="utf-8")
+    for path, caption in list_clips(tmp_path, prompts, least=2):
+        assert caption == f"caption\u2028of {path.name}"
+
+
+def test_every_cell_without_a_number_has_its_reason(reference):
+    captions = "-: colours, shapes and directions need captions"
+    lost = "-: too few clips have every object in every frame"
+    infinite = "inf: an object is missing in half of the clips or more"
+
+    def reasons(generated: list, real: list) -> list[str]:
+        table, compared = compare(generated, real)
+        printed = show({"samples": table}, Counts(len(generated), len(real), compared)).splitlines()
+        assert all(len(line) <= 120 for line in printed)
+        return [reason for reason in (infinite, captions, lost) if any(line.startswith(reason) for line in printed)]
+
+    clip = scene("uniform", objects=[1])
+    bare, empty = measure(clip.pixels, None, 16), measure(np.zeros_like(clip.pixels), clip.caption, 16)
+    assert reasons(reference[:4], reference[4:12]) == []
+    assert reasons([bare] * 4, reference[:8]) == [captions]
+    assert reasons([empty] * 4, reference[:8]) == [infinite, lost]
+    assert reasons(reference[:4], [empty] * 8) == [infinite, lost]
+
+
+def test_folders_side_by_side(folders, tmp_path, capsys):
+    shutil.copytree(folders / "samples", tmp_path / "others")
+    evaluate(folders / "samples", tmp_path / "others", folders / "real", "--frames=9")
+    header, first, *_ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["samples", "others", "reference", "floor"]
+    assert first.split()[-4:] == ["1", "1", "1", "0"]
+
+
+def test_without_captions(folders, tmp_path, capsys):
+    evaluate(folders / "samples", folders / "real", "--frames=9", f"--json={tmp_path}/numbers.json")
+    found = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))["metrics"]
+    assert found["colours"]["samples"] is None
+    assert found["faithful"]["samples"] == found["whole"]["samples"] == 1
+
+
+def test_bad_input(folders, tmp_path):
+    def refused(message: str, *arguments) -> None:
+        with pytest.raises(InputError, match=message) as caught:
+            evaluate(*arguments)
+        assert "\n" not in str(caught.value)
+
+    samples, real = folders / "samples", folders / "real"
+    (tmp_path / "two.txt").write_text("a\nb\n", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    refused("none: no such folder; expected a folder of mp4 files", tmp_path / "none", real)
+    refused(r"real: no such folder", samples, tmp_path / "real", "--frames=9")
+    refused(r": 0 mp4 files; expected at least 2", tmp_path, real)
+    refused(r"samples: 3 mp4 files; expected at least 4", samples, samples, "--frames=9")
+    refused(r"000.mp4: 9 frames, .* expected enough for 17 frames", samples, real)
+    refused(r"two.txt: 2 captions; expected 3, one for each mp4", samples, real, f"--prompts={tmp_path}/two.txt")
+    refused(r"latin.txt: byte 3 is not UTF-8; expected UTF-8 text", samples, real, f"--prompts={tmp_path}/latin.txt")
+    refused(r"none.txt: .*No such file", samples, real, f"--prompts={tmp_path}/none.txt")
+    refused(r"--frames=2: expected 5 to 1000", samples, real, "--frames=2")
+    for fps in ("nan", "inf", "-inf", "0", "1e300"):
+        refused(r"--fps=.*: expected 1 to 1000", samples, real, f"--fps={fps}")
+    refused(r"--height=1000000: expected 16 to 4096", samples, real, "--height=1000000", "--width=1000000")
+    large = ["--frames=81", "--height=4096", "--width=4096"]
+    refused(
+        r"81 frames of 4096 x 4096: 1,358,954,496 pixels a clip; expected at most 100,000,000", samples, real, *large
+    )
+    refused(r"--json=.*none/a.json: cannot be written", samples, real, f"--json={tmp_path}/none/a.json")
+    refused(r"--json=.*: cannot be written", samples, real, f"--json={tmp_path}")
+    with pytest.raises(InputError, match="required: --reference"):
+        program("evaluate").main([str(samples)])
+    refused(r"samples: the name of 2 folders; expected each to have its own", samples, samples, real, "--frames=9")
+    (tmp_path / "fewer").mkdir()
+    for number in range(2):
+        shutil.copy(samples / "000.mp4", tmp_path / "fewer" / f"{number}.mp4")
+    expected = "samples has 3, fewer has 2 clips; expected as many in each folder"
+    refused(expected, samples, tmp_path / "fewer", real, "--frames=9")
+
+
+def test_everything_is_checked_before_a_clip_is_read(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "read_clip", lambda *_: pytest.fail("a clip was read"))
+    shutil.copytree(folders / "samples", tmp_path / "more")
+    shutil.copy(folders / "samples" / "000.mp4", tmp_path / "more" / "003.mp4")
+    for message, arguments in (
+        ("none: no such folder", [folders / "samples", tmp_path / "none"]),
+        ("samples has 3, more has 4 clips", [folders / "samples", tmp_path / "more", folders / "real"]),
+        ("3 mp4 files; expected at least 4", [folders / "samples", folders / "samples"]),
+        ("3 captions; expected 4", [tmp_path / "more", folders / "real", f"--prompts={folders}/prompts.txt"]),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(*arguments)
+
+
+# --- Where the sizes come from ---------------------------------------------------------------------------------------
+
+
+class FirstRead(Exception):
+    """Raised instead of reading the first clip, with the frames, height, width and rate that were asked for."""
+
+
+@pytest.fixture
+def stage_read(folders, tmp_path, monkeypatch):
+    """A function: options, and the text of a configuration -> the frames, height, width and rate that are read."""
+
+    def read_clip(path, *stage):
+        raise FirstRead(stage)
+
+    def read(*options: str, config: str) -> tuple:
+        (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+        with pytest.raises(FirstRead) as caught:
+            evaluate(folders / "samples", folders / "real", f"--config={tmp_path}/config.yaml", *options)
+        return caught.value.args[0]
+
+    monkeypatch.setattr(video, "read_clip", read_clip)
+    return read
+
+
+CLIP = "clip: {frames: 9, height: 32, width: 48, fps: 8}\n"
+
+
+def test_sizes_of_a_configuration(stage_read):
+    assert stage_read(config=CLIP) == (9, 32, 48, 8)
+    assert stage_read(config=f"lora: {{rank: 4}}\n{CLIP}") == (9, 32, 48, 8)
+    assert stage_read("--fps=16", "--frames=5", config=CLIP) == (5, 32, 48, 16)
+
+
+def test_a_configuration_without_a_clip(stage_read):
+    with pytest.raises(InputError, match=r"config.yaml: clip is missing; expected it in the file"):
+        stage_read(config="lora: {rank: 4}\n")
+    with pytest.raises(InputError, match=r"config.yaml: clip.frames=1: expected 5 to 1000"):
+        stage_read(config=CLIP.replace("frames: 9", "frames: 1"))
+    with pytest.raises(InputError, match=r"none.yaml: No such file"):
+        stage_read("--config=none.yaml", config=CLIP)
+
+
+def test_bad_input_ends_with_code_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "none"), f"--reference={tmp_path}"])
+    with pytest.raises(SystemExit) as done:
+        cli.run(program("evaluate").main)
+    assert done.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/none: no such folder; expected a folder of mp4 files\n"

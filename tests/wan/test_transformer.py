@@ -1,0 +1,134 @@
+"""The diffusion transformer against diffusers' WanTransformer3DModel at random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.wan_reference import SIZES, inputs, reference_transformer, relative, run_reference, write_original
+
+from tfm_jax.wan import attention as attention_module
+from tfm_jax.wan import load_transformer
+from tfm_jax.wan.attention import attention
+from tfm_jax.wan.layouts import TRANSFORMER, abstract
+from tfm_jax.wan.names import transformer_rows
+from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, rotary_tables
+
+run = jax.jit(WanTransformer.__call__)
+
+# The shapes published for the 14B model, under both names.
+NAMES = {
+    "patch_embedding.weight": ("patch_embedding.weight", (5120, 16, 1, 2, 2)),
+    "text_embedding.0.weight": ("condition_embedder.text_embedder.linear_1.weight", (5120, 4096)),
+    "time_embedding.2.bias": ("condition_embedder.time_embedder.linear_2.bias", (5120,)),
+    "time_projection.1.weight": ("condition_embedder.time_proj.weight", (30720, 5120)),
+    "blocks.39.modulation": ("blocks.39.scale_shift_table", (1, 6, 5120)),
+    "blocks.7.self_attn.o.weight": ("blocks.7.attn1.to_out.0.weight", (5120, 5120)),
+    "blocks.7.cross_attn.norm_k.weight": ("blocks.7.attn2.norm_k.weight", (5120,)),
+    "blocks.0.norm3.bias": ("blocks.0.norm2.bias", (5120,)),
+    "blocks.0.ffn.0.weight": ("blocks.0.ffn.net.0.proj.weight", (13824, 5120)),
+    "blocks.0.ffn.2.weight": ("blocks.0.ffn.net.2.weight", (5120, 13824)),
+    "head.modulation": ("scale_shift_table", (1, 2, 5120)),
+    "head.head.weight": ("proj_out.weight", (64, 5120)),
+}
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 6, 10)])
+@pytest.mark.parametrize("size", SIZES)
+def test_velocity_equals_diffusers(tmp_path, size, shape, layout):
+    config = SIZES[size]
+    reference = reference_transformer(config)
+    if layout == "diffusers":
+        reference.save_pretrained(tmp_path / "model" / "transformer")
+    else:
+        write_original(reference, config, tmp_path / "model")
+    model = load_transformer(tmp_path / "model", dtype=jnp.float32)
+    batch = inputs(config, *shape)
+    assert relative(run(model, **batch), run_reference(reference, batch)) <= 1e-5
+
+
+def test_bfloat16_points_the_same_way(tmp_path):
+    config = SIZES["many heads"]
+    reference = reference_transformer(config)
+    reference.save_pretrained(tmp_path / "transformer")
+    batch = inputs(config, 2, 3, 6, 10)
+    model = load_transformer(tmp_path, dtype=jnp.bfloat16)
+    assert model.blocks.ffn.up.kernel.dtype == jnp.bfloat16
+    ours, theirs = np.asarray(run(model, **batch)).ravel(), run_reference(reference, batch).ravel()
+    assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) >= 0.999
+
+
+def test_gradient_equals_diffusers(tmp_path):
+    """The velocity is differentiated through every block, by scan and recomputation."""
+    import torch
+
+    config = SIZES["small"]
+    reference = reference_transformer(config)
+    reference.save_pretrained(tmp_path / "transformer")
+    batch = inputs(config, 1, 2, 4, 6)
+    model = load_transformer(tmp_path, dtype=jnp.float32)
+    ours = jax.grad(lambda x: jnp.sum(run(model, x, batch["timestep"], batch["text"]) ** 2))(batch["latents"])
+
+    latents = torch.from_numpy(batch["latents"]).permute(0, 4, 1, 2, 3).contiguous().requires_grad_()
+    out = reference(latents, torch.from_numpy(batch["timestep"]), torch.from_numpy(batch["text"])).sample
+    (theirs,) = torch.autograd.grad((out**2).sum(), latents)
+    assert relative(ours, theirs.permute(0, 2, 3, 4, 1).numpy()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "parameters"),
+    [
+        (TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30), 825, 1_418_996_800),
+        (TransformerConfig(dim=5120, ffn_dim=13824, heads=40, layers=40), 1095, 14_288_491_584),
+    ],
+)
+def test_published_models_are_counted_exactly(config, tensors, parameters):
+    state = nnx.state(abstract(TRANSFORMER, config, jnp.bfloat16))
+    assert sum(x.size for x in jax.tree.leaves(state)) == parameters
+    rows = transformer_rows(config.layers)
+    assert len(rows) == len({row.original for row in rows}) == len({row.diffusers for row in rows}) == tensors
+
+
+def test_names_are_those_of_the_published_files():
+    config = TransformerConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
+    module = abstract(TRANSFORMER, config, jnp.bfloat16)
+    shapes = {".".join(map(str, path)): v.shape for path, v in nnx.to_flat_state(nnx.state(module))}
+    rows = {row.original: row for row in transformer_rows(config.layers)}
+    for original, (diffusers, shape) in NAMES.items():
+        row = rows[original]
+        assert row.diffusers == diffusers
+        ours = shapes[row.ours][0 if row.layer is None else 1 :]
+        before, after = (side.split() for side in row.axes.split("->"))
+        assert tuple(1 if axis == "1" else ours[after.index(axis)] for axis in before) == shape
+
+
+@pytest.mark.parametrize("queries", [7, 513, 1024])
+def test_attention_in_chunks_is_exact(queries, monkeypatch):
+    monkeypatch.setattr(attention_module, "QUERY_CHUNK", 512)
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, queries, 3, 8), np.float32)
+    k, v = rng.standard_normal((2, 2, 70, 3, 8), np.float32)
+
+    def plain(q):
+        scores = np.einsum("bsnk,btnk->bnst", q.astype(np.float64), k) / np.sqrt(8)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("bnst,btnk->bsnk", weights / weights.sum(-1, keepdims=True), v)
+
+    assert relative(attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)), plain(q)) < 1e-5
+
+    def of_chunks(size):
+        monkeypatch.setattr(attention_module, "QUERY_CHUNK", size)
+        return jax.grad(lambda q: jnp.sum(attention(q, jnp.asarray(k), jnp.asarray(v)) ** 2))(jnp.asarray(q))
+
+    assert relative(of_chunks(64), of_chunks(4096)) < 1e-5
+
+
+def test_rotary_positions_split_the_head_as_wan_does():
+    cos, sin = rotary_tables((3, 5, 7), 128)
+    assert cos.shape == sin.shape == (3 * 5 * 7, 64)
+    angle = np.arctan2(np.asarray(sin), np.asarray(cos)).reshape(3, 5, 7, 64)
+    assert np.allclose(angle[2, 0, 0, 0], 2)  # time takes 44 channels, 22 pairs
+    assert np.allclose(angle[0, 3, 0, 22], 3)  # then height, 42
+    assert np.allclose(angle[0, 0, 3, 43], 3)  # then width, 42
+    assert not angle[2, 0, 0, 22:].any()

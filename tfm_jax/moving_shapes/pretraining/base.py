@@ -1,0 +1,118 @@
+"""The second stage: transformer and text encoder together, by plain flow matching on the latents of clips."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tfm_jax.arrays import TEXT_LENGTH, Latents, PerVideo, Scalar, TokenIds, TokenMask
+from tfm_jax.config import ObjectiveConfig
+from tfm_jax.moving_shapes.pretraining.network import initialise, make_optimizer
+from tfm_jax.objective import timestep
+from tfm_jax.objective.losses import flow_matching
+from tfm_jax.objective.schedule import shift_sigma
+from tfm_jax.train.metrics import Metrics
+from tfm_jax.wan.layouts import TEXT_ENCODER, TRANSFORMER
+from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder
+from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
+
+
+class BaseRecipe(NamedTuple):
+    """How transformer and text encoder are trained."""
+
+    steps: int
+    batch: int = 16
+    learning_rate: float = 3e-3
+    """At its peak: a short warm-up, then half a cosine down to zero."""
+    vector_factor: float = 0.5
+    """Learning rate of norms, biases and embeddings over that of the kernels."""
+    unpadded: float = 0.85
+    """Share of the steps, the first ones, without the text's padding to 512 tokens: they take half of the time."""
+    unconditional: float = 0.1
+    """Share of the captions that are left out, for guidance."""
+    shift: float = 3.0
+    """Shift of the noise levels, which are otherwise even, towards the noise."""
+    average: float = 0.999
+    """Decay of the running average of the weights, which is what is kept."""
+
+
+class Captions(NamedTuple):
+    """The captions of all clips, and the empty one as the last row."""
+
+    ids: Int[np.ndarray, "n l"]
+    mask: Int[np.ndarray, "n l"]
+
+
+class Networks(NamedTuple):
+    """What is trained in this stage: two networks, or their weights."""
+
+    transformer: Any
+    text_encoder: Any
+
+
+def train_base(
+    latents: Float[np.ndarray, "n f h w c"], captions: Captions, configs: tuple[TransformerConfig, TextEncoderConfig],
+    recipe: BaseRecipe, seed: int, log: Path,
+) -> tuple[WanTransformer, UMT5Encoder]:  # fmt: skip
+    """The two networks for latents and captions like these.
+
+    Args:
+        log: a file for what every step reports.
+    """
+    networks = Networks(initialise(TRANSFORMER, configs[0], seed), initialise(TEXT_ENCODER, configs[1], seed + 1))
+    graph, weights = nnx.split(networks)
+    optimizer = make_optimizer(recipe.learning_rate, recipe.vector_factor, recipe.steps)
+    step_fn = jax.jit(partial(_step, graph, optimizer, recipe), donate_argnums=(0, 1, 2), static_argnames="length")
+    moments, average = optimizer.init(weights), jax.tree.map(jnp.copy, weights)
+    rng = np.random.default_rng(seed)
+    with Metrics(log, 0, recipe.steps, recipe.batch, log_every=100) as metrics:
+        for number in range(recipe.steps):
+            clips = rng.integers(len(latents), size=recipe.batch)
+            said = np.where(rng.random(recipe.batch) < recipe.unconditional, len(captions.ids) - 1, clips)
+            weights, moments, average, report = step_fn(
+                weights, moments, average, latents[clips], captions.ids[said], captions.mask[said],
+                jax.random.fold_in(jax.random.key(seed), number),
+                length=captions.ids.shape[1] if number < recipe.unpadded * recipe.steps else TEXT_LENGTH,
+            )  # fmt: skip
+            metrics.add(number + 1, report, clips.tolist())
+        metrics.flush()
+    trained: Networks = nnx.merge(graph, average)
+    return trained.transformer, trained.text_encoder
+
+
+def _step(
+    graph: nnx.GraphDef, optimizer: Any, recipe: BaseRecipe, weights: nnx.State, moments: Any, average: Any,
+    clean: Latents, ids: TokenIds, mask: TokenMask, key: jax.Array, length: int,
+) -> tuple[Any, Any, Any, dict[str, Scalar]]:  # fmt: skip
+    noise_key, level_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, clean.shape)
+    # One level in each of as many equal parts as there are videos: the loss of a step varies less.
+    levels = (jnp.arange(len(clean)) + jax.random.uniform(level_key, (len(clean),))) / len(clean)
+    sigma: PerVideo = shift_sigma(levels, recipe.shift)
+
+    def loss_of(weights: nnx.State) -> Scalar:
+        networks: Networks = nnx.merge(graph, weights)
+        text = pad_text(networks.text_encoder(ids, mask), mask, length)
+
+        def predict(x_t: Latents) -> Latents:
+            return networks.transformer(x_t, timestep(sigma), text)
+
+        return jnp.mean(flow_matching(predict, clean, noise, sigma, ObjectiveConfig(kind="fm"))[0])
+
+    loss, gradient = jax.value_and_grad(loss_of)(weights)
+    updates, moments = optimizer.update(gradient, moments, weights)
+    new: Any = optax.apply_updates(weights, updates)
+    average = optax.incremental_update(new, average, 1 - recipe.average)
+    return new, moments, average, {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
+
+
+def pad_text(embeddings: Float[Array, "b l d"], mask: TokenMask, length: int) -> Float[Array, "b u d"]:
+    """Embeddings as the transformer wants them: zero at padding, and `length` rows."""
+    rows = jnp.where(mask[..., None] > 0, embeddings, 0)
+    return jnp.pad(rows, ((0, 0), (0, length - rows.shape[1]), (0, 0)))

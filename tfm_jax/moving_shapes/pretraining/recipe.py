@@ -1,0 +1,134 @@
+"""The embedded model from nothing: clips of the world -> autoencoder -> latents -> transformer and text encoder.
+
+What is made is the directory that ships as `tfm_jax/moving_shapes/wan_tiny`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from tfm_jax import video
+from tfm_jax.data.metadata import read_metadata
+from tfm_jax.errors import InputError
+from tfm_jax.moving_shapes.pretraining.autoencoder import Clips, Phase, VaeRecipe, encode_clips, psnr, train_vae
+from tfm_jax.moving_shapes.pretraining.base import BaseRecipe, Captions, train_base
+from tfm_jax.moving_shapes.pretraining.quality import sample_captions
+from tfm_jax.moving_shapes.tokenizer import write_tokenizer
+from tfm_jax.moving_shapes.world import LAWS, write_clips
+from tfm_jax.wan import load_vae
+from tfm_jax.wan.layouts import TEXT_ENCODER, TRANSFORMER, VAE, find, source_of
+from tfm_jax.wan.saving import save, save_model
+from tfm_jax.wan.text_encoder import TextEncoderConfig
+from tfm_jax.wan.tokenizer import Tokenizer
+from tfm_jax.wan.transformer import TransformerConfig
+from tfm_jax.wan.vae import VaeConfig
+
+BASE_LAWS = ("uniform", "uniform", "uniform", "still")
+"""What the transformer is taught: three of four clips move. Bouncing, falling and the rest are left to fine-tuning."""
+OBJECTS = (1, 1, 1, 2)
+
+
+class Recipe(NamedTuple):
+    """Sizes, clips and training of the three networks."""
+
+    vae: VaeConfig = VaeConfig(base_dim=8)
+    transformer: TransformerConfig = TransformerConfig(dim=128, ffn_dim=512, heads=4, layers=8, text_dim=64)
+    text_encoder: TextEncoderConfig = TextEncoderConfig(
+        vocab_size=256, dim=64, heads=4, head_dim=16, ffn_dim=128, layers=2
+    )
+    vae_clips: int = 1500
+    """Clips of all laws of motion for the autoencoder, so that no later motion is new to it."""
+    base_clips: int = 4000
+    """Clips of BASE_LAWS for the transformer."""
+    held_out: int = 64
+    """Clips at speeds that are in neither, for the quality of the reconstruction."""
+    samples: int = 48
+    """Captions that the finished model is sampled with."""
+    train_vae: VaeRecipe = VaeRecipe((Phase(1000, 1, 32, 16), Phase(1400, 5, 32, 8), Phase(700, 17, 32, 4)))
+    train_base: BaseRecipe = BaseRecipe(5000)
+
+    def shortened(self, share: float) -> "Recipe":
+        """The same with a share of the clips and of the steps."""
+
+        def part(number: int, least: int) -> int:
+            return max(least, round(share * number))
+
+        phases = tuple(phase._replace(steps=part(phase.steps, 2)) for phase in self.train_vae.phases)
+        return self._replace(
+            vae_clips=part(self.vae_clips, 4),
+            base_clips=part(self.base_clips, 4),
+            held_out=part(self.held_out, 2),
+            samples=part(self.samples, 2),
+            train_vae=self.train_vae._replace(phases=phases),
+            train_base=self.train_base._replace(steps=part(self.train_base.steps, 2)),
+        )
+
+
+def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
+    """Write clips, the logs of both stages, `model/` and its `samples/` into `output`, and print the model's quality.
+
+    A stage whose result is there is not repeated.
+
+    Raises:
+        InputError: all of them are.
+    """
+    model = output / "model"
+    if (output / "samples").exists():
+        raise InputError(f"{output}: complete already; expected a new folder, or one without some of its results")
+    output.mkdir(parents=True, exist_ok=True)
+    _make_clips(output, recipe, seed)
+    if not (output / "vae").exists():
+        clips, _ = read_clips(output / "clips" / "all")
+        vae = train_vae(clips, recipe.vae, recipe.train_vae, seed, output / "vae.jsonl")
+        save(source_of(vae, VAE), output, "diffusers", jnp.float32)
+    vae = load_vae(output)
+    quality = psnr(vae, read_clips(output / "clips" / "held_out")[0])
+    print(f"autoencoder: {quality:.2f} dB on clips at held-out speeds", flush=True)
+    if not model.exists():
+        clips, captions = read_clips(output / "clips" / "base")
+        write_tokenizer(output / "tokenizer", _every_caption(output), recipe.text_encoder.vocab_size)
+        transformer, text_encoder = train_base(
+            encode_clips(vae, clips), _tokens(output, captions), (recipe.transformer, recipe.text_encoder),
+            recipe.train_base, seed, output / "base.jsonl",
+        )  # fmt: skip
+        networks = (source_of(transformer, TRANSFORMER), find(output, VAE), source_of(text_encoder, TEXT_ENCODER))
+        save_model(list(networks), output / "tokenizer", model, "diffusers", jnp.bfloat16)
+    print(sample_captions(model, recipe.transformer, BASE_LAWS, output, recipe.samples), flush=True)
+
+
+def _make_clips(output: Path, recipe: Recipe, seed: int) -> None:
+    folders = {
+        "all": (recipe.vae_clips, tuple(LAWS), False),
+        "base": (recipe.base_clips, BASE_LAWS, False),
+        "held_out": (recipe.held_out, tuple(LAWS), True),
+    }
+    for number, (name, (count, laws, held_out)) in enumerate(folders.items()):
+        folder = output / "clips" / name
+        if not (folder / "states.json").exists():  # written last
+            print(f"making {count} clips in {folder}", flush=True)
+            write_clips(folder, count, seed=3 * seed + number, laws=laws, objects=OBJECTS, held_out=held_out)
+
+
+def read_clips(folder: Path) -> tuple[Clips, list[str]]:
+    """Pixels and captions of every clip of a folder."""
+    rows = read_metadata(folder)
+    pixels = [
+        video.read_clip(row.path, 17, 64, 64, 16) for row in tqdm(rows, desc=f"reading {folder.name}", unit="clip")
+    ]
+    return np.stack(pixels), [row.prompt for row in rows]
+
+
+def _every_caption(output: Path) -> list[str]:
+    """Of all laws: the tokenizer knows the words of motions that the model is yet to learn."""
+    return [row.prompt for name in ("all", "base") for row in read_metadata(output / "clips" / name)]
+
+
+def _tokens(output: Path, captions: Sequence[str]) -> Captions:
+    """Of the captions and, last, of the empty one, cut to the longest."""
+    ids, mask = Tokenizer(output)([*captions, ""])
+    longest = int(mask.sum(1).max())
+    return Captions(ids[:, :longest], mask[:, :longest])

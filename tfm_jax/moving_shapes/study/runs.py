@@ -1,0 +1,325 @@
+"""The runs of a study: clips and latents once, then for every arm and seed training, export, samples and measures.
+
+Each of these is the code of the program of that name, called in one process.
+"""
+
+import dataclasses
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from tfm_jax import config as configs
+from tfm_jax import video
+from tfm_jax.config import ObjectiveConfig, section
+from tfm_jax.data.batches import Batches
+from tfm_jax.data.metadata import read_metadata
+from tfm_jax.data.prepare import PrepareRun, prepare
+from tfm_jax.data.records import REJECTED, Records, open_records
+from tfm_jax.errors import InputError, NonFiniteLoss
+from tfm_jax.files import lock
+from tfm_jax.lora.adapters import load_adapters
+from tfm_jax.lora.files import read_lora
+from tfm_jax.moving_shapes.evaluation.report import Clips, Row, compare, measure_folder
+from tfm_jax.moving_shapes.study import protocol
+from tfm_jax.moving_shapes.study.cost import measure_cost, steps_in_the_same_time
+from tfm_jax.moving_shapes.study.results import Record, Results
+from tfm_jax.moving_shapes.study.sensitivity import measure_sensitivity
+from tfm_jax.moving_shapes.world import LAWS, Stage, write_clips
+from tfm_jax.sampling.pipeline import SampleRun, sample
+from tfm_jax.train.export import export
+from tfm_jax.train.loop import TrainRun, train
+from tfm_jax.wan import find_base, load_base, load_vae
+
+SETS = {"clips": 1000, "held_out": 1001, "reference": 1002}
+"""Folder of real clips -> seed of its world: to train on, to take prompts from, to compare with."""
+ORDERED = 16
+"""Held-out clips, at most, on which the sensitivity to the order of frames is measured."""
+
+
+@section
+class StudyRun:
+    """The sections that a study reads; paths of data and outputs, seeds and `objective.kind` are its own to set."""
+
+    model: configs.ModelConfig
+    clip: configs.ClipConfig
+    train: configs.TrainConfig
+    sampling: configs.SamplingConfig
+    lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
+    objective: configs.ObjectiveConfig = dataclasses.field(default_factory=configs.ObjectiveConfig)
+    optimizer: configs.OptimizerConfig = dataclasses.field(default_factory=configs.OptimizerConfig)
+
+
+class Size(NamedTuple):
+    """How much is run. The defaults are the full study."""
+
+    arms: tuple[str, ...] = tuple(protocol.ARMS)
+    seeds: int = 5
+    clips: int = 256
+    """To train on."""
+    prompts: int = 16
+    """Captions that are not among those of training, each sampled once by every arm and seed."""
+    reference: int = 128
+    """Real clips that samples are compared with."""
+    rounds: int = 30
+    """Of the measurement of cost."""
+    laws: tuple[str, ...] = ("bouncing",)
+    """Laws of motion of all clips, one object in each."""
+
+
+class Study(NamedTuple):
+    """A study: what to run, how much of it, and where."""
+
+    run: StudyRun
+    size: Size
+    output: Path
+
+    @property
+    def stage(self) -> Stage:
+        clip = self.run.clip
+        return Stage(clip.frames, (clip.height, clip.width), clip.fps)
+
+    def objective(self, arm: str) -> ObjectiveConfig:
+        return dataclasses.replace(self.run.objective, **protocol.ARMS[arm].objective)
+
+    def folder(self, arm: str, seed: int, steps: int) -> Path:
+        """Where a run leaves its files."""
+        return self.output / arm / f"seed{seed}_steps{steps}"
+
+
+def run_study(study: Study) -> Results:
+    """Run whatever is not in `results.jsonl` yet, seed by seed, so that arms can be compared at any time.
+
+    Any number of processes may do so at once; each ends when all is done.
+
+    Raises:
+        InputError: the settings are not possible, or not those that the study was started with.
+    """
+    check(study)
+    locks = study.output / "locks"
+    with lock(locks / "start", wait=True):
+        results = Results(study.output / "results.jsonl", settings(study))
+        make_clips(study)
+        held_out = choose_prompts(study)
+        reference = measure_folder(study.output / "reference", None, study.stage, least=4)
+        if not results.one("real"):
+            results.add("real", **_measure_autoencoder(study, held_out, reference))
+        if not set(study.size.arms) <= newest_costs(results).keys():
+            results.add("cost", seconds=_costs(study))
+    for wait in (False, True):  # for what others are at, when nothing else is left
+        for seed, arm, steps in plan(study, results):
+            with lock(locks / f"{arm}_seed{seed}_steps{steps}", wait=wait) as mine:
+                results.reload()
+                if mine and not results.one("run", arm=arm, seed=seed, steps=steps):
+                    print(f"{arm}, seed {seed}, {steps} steps", flush=True)
+                    record = _run(study, arm, seed, steps, held_out, reference)
+                    results.add("run", arm=arm, seed=seed, steps=steps, **record)
+    return results
+
+
+def check(study: Study) -> None:
+    """Raise InputError where the sizes cannot be, or the model is not there."""
+    size = study.size
+    for arm in size.arms:
+        if arm not in protocol.ARMS:
+            raise InputError(f"--arms={arm}: expected some of {', '.join(protocol.ARMS)}")
+    if protocol.BASELINE not in size.arms:
+        raise InputError(f"--arms={','.join(size.arms)}: expected {protocol.BASELINE} among them, to compare with")
+    for name, least in (("seeds", 2), ("clips", 1), ("prompts", 2), ("reference", 4), ("rounds", 1)):
+        if getattr(size, name) < least:
+            raise InputError(f"--{name}={getattr(size, name)}: expected at least {least}")
+    for law in size.laws:
+        if law not in LAWS:
+            raise InputError(f"--laws={law}: expected some of {', '.join(LAWS)}")
+    find_base(study.run.model)
+    if study.run.clip.frames < 5:
+        raise InputError(f"clip.frames={study.run.clip.frames}: expected at least 5, to have frames to permute")
+
+
+def settings(study: Study) -> Record:
+    """What may not change while a study goes on; arms and seeds may be added."""
+    values = configs.plain(study.run)
+    ignored = ("output", "prompts", "lora", "path", "log_every", "checkpoint_every", "keep_checkpoints", "seed")
+    run = {name: {f: v for f, v in part.items() if f not in ignored} for name, part in values.items()}
+    size = study.size._asdict()
+    for name in ("arms", "seeds", "rounds"):
+        size.pop(name)
+    return {"config": run, "size": {**size, "laws": list(study.size.laws)}, "weights": _digest(study.run.model.path)}
+
+
+def _digest(model: Path) -> str:
+    """A name for the weights of a model."""
+    digest = hashlib.sha256()
+    for file in sorted(model.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def plan(study: Study, results: Results) -> Iterator[tuple[int, str, int]]:
+    """(seed, arm, steps) of every run: equal steps, and equal time for arms whose steps cost more or less."""
+    steps = study.run.train.steps
+    seconds = newest_costs(results)
+    for seed in range(study.size.seeds):
+        yield seed, protocol.BASE, 0
+        for arm in study.size.arms:
+            yield seed, arm, steps
+            fitting = steps_in_the_same_time(seconds, arm, steps)
+            if fitting != steps:
+                yield seed, arm, fitting
+
+
+# --- Clips -----------------------------------------------------------------------------------------------------------
+
+
+def make_clips(study: Study) -> None:
+    """The three sets of real clips, and latents of all but the reference; what is there already stays."""
+    clip, size = study.run.clip, study.size
+    # Some captions will be among those of training.
+    counts = {"clips": size.clips, "held_out": 2 * size.prompts, "reference": size.reference}
+    for name, count in counts.items():
+        folder = study.output / name
+        if not (folder / "states.json").exists():  # written last
+            write_clips(
+                folder, count, clip.frames, (clip.height, clip.width), clip.fps, SETS[name], size.laws, objects=(1,)
+            )
+    for name in ("clips", "held_out"):
+        data = configs.DataConfig(source=study.output / name, path=latents_of(study, name))
+        if not data.path.exists():
+            prepare(PrepareRun(model=study.run.model, clip=clip, data=data))
+        if (data.path / REJECTED).exists():
+            raise InputError(f"{data.path / REJECTED}: clips are missing; remove {data.source} and {data.path}")
+
+
+def latents_of(study: Study, name: str) -> Path:
+    """The folder of the latents of a set."""
+    return study.output / f"{name}_latents"
+
+
+class HeldOut(NamedTuple):
+    """Real clips whose captions are the prompts."""
+
+    records: Records
+    numbers: tuple[int, ...]
+    """Of the records, one for each prompt."""
+    prompts: Path
+
+
+def choose_prompts(study: Study) -> HeldOut:
+    """Write prompts.txt: captions of held-out clips, all different, that no clip of training has.
+
+    Raises:
+        InputError: there are too few of them.
+    """
+    known = {clip.prompt for clip in read_metadata(study.output / "clips")}
+    records = open_records(latents_of(study, "held_out"))
+    new: dict[str, int] = {}
+    for number in range(len(records)):
+        if (prompt := records[number].prompt) not in known:
+            new.setdefault(prompt, number)
+    if len(new) < study.size.prompts:
+        raise InputError(f"--prompts={study.size.prompts}: only {len(new)} captions are new; expected fewer of them")
+    prompts = list(new)[: study.size.prompts]
+    file = study.output / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    return HeldOut(records, tuple(new[prompt] for prompt in prompts), file)
+
+
+# --- Measures --------------------------------------------------------------------------------------------------------
+
+
+def _measure_autoencoder(study: Study, held_out: HeldOut, reference: Clips) -> Record:
+    """The held-out clips through the autoencoder, which no model can be better than; with reference and floor."""
+    vae = load_vae(study.run.model.path)
+    folder = study.output / "autoencoder"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for number, record in enumerate(held_out.numbers):
+        pixels = vae.decode(jnp.asarray(held_out.records[record].latents)[None])
+        video.write_clip(folder / f"{number:03d}.mp4", video.to_uint8(np.asarray(pixels)[0]), study.run.clip.fps)
+    rows, compared = _measure(study, folder, held_out, reference)
+    return {"compared": compared, **{side: values(rows, side) for side in ("generated", "reference", "floor")}}
+
+
+def _measure(study: Study, folder: Path, held_out: HeldOut, reference: Clips) -> tuple[list[Row], int]:
+    samples = measure_folder(folder, held_out.prompts, study.stage, least=2)
+    return compare(samples, reference)
+
+
+def values(rows: Sequence[Row], side: str) -> dict[str, float | None]:
+    """One column of the table of the evaluation; None where there is no finite number."""
+    column = {row.metric: getattr(row, side) for row in rows}
+    return {metric: value if math.isfinite(value) else None for metric, value in column.items()}
+
+
+def newest_costs(results: Results) -> dict[str, list[float]]:
+    """Arm -> seconds of its step in every round; of one measurement, as costs compare only within one."""
+    measured = results.all("cost")
+    return measured[-1]["seconds"] if measured else {}
+
+
+def _costs(study: Study) -> dict[str, list[float]]:
+    print("measuring the cost of a step of every arm", flush=True)
+    run = _train_run(study, protocol.BASELINE, 0, study.run.train.steps)
+    seconds = measure_cost(run, {arm: study.objective(arm) for arm in study.size.arms}, study.size.rounds)
+    return {arm: [round(second, 5) for second in each] for arm, each in seconds.items()}
+
+
+def _train_run(study: Study, arm: str, seed: int, steps: int) -> TrainRun:
+    run = study.run
+    settings = dataclasses.replace(
+        run.train,
+        output=study.folder(arm, seed, steps),
+        steps=steps,
+        seed=seed,
+        checkpoint_every=steps,
+        log_every=steps,
+    )
+    data = configs.DataConfig(path=latents_of(study, "clips"))
+    return TrainRun(
+        model=run.model, clip=run.clip, data=data, train=settings, lora=run.lora, objective=study.objective(arm),
+        optimizer=run.optimizer,
+    )  # fmt: skip
+
+
+def _run(study: Study, arm: str, seed: int, steps: int, held_out: HeldOut, reference: Clips) -> Record:
+    """Train, export, sample and measure one arm with one seed."""
+    folder = study.folder(arm, seed, steps)
+    shutil.rmtree(folder, ignore_errors=True)  # of a study that was cut off
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        seconds[name] = round(time.perf_counter() - start, 2)
+        return result
+
+    lora = None
+    if arm != protocol.BASE:
+        lora = folder / "lora.safetensors"
+        try:
+            timed("train", lambda: train(_train_run(study, arm, seed, steps)))
+        except NonFiniteLoss as error:
+            return {"diverged": str(error), "seconds": seconds}
+        timed("export", lambda: export(folder, lora, "comfy", np.dtype(np.float32)))
+    sampling = dataclasses.replace(
+        study.run.sampling, prompts=held_out.prompts, output=folder / "samples", lora=lora, seed=seed
+    )
+    timed("sample", lambda: sample(SampleRun(model=study.run.model, clip=study.run.clip, sampling=sampling)))
+    rows, _ = timed("measure", lambda: _measure(study, sampling.output, held_out, reference))
+    sensitivity = timed("sensitivity", lambda: _sensitivity(study, lora, held_out))
+    return {"metrics": values(rows, "generated"), "sensitivity": sensitivity, "seconds": seconds}
+
+
+def _sensitivity(study: Study, lora: Path | None, held_out: HeldOut) -> dict[str, list[float]]:
+    """The same clips, permutations and noise for every arm and seed."""
+    transformer = load_base(study.run.model)
+    if lora:
+        load_adapters(transformer, read_lora(lora))
+    batch, _ = Batches(held_out.records, min(ORDERED, len(held_out.records)), seed=0).at(0)
+    return measure_sensitivity(transformer, np.asarray(batch.latents), np.asarray(batch.text), seed=0)

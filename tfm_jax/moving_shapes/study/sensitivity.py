@@ -1,0 +1,51 @@
+"""What a network knows of the order of frames: how much one fixed loss grows when the frames of a clip are permuted."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tfm_jax.arrays import Latents, Text
+from tfm_jax.moving_shapes.study import protocol
+from tfm_jax.objective import timestep
+from tfm_jax.objective.losses import OBJECTIVES
+
+Levels = Float[Array, "levels"]
+
+
+def measure_sensitivity(
+    transformer: Any, latents: Float[np.ndarray, "b f h w c"], text: Float[np.ndarray, "b l d"], seed: int
+) -> dict[str, list[float]]:
+    """Mean of FIXED_LOSS over the clips at each of SIGMAS: "ordered" frames, and the same clips "permuted".
+
+    Latent frames are permuted, each clip in an order of its own that is never the true one; noise stays in its place.
+    """
+    rng = np.random.default_rng(seed)
+    order = np.stack([_disorder(rng, latents.shape[1]) for _ in latents])
+    noise = rng.normal(size=latents.shape).astype(np.float32)
+    clips = jnp.asarray(latents), jnp.asarray(np.take_along_axis(latents, order[:, :, None, None, None], 1))
+    sigmas = jnp.asarray(protocol.SIGMAS, jnp.float32)
+    losses = [_losses(transformer, clean, jnp.asarray(noise), jnp.asarray(text), sigmas) for clean in clips]
+    return dict(zip(("ordered", "permuted"), (np.asarray(loss).tolist() for loss in losses), strict=True))
+
+
+@jax.jit
+def _losses(transformer: Any, clean: Latents, noise: Latents, text: Text, sigmas: Levels) -> Levels:
+    objective = OBJECTIVES[protocol.FIXED_LOSS.kind]
+
+    def at(sigma: Float[Array, ""]) -> Float[Array, ""]:
+        each = jnp.full(len(clean), sigma)
+        loss, _ = objective(lambda x_t: transformer(x_t, timestep(each), text), clean, noise, each, protocol.FIXED_LOSS)
+        return jnp.mean(loss)
+
+    return jax.lax.map(at, sigmas)
+
+
+def _disorder(rng: np.random.Generator, frames: int) -> Int[np.ndarray, "f"]:
+    """A permutation, any but the identity."""
+    while True:
+        order = rng.permutation(frames)
+        if (order != np.arange(frames)).any():
+            return order
