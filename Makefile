@@ -4,7 +4,10 @@ VENV := .venv
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test test-all lint clean
+# The tests of `make check` compile little, so that together they take about a minute.
+FAST := tests/objective tests/lora tests/data tests/test_config.py tests/test_inputs.py tests/test_files.py
+
+.PHONY: setup setup-test demo check test test-all lint clean
 
 setup: $(VENV)/.setup
 
@@ -20,11 +23,16 @@ $(VENV)/.setup-test: $(VENV)/.setup
 demo: $(VENV)/.setup
 	$(RUN) scripts/demo.py
 
+setup-test: $(VENV)/.setup-test
+
+check: $(VENV)/.setup-test lint
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow' $(FAST)
+
 test: $(VENV)/.setup-test lint
 	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-all: $(VENV)/.setup-test lint
-	$(RUN) -m pytest -n 2 --dist loadfile
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.setup-test
 	$(VENV)/bin/ruff check .
