@@ -79,7 +79,6 @@ def test_operations_of_14b_equal_a_short_formula():
 def test_score_products_that_attention_recomputes(kind, dtype, products):
     run = run_14b()
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype=dtype))
-    once = training_flops(
-        programs.transformer_config(run.model), run.lora, run.train.remat, 4, programs.num_tokens(run)
-    ).scores
+    model, tokens = programs.transformer_config(run.model), programs.num_tokens(run)
+    once = training_flops(model, run.lora, run.train.remat, 4, tokens).scores
     assert flops(run, fake_topology(kind, 4), 4)["scores"] == products * once

@@ -64,8 +64,9 @@ def test_collectives_in_a_loop_without_trip_count_count_once(program_of_collecti
     assert found.kinds == all_collectives(1 + 1)
 
 
-# Shortened from TPU programs: a loop unrolled twice, whose counter goes to 4 in steps of 2, with a permutation split into
-# start and done; a gather split over two fusions; a gather on another core; a reduce-scatter by the name of its fusion.
+# Shortened from TPU programs: a loop unrolled twice, whose counter goes to 4 in steps of 2, with a permutation split
+# into start and done; a gather split over two fusions; a gather on another core; a reduce-scatter by the name of its
+# fusion.
 TPU_PROGRAM = """\
 HloModule jit_step, is_scheduled=true, num_partitions=8
 
