@@ -4,7 +4,7 @@
     python scripts/benchmark.py attention
 
 convert: converts a random Wan2.1-1.3B transformer (5.7 GB of float32, Diffusers layout) with convert_weights.py, and
-compares the speed with a plain copy of the same files. Needs 12 GB in --directory, and removes what it wrote. Linux only.
+compares the speed with a plain copy of the same files. Needs 12 GB in --directory; it removes what it wrote. Linux only.
 
 attention: compares our attention in float32, forward and with gradients, with PyTorch's on all cores, with the same
 chunks differentiated by JAX, and with JAX's own, which holds all scores in memory. The four run in turn, so that their
@@ -58,9 +58,7 @@ def main(argv: Sequence[str]) -> None:
     convert.add_argument("--directory", type=Path, required=True, help="directory with 12 GB of free space")
     convert.set_defaults(run=lambda options: measure_conversion(options.directory))
     attend = commands.add_parser("attention", help="speed of our attention, compared with PyTorch's and JAX's")
-    attend.add_argument(
-        "--rounds", type=int, default=15, help="timed runs of each implementation (default: %(default)s)"
-    )
+    attend.add_argument("--rounds", type=int, default=15, help="timed runs of each program (default: %(default)s)")
     attend.set_defaults(run=lambda options: measure_attention(options.rounds))
     options = parser.parse_args(argv)
     options.run(options)
