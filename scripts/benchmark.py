@@ -4,7 +4,8 @@
     python scripts/benchmark.py attention
 
 convert: converts a random Wan2.1-1.3B transformer (5.7 GB of float32, Diffusers layout) with convert_weights.py, and
-compares the speed with a plain copy of the same files. Needs 12 GB in --directory; it removes what it wrote. Linux only.
+compares the speed with a plain copy of the same files. Needs 12 GB in --directory and removes what it wrote. Linux
+only.
 
 attention: compares our attention in float32, forward and with gradients, with PyTorch's on all cores, with the same
 chunks differentiated by JAX, and with JAX's own, which holds all scores in memory. The four run in turn, so that their

@@ -92,7 +92,7 @@ class Module:
                 root = named[2] if named[1] else root
 
     def _count(self, name: str, times: int) -> None:
-        """Add `times` runs of a computation, and the runs of all that it calls."""
+        """Add `times` runs of a computation and of the computations that it calls."""
         self.times[name] += times
         for instruction in self.computations[name].instructions.values():
             if loop := _LOOP.search(instruction.attributes):
@@ -112,10 +112,9 @@ class Module:
         compare = self._source(condition, self.computations[condition].root)
         if compare.op != "compare" or not re.search(r"direction=(LT|NE)\b", compare.attributes):
             return None
-        index, limit = (
-            self._counter_index(condition, compare.operands[0]),
-            self._integer(condition, compare.operands[1]),
-        )
+        if (index := self._counter_index(condition, compare.operands[0])) is None:
+            return None
+        limit = self._integer(condition, compare.operands[1])
         start, step = self._start(name, loop, index), self._step(body, index)
         if limit is None or start is None or step is None or step <= 0:
             return None
@@ -136,15 +135,15 @@ class Module:
             return None
         return int(_attribute("index", instruction))
 
-    def _start(self, name: str, loop: Instruction, index: int | None) -> int | None:
+    def _start(self, name: str, loop: Instruction, index: int) -> int | None:
         """The counter's value before the loop."""
         values = self._source(name, loop.operands[0])
-        return self._integer(name, values.operands[index]) if values.op == "tuple" and index is not None else None
+        return self._integer(name, values.operands[index]) if values.op == "tuple" else None
 
-    def _step(self, body: str, index: int | None) -> int | None:
+    def _step(self, body: str, index: int) -> int | None:
         """What one iteration adds to the counter."""
         values = self._source(body, self.computations[body].root)
-        if values.op != "tuple" or index is None:
+        if values.op != "tuple":
             return None
         add = self._source(body, values.operands[index])
         if add.op != "add":
