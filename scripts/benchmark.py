@@ -1,14 +1,15 @@
-"""Measure speed and memory on this machine. The tests time nothing: every such number comes from here.
+"""Measure speed and memory on this machine. Tests do not time anything: all reported timings come from here.
 
     python scripts/benchmark.py convert --directory=/tmp
     python scripts/benchmark.py attention
 
-convert: a made-up Wan2.1-1.3B transformer (5.7 GB of float32, Diffusers layout) goes through convert_weights.py, and a
-plain copy of the same files beside it. Needs 12 GB in --directory, where it leaves nothing. Linux only.
+convert: converts a random Wan2.1-1.3B transformer (5.7 GB of float32, Diffusers layout) with convert_weights.py, and
+compares the speed with a plain copy of the same files. Needs 12 GB in --directory and removes what it wrote. Linux
+only.
 
-attention: our attention, forward and with gradients, beside PyTorch's on as many threads as there are cores, beside the
-same chunks differentiated by JAX, and beside JAX's own with all scores at once; float32. The four take turns, so that
-their ratios hold on a busy machine too.
+attention: compares our attention in float32, forward and with gradients, with PyTorch's on all cores, with the same
+chunks differentiated by JAX, and with JAX's own, which holds all scores in memory. The four run in turn, so that their
+ratios are meaningful on a busy machine too.
 """
 
 import json
@@ -40,25 +41,25 @@ WAN_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
 CONVERT = Path(__file__).resolve().with_name("convert_weights.py")
 
 ATTENTION_SHAPES = ((1, 1600, 1600, 8, 64), (1, 1600, 512, 8, 64), (2, 80, 512, 4, 32))
-"""Batch, queries, keys, heads, head width."""
+"""Batch size, number of queries, number of keys, heads, head dimension."""
 
 
-class Watched(NamedTuple):
-    """What a child process took."""
+class Usage(NamedTuple):
+    """Time and memory of a child process."""
 
     seconds: float
-    anonymous: int
-    """Peak of its own memory in bytes: RssAnon, which pages of mapped files are no part of."""
+    peak_memory: int
+    """Peak of RssAnon in bytes; it excludes the pages of mapped files."""
 
 
 def main(argv: Sequence[str]) -> None:
     parser = cli.parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="what")
-    convert = commands.add_parser("convert", help="speed and memory of convert_weights.py beside a plain copy")
-    convert.add_argument("--directory", type=Path, required=True, help="where 12 GB can be written")
+    commands = parser.add_subparsers(required=True, metavar="benchmark")
+    convert = commands.add_parser("convert", help="speed and memory of convert_weights.py, compared with a plain copy")
+    convert.add_argument("--directory", type=Path, required=True, help="directory with 12 GB of free space")
     convert.set_defaults(run=lambda options: measure_conversion(options.directory))
-    attend = commands.add_parser("attention", help="attention beside PyTorch's and JAX's, forward and backward")
-    attend.add_argument("--rounds", type=int, default=15, help="how often each is run (default 15)")
+    attend = commands.add_parser("attention", help="speed of our attention, compared with PyTorch's and JAX's")
+    attend.add_argument("--rounds", type=int, default=15, help="timed runs of each program (default: %(default)s)")
     attend.set_defaults(run=lambda options: measure_attention(options.rounds))
     options = parser.parse_args(argv)
     options.run(options)
@@ -74,19 +75,19 @@ def measure_conversion(directory: Path) -> None:
         subprocess.run(["cp", "-r", source, f"{source}-copy"], check=True)
         _report("cp", size, time.monotonic() - start)
         flush(Path(f"{source}-copy"))
-        _report("cp, until it is on the disk", size, time.monotonic() - start)
+        _report("cp, flushed to disk", size, time.monotonic() - start)
         shutil.rmtree(f"{source}-copy")
         for layout in ("tfm_jax", "diffusers"):
             target = Path(scratch, layout)
             command = [sys.executable, str(CONVERT), str(source), str(target), f"--to={layout}", "--dtype=bfloat16"]
-            seconds, anonymous = watch(command)
-            note = f", peak RssAnon {anonymous / 1e9:.2f} GB"
+            seconds, peak_memory = run_and_watch(command)
+            note = f", peak RssAnon {peak_memory / 1e9:.2f} GB"
             _report(f"convert_weights.py --to={layout} --dtype=bfloat16", size, seconds, note)
             shutil.rmtree(target)
 
 
 def write_checkpoint(directory: Path, config: TransformerConfig) -> None:
-    """A transformer of any size in the Diffusers layout, float32, every tensor another stretch of one random block."""
+    """Write a float32 transformer in the Diffusers layout; its tensors are rotations of one block of random numbers."""
     rows = TRANSFORMER.rows(config)
     shapes = {name: value.shape for name, value in layouts.parameters(TRANSFORMER, config, np.float32).items()}
     expected = layouts.expected_tensors("diffusers", rows, shapes)
@@ -97,10 +98,10 @@ def write_checkpoint(directory: Path, config: TransformerConfig) -> None:
     content = {name: (shape, np.float32) for name, shape in expected.items()}
     with TensorWriter(directory, TRANSFORMER.files, content) as writer:
         for number, name in enumerate(content):
-            flat, turned = writer[name].reshape(-1), np.roll(block, 7919 * number)
+            flat, rotated = writer[name].reshape(-1), np.roll(block, 7919 * number)
             for start in range(0, flat.size, block.size):
                 part = flat[start : start + block.size]
-                part[:] = turned[: part.size]
+                part[:] = rotated[: part.size]
 
 
 def measure_attention(rounds: int) -> None:
@@ -112,7 +113,7 @@ def measure_attention(rounds: int) -> None:
         rng = np.random.default_rng(0)
         lengths = (queries, keys, keys, queries)
         arrays = [rng.standard_normal((batch, n, heads, width), np.float32) for n in lengths]
-        for what, backward in (("forward", False), ("forward and backward", True)):
+        for passes, backward in (("forward", False), ("forward and backward", True)):
             programs = {
                 "ours": _in_jax(attention, arrays, backward),
                 "PyTorch": _in_torch(torch, arrays, backward),
@@ -122,7 +123,7 @@ def measure_attention(rounds: int) -> None:
             times = _take_turns(programs, rounds)
             for name, seconds in times.items():
                 ratio = seconds / times["ours"]
-                print(f"  {what}: {name} {1e3 * seconds:.2f} ms, {ratio:.2f} x ours", flush=True)
+                print(f"  {passes}: {name} {1e3 * seconds:.2f} ms, {ratio:.2f} x ours", flush=True)
 
 
 def _in_jax(function: Callable, arrays: Sequence[np.ndarray], backward: bool) -> Callable[[], object]:
@@ -136,7 +137,7 @@ def _in_jax(function: Callable, arrays: Sequence[np.ndarray], backward: bool) ->
 
 
 def _in_torch(torch, arrays: Sequence[np.ndarray], backward: bool) -> Callable[[], object]:
-    """Its tensors have heads before tokens and lie so in memory: what its kernels want, at no cost here."""
+    """PyTorch's kernels expect heads before tokens; the inputs are transposed here, outside of the timing."""
     tensors = [torch.from_numpy(x).transpose(1, 2).contiguous() for x in arrays]
     inputs = [x.requires_grad_(backward) for x in tensors[:3]]
 
@@ -148,7 +149,7 @@ def _in_torch(torch, arrays: Sequence[np.ndarray], backward: bool) -> Callable[[
 
 
 def _mapped_attention(query: jax.Array, key: jax.Array, value: jax.Array, size: int = 512) -> jax.Array:
-    """The shortest exact attention of linear memory: chunks of queries, each made again in the backward pass."""
+    """The shortest exact attention with linear memory: chunks of queries, recomputed in the backward pass."""
     length = query.shape[1]
     chunks = -(-length // size)
     padded = jnp.pad(query, ((0, 0), (0, -length % chunks), (0, 0), (0, 0)))
@@ -158,7 +159,7 @@ def _mapped_attention(query: jax.Array, key: jax.Array, value: jax.Array, size: 
 
 
 def _take_turns(programs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after two runs that do not count."""
+    """Median seconds of each program, after two warm-up runs."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 2):
         for name, run in programs.items():
@@ -169,11 +170,11 @@ def _take_turns(programs: dict[str, Callable[[], object]], rounds: int) -> dict[
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def watch(command: Sequence[str], interval: float = 0.05) -> Watched:
-    """Run a program to its end, with a look at its memory every `interval` seconds.
+def run_and_watch(command: Sequence[str], interval: float = 0.05) -> Usage:
+    """Run a program and sample its memory every `interval` seconds.
 
     Raises:
-        CalledProcessError: it failed.
+        CalledProcessError: the program failed.
     """
     start, peak = time.monotonic(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -182,11 +183,11 @@ def watch(command: Sequence[str], interval: float = 0.05) -> Watched:
             time.sleep(interval)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return Watched(time.monotonic() - start, peak)
+    return Usage(time.monotonic() - start, peak)
 
 
 def anonymous_memory(pid: int) -> int:
-    """RssAnon of a running process in bytes; 0 once it has ended."""
+    """RssAnon of a process in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except ProcessLookupError:
@@ -195,14 +196,14 @@ def anonymous_memory(pid: int) -> int:
 
 
 def flush(directory: Path) -> None:
-    """Wait until every file in `directory` is on the disk."""
+    """Flush all safetensors files in `directory` to disk."""
     for file in directory.rglob("*.safetensors"):
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
 
 
-def _report(what: str, size: int, seconds: float, note: str = "") -> None:
-    print(f"{what}: {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s of the source{note}", flush=True)
+def _report(name: str, size: int, seconds: float, note: str = "") -> None:
+    print(f"{name}: {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s of the source{note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.planning.chips import CHIPS, EXAMPLES, topology
 from tfm_jax.planning.plan import Plan, describe, make_plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
-from tfm_jax.planning.search import KEPT, RULE, options, search
+from tfm_jax.planning.search import RULE, SAVED_ACTIVATIONS, options, search
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         plans = [make_plan(run, devices)]
     else:
         given = any(field.startswith("--train.remat") for field in fields)
-        policies: Sequence[Remat] = [run.train.remat] if isinstance(run, TrainPlan) and given else [*KEPT]
+        policies: Sequence[Remat] = [run.train.remat] if isinstance(run, TrainPlan) and given else [*SAVED_ACTIVATIONS]
         plans = search(run, devices, chosen.search, policies)
     if chosen.json:
         print(json.dumps(plans[0].as_json() if chosen.search is None else [plan.as_json() for plan in plans]))

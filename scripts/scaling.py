@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tfm_jax import cli
 from tfm_jax.errors import InputError
-from tfm_jax.planning.scaling import Scaling, growth, policies, rows, write_document
+from tfm_jax.planning.scaling import PlanCache, best_plans, remat_plans, scaling_curves, write_document
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,11 +28,11 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if options.tries < 1:
         raise InputError(f"--tries={options.tries}: expected 1 or more")
-    scaling = Scaling(options.output, compile_missing=not options.write)
-    found = list(rows(scaling, options.tries))
-    levers, curves = policies(scaling), growth(scaling)
+    cache = PlanCache(options.output, compile_missing=not options.write)
+    rows = list(best_plans(cache, options.tries))
+    by_policy, curves = remat_plans(cache), scaling_curves(cache)
     command = f"python scripts/scaling.py --tries={options.tries}"
-    print(f"done: see {write_document(found, levers, curves, options.docs, command)}")
+    print(f"done: see {write_document(rows, by_policy, curves, options.docs, command)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Floating-point operations of a training step and of a sampling step: two for each multiply-add of a matrix product.
+"""Floating-point operations of a training step and of a sampling step: two per multiply-add of a matrix product.
 
-Counted are the products that the mathematics needs, whatever computes them, and apart from these what is computed again
-to save memory. Norms, softmax and the objective are left out: they are no matrix products.
+The matrix products of the model count whatever kernel computes them; what is recomputed to save memory counts
+separately. Norms, softmax and the objective are not matrix products and do not count.
 """
 
 from typing import NamedTuple
@@ -11,97 +11,102 @@ from tfm_jax.config import LoraConfig, Remat
 from tfm_jax.lora.adapters import target_linears
 from tfm_jax.wan.transformer import PATCH, TransformerConfig
 
-_TEXT = ("cross_attn.k", "cross_attn.v")
-"""Maps that see the text, which needs no gradient; all others see the video."""
+_TEXT_LINEARS = ("cross_attn.k", "cross_attn.v")
+"""Linear layers whose input is the text, which needs no gradient; the input of all others is the video."""
 
 
 class TrainingFlops(NamedTuple):
-    """Of one step, over all devices."""
+    """Operations of one training step, summed over all devices."""
 
     forward: int
     backward: int
-    """Gradients of activations and of adapters. Frozen weights have none."""
+    """Gradients of activations and adapters; frozen weights have none."""
     recomputed: int
-    """What the remat policy makes the backward pass compute again."""
+    """Forward operations that the remat policy repeats in the backward pass."""
     scores: int
-    """What attention's backward pass computes again of its scores, which are never kept."""
+    """Products that attention's backward pass repeats, because the scores are never saved."""
 
     @property
     def model(self) -> int:
         return self.forward + self.backward
 
 
-class _Map(NamedTuple):
-    """A linear map of a block, and the tokens of a clip that go through it."""
+class _LinearLayer(NamedTuple):
+    """A linear layer of a block, and the number of tokens per clip that it is applied to."""
 
     name: str
-    ins: int
-    outs: int
+    in_dim: int
+    out_dim: int
     tokens: int
 
-    def kernel(self) -> int:
-        return 2 * self.tokens * self.ins * self.outs
+    def kernel_flops(self) -> int:
+        return 2 * self.tokens * self.in_dim * self.out_dim
 
-    def factors(self, rank: int) -> tuple[int, int]:
-        """Of A and of B."""
-        return 2 * self.tokens * rank * self.ins, 2 * self.tokens * rank * self.outs
+    def adapter_flops(self, rank: int) -> tuple[int, int]:
+        """Operations of the LoRA factors A and B."""
+        return 2 * self.tokens * rank * self.in_dim, 2 * self.tokens * rank * self.out_dim
 
 
 def training_flops(
-    config: TransformerConfig, lora: LoraConfig, remat: Remat, clips: int, tokens: int, *, score_passes: int = 1
+    config: TransformerConfig, lora: LoraConfig, remat: Remat, clips: int, tokens: int, *, score_products: int = 1
 ) -> TrainingFlops:
-    """Of a step on `clips` clips of so many `tokens` each.
+    """Operations of a training step.
 
     Args:
-        score_passes: products as large as the scores that attention's backward pass makes again: 1 where one kernel
-            makes all gradients (cuDNN, chunked), 3 where queries and keys have one each (splash).
+        clips: batch size, over all devices.
+        tokens: video tokens per clip.
+        score_products: score-sized matrix products that attention's backward pass repeats: 1 where one kernel computes
+            all gradients (cuDNN, chunked), 3 where queries and keys have a kernel each (splash).
     """
     targets = target_linears(lora.targets)
     attention = _attention(config, tokens, tokens + TEXT_LENGTH)
     forward, backward = attention, 2 * attention
-    for layer in _maps(config, tokens):
-        of_video = layer.name not in _TEXT
-        forward += layer.kernel()
-        backward += layer.kernel() if of_video else 0
-        if layer.name in _TEXT and layer.name not in targets:
-            backward -= _attention(config, tokens, TEXT_LENGTH) // 2  # nothing learns from this side of attention
+    for layer in _linear_layers(config, tokens):
+        video_input = layer.name not in _TEXT_LINEARS
+        forward += layer.kernel_flops()
+        backward += layer.kernel_flops() if video_input else 0
+        if layer.name in _TEXT_LINEARS and layer.name not in targets:
+            backward -= _attention(config, tokens, TEXT_LENGTH) // 2  # keys or values that need no gradient
         if layer.name in targets:
-            a, b = layer.factors(lora.rank)
+            a, b = layer.adapter_flops(lora.rank)
             forward += a + b
-            backward += 2 * b + a + (a if of_video else 0)
-    last = _maps(config, tokens)[-1]  # of its result only the sum with the block's input is needed, the next block's
-    unneeded = last.kernel() + (last.factors(lora.rank)[1] if last.name in targets else 0)
-    again = {"full": forward - unneeded, "none": 0}.get(remat, forward - unneeded - attention)
-    text, stem, head = _outside(config, tokens)
+            backward += 2 * b + a + (a if video_input else 0)
+    # The last layer is not recomputed: the saved input of the next block already contains its output.
+    last = _linear_layers(config, tokens)[-1]
+    unneeded = last.kernel_flops() + (last.adapter_flops(lora.rank)[1] if last.name in targets else 0)
+    recomputed = {"full": forward - unneeded, "none": 0}.get(remat, forward - unneeded - attention)
+    text, stem, head = _outside_blocks(config, tokens)
     return TrainingFlops(
         clips * (config.layers * forward + text + stem + head),
         clips * (config.layers * backward + head),
-        clips * config.layers * again,
-        clips * config.layers * score_passes * attention // 2,
+        clips * config.layers * recomputed,
+        clips * config.layers * score_products * attention // 2,
     )
 
 
 def sampling_flops(config: TransformerConfig, clips: int, tokens: int, guided: bool) -> int:
-    """Of a step for `clips` clips, each computed twice with guidance. Adapters are left out."""
-    block = _attention(config, tokens, tokens + TEXT_LENGTH) + sum(layer.kernel() for layer in _maps(config, tokens))
-    return clips * (1 + guided) * (config.layers * block + sum(_outside(config, tokens)))
+    """Operations of a sampling step; guidance evaluates each clip twice. Adapters do not count."""
+    block = _attention(config, tokens, tokens + TEXT_LENGTH) + sum(
+        layer.kernel_flops() for layer in _linear_layers(config, tokens)
+    )
+    return clips * (1 + guided) * (config.layers * block + sum(_outside_blocks(config, tokens)))
 
 
 def _attention(config: TransformerConfig, queries: int, keys: int) -> int:
-    """Scores and weighted sums of a block, forward."""
+    """Attention of one block, forward: the scores and the weighted sums of the values."""
     return 4 * config.dim * queries * keys
 
 
-def _maps(config: TransformerConfig, tokens: int) -> list[_Map]:
+def _linear_layers(config: TransformerConfig, tokens: int) -> list[_LinearLayer]:
     d, f = config.dim, config.ffn_dim
-    video = [_Map(f"{part}.{name}", d, d, tokens) for part in ("self_attn", "cross_attn") for name in "qo"]
-    keys = [_Map(f"self_attn.{name}", d, d, tokens) for name in "kv"]
-    text = [_Map(name, d, d, TEXT_LENGTH) for name in _TEXT]
-    return [*video, *keys, *text, _Map("ffn.0", d, f, tokens), _Map("ffn.2", f, d, tokens)]
+    video = [_LinearLayer(f"{part}.{name}", d, d, tokens) for part in ("self_attn", "cross_attn") for name in "qo"]
+    keys = [_LinearLayer(f"self_attn.{name}", d, d, tokens) for name in "kv"]
+    text = [_LinearLayer(name, d, d, TEXT_LENGTH) for name in _TEXT_LINEARS]
+    return [*video, *keys, *text, _LinearLayer("ffn.0", d, f, tokens), _LinearLayer("ffn.2", f, d, tokens)]
 
 
-def _outside(config: TransformerConfig, tokens: int) -> tuple[int, int, int]:
-    """Of the text and of patches and time before the blocks, and of the head behind them."""
+def _outside_blocks(config: TransformerConfig, tokens: int) -> tuple[int, int, int]:
+    """Operations of the text embedding, of the patch and time embeddings, and of the head."""
     d = config.dim
     patch = config.channels * PATCH[0] * PATCH[1] * PATCH[2]
     text = 2 * TEXT_LENGTH * (config.text_dim + d) * d

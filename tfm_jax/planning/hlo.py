@@ -1,27 +1,28 @@
-"""What a compiled program says of itself in text: how often each part of it runs, and what it sends between devices.
+"""Reads a compiled program's text: how often each of its computations runs, and what it sends between devices.
 
-`compiled.as_text()` is HLO: computations of one instruction a line. A loop names its body and its condition; how often
-it turns is read from the compiler's own note, or else from the counter that the condition compares.
+`compiled.as_text()` is HLO: computations with one instruction per line. A while loop names its body and its condition.
+CPU and GPU programs annotate it with its trip count. TPU programs do not, and XLA may have unrolled the loop, so that
+the length of a scan does not give the trip count: it is read from the counter that the condition compares.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_NAMED = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_LISTED = re.compile(r"(?:calls|branch_computations|called_computations)=\{([^}]*)\}")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_CALLEE = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLEES = re.compile(r"(?:calls|branch_computations|called_computations)=\{([^}]*)\}")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 
 _BITS = {"pred": 8, "bf16": 16}
-"""Types that do not end in their number of bits, before what follows it (f8e4m3fn)."""
+"""Types whose size is not the first number in their name, as it is in f8e4m3fn."""
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVE_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 class Instruction(NamedTuple):
@@ -29,8 +30,8 @@ class Instruction(NamedTuple):
     shape: str
     op: str
     operands: tuple[str, ...]
-    rest: str
-    """Attributes, as they are written."""
+    attributes: str
+    """Unparsed text of the attributes."""
 
 
 class Computation(NamedTuple):
@@ -39,157 +40,127 @@ class Computation(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind in one run of a program."""
+    """Collectives of one kind in one execution of a program."""
 
     times: int
     bytes: int
-    """That one device sends, with the algorithms that send least (rings)."""
+    """Bytes that one device sends, assuming the algorithms that send least (rings)."""
 
 
 class Collectives(NamedTuple):
     kinds: dict[str, Traffic]
     uncounted_loops: int
-    """Loops with collectives in them whose length could not be read: counted as if they turned once."""
+    """Collectives in loops whose trip count could not be read; they count as if the loop ran once."""
 
 
 class Module:
-    """A compiled program. `times` says how often each of its computations runs."""
+    """A compiled program.
+
+    Attributes:
+        computations: name -> computation.
+        times: name of a computation -> how often one execution of the program runs it.
+        unread_loops: names of loop bodies whose trip count could not be read; they count once.
+    """
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         devices = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
         self.devices = int(devices[1]) if devices else 1
-        self._read(text)
+        self._parse(text)
         self.unread_loops: set[str] = set()
         self.times: Counter[str] = Counter()
-        self._run(self.entry, 1)
+        self._count(self.entry, 1)
 
     def instructions(self) -> Iterator[tuple[str, Instruction]]:
-        """All of them, each with the computation that it is in."""
+        """Yields each instruction after the name of its computation."""
         for name, computation in self.computations.items():
             for instruction in computation.instructions.values():
                 yield name, instruction
 
-    def _read(self, text: str) -> None:
+    def _parse(self, text: str) -> None:
         instructions: dict[str, Instruction] = {}
         name = root = ""
         for line in text.splitlines():
             if header := _COMPUTATION.match(line):
                 name, instructions, root = header[2], {}, ""
                 self.entry = name if header[1] else self.entry
-            elif line.startswith("}"):  # behind it may stand which kind of core runs it
+            elif line.startswith("}"):  # an execution thread may follow the brace
                 self.computations[name] = Computation(instructions, root)
-            elif named := _NAMED.match(line):
-                instructions[named[2]] = _instruction(named[2], line[named.end() :])
+            elif named := _INSTRUCTION.match(line):
+                instructions[named[2]] = _parse_instruction(named[2], line[named.end() :])
                 root = named[2] if named[1] else root
 
-    def _run(self, name: str, times: int) -> None:
+    def _count(self, name: str, times: int) -> None:
+        """Add `times` runs of a computation and of the computations that it calls."""
         self.times[name] += times
         for instruction in self.computations[name].instructions.values():
-            if loop := _LOOP.search(instruction.rest):
-                trips = self._trips(name, instruction, *loop.groups())
+            if loop := _LOOP.search(instruction.attributes):
+                trips = self._trip_count(name, instruction, *loop.groups())
                 if trips is None:
                     self.unread_loops.add(loop[2])
-                self._run(loop[1], times * ((trips or 1) + 1))
-                self._run(loop[2], times * (1 if trips is None else trips))
+                self._count(loop[1], times * ((trips or 1) + 1))
+                self._count(loop[2], times * (1 if trips is None else trips))
             elif not instruction.op.endswith(("-done", "-update")):
                 for called in _called(instruction):
-                    self._run(called, times)
+                    self._count(called, times)
 
-    def _trips(self, name: str, loop: Instruction, condition: str, body: str) -> int | None:
-        if known := _TRIPS.search(loop.rest):
+    def _trip_count(self, name: str, loop: Instruction, condition: str, body: str) -> int | None:
+        """How often the body of a loop runs; None where the text does not show it."""
+        if known := _TRIP_COUNT.search(loop.attributes):
             return int(known[1])
-        compared = self._compared(condition)
-        if compared is None:
+        compare = self._source(condition, self.computations[condition].root)
+        if compare.op != "compare" or not re.search(r"direction=(LT|NE)\b", compare.attributes):
             return None
-        index, limit = compared
-        before = self._element(name, loop.operands[0], index, {})
-        after = self._element(body, self.computations[body].root, index, {})
-        if not isinstance(before, int) or not isinstance(after, _Counter) or after.element != index or after.added <= 0:
+        if (index := self._counter_index(condition, compare.operands[0])) is None:
             return None
-        return max(0, -(-(limit - before) // after.added))
-
-    def _compared(self, condition: str) -> "tuple[int, int] | None":
-        """Which element of the loop's tuple must stay below which number."""
-        computation, bound = self.computations[condition], dict[int, _Scalar]()
-        instruction = computation.instructions[computation.root]
-        if instruction.op == "fusion":
-            bound = self._bound(condition, instruction, bound)
-            condition = _called(instruction)[0]
-            computation = self.computations[condition]
-            instruction = computation.instructions[computation.root]
-        if instruction.op != "compare" or not re.search(r"direction=(LT|NE)\b", instruction.rest):
+        limit = self._integer(condition, compare.operands[1])
+        start, step = self._start(name, loop, index), self._step(body, index)
+        if limit is None or start is None or step is None or step <= 0:
             return None
-        left, right = (self._scalar(condition, operand, bound) for operand in instruction.operands)
-        return (
-            (left.element, right) if isinstance(left, _Counter) and left.added == 0 and isinstance(right, int) else None
-        )
+        return max(0, -(-(limit - start) // step))
 
-    def _bound(self, name: str, fusion: Instruction, bound: "Mapping[int, _Scalar]") -> "dict[int, _Scalar]":
-        return {place: self._scalar(name, operand, bound) for place, operand in enumerate(fusion.operands)}
+    def _source(self, name: str, operand: str) -> Instruction:
+        """The instruction that computes an operand; copies of it are skipped."""
+        instructions = self.computations[name].instructions
+        instruction = instructions[operand]
+        while instruction.op == "copy":
+            instruction = instructions[instruction.operands[0]]
+        return instruction
 
-    def _element(self, name: str, of: str, index: int, bound: "Mapping[int, _Scalar]") -> "_Scalar":
-        """One element of a tuple."""
-        instruction = self.computations[name].instructions[of]
-        if instruction.op == "tuple":
-            return self._scalar(name, instruction.operands[index], bound)
-        if instruction.op == "parameter":
-            return _Counter(index, 0)
-        if instruction.op == "fusion":
-            called = _called(instruction)[0]
-            return self._element(called, self.computations[called].root, index, self._bound(name, instruction, bound))
-        if instruction.op in ("copy", "optimization-barrier"):
-            return self._element(name, instruction.operands[0], index, bound)
-        return None
-
-    def _scalar(self, name: str, of: str, bound: "Mapping[int, _Scalar]") -> "_Scalar":
-        """A scalar as a number, or as an element of the loop's tuple plus a number; None where it is neither."""
-        instruction = self.computations[name].instructions[of]
-        operands = instruction.operands
-        if not re.match(r"[su]\d+\[\]", instruction.shape):
+    def _counter_index(self, name: str, operand: str) -> int | None:
+        """The index of an operand in the loop's tuple; None where it is not an element of it."""
+        instruction = self._source(name, operand)
+        if instruction.op != "get-tuple-element" or self._source(name, instruction.operands[0]).op != "parameter":
             return None
-        match instruction.op:
-            case "constant":
-                return int(operands[0])
-            case "parameter":
-                return bound.get(int(operands[0]))
-            case "get-tuple-element":
-                return self._element(name, operands[0], int(_attribute("index", instruction)), bound)
-            case "copy" | "bitcast" | "convert" | "copy-done":
-                return self._scalar(name, operands[0], bound)
-            case "copy-start":
-                return self._scalar(name, operands[0], bound)
-            case "add":
-                return _sum(*(self._scalar(name, operand, bound) for operand in operands))
-            case "fusion":
-                called = _called(instruction)[0]
-                return self._scalar(called, self.computations[called].root, self._bound(name, instruction, bound))
-        return None
+        return int(_attribute("index", instruction))
+
+    def _start(self, name: str, loop: Instruction, index: int) -> int | None:
+        """The counter's value before the loop."""
+        values = self._source(name, loop.operands[0])
+        return self._integer(name, values.operands[index]) if values.op == "tuple" else None
+
+    def _step(self, body: str, index: int) -> int | None:
+        """What one iteration adds to the counter."""
+        values = self._source(body, self.computations[body].root)
+        if values.op != "tuple":
+            return None
+        add = self._source(body, values.operands[index])
+        if add.op != "add":
+            return None
+        steps = [
+            self._integer(body, operand) for operand in add.operands if self._counter_index(body, operand) != index
+        ]
+        return steps[0] if len(steps) == 1 else None
+
+    def _integer(self, name: str, operand: str) -> int | None:
+        """The value of a constant integer scalar."""
+        instruction = self._source(name, operand)
+        constant = instruction.op == "constant" and re.match(r"[su]\d+\[\]", instruction.shape)
+        return int(instruction.operands[0]) if constant else None
 
 
-class _Counter(NamedTuple):
-    """An element of the tuple that a loop carries, plus `added`."""
-
-    element: int
-    added: int
-
-
-_Scalar = int | _Counter | None
-
-
-def _sum(left: _Scalar, right: _Scalar) -> _Scalar:
-    match left, right:
-        case (int(), int()):
-            return left + right
-        case (_Counter(element, added), int()):
-            return _Counter(element, added + right)
-        case (int(), _Counter(element, added)):
-            return _Counter(element, added + left)
-    return None
-
-
-def _instruction(name: str, text: str) -> Instruction:
+def _parse_instruction(name: str, text: str) -> Instruction:
     end = _closing(text) if text.startswith("(") else text.index(" ")
     shape, text = text[:end], text[end:].lstrip()
     op, _, text = text.partition("(")
@@ -199,17 +170,17 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Behind the parenthesis that closes the first one."""
+    """The index just after the parenthesis that closes the first one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
             return place + 1
-    raise ValueError(f"HLO with an open parenthesis: {text[:200]}")
+    raise ValueError(f"HLO with an unclosed parenthesis: {text[:200]}")
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside brackets."""
+    """Split at the commas that are outside brackets."""
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
@@ -220,19 +191,22 @@ def _split(text: str) -> list[str]:
 
 
 def _called(instruction: Instruction) -> list[str]:
-    listed = [name.strip().lstrip("%") for names in _LISTED.findall(instruction.rest) for name in names.split(",")]
-    return _CALLED.findall(instruction.rest) + [name for name in listed if name]
+    """Names of the computations that an instruction calls."""
+    listed = [
+        name.strip().lstrip("%") for names in _CALLEES.findall(instruction.attributes) for name in names.split(",")
+    ]
+    return _CALLEE.findall(instruction.attributes) + [name for name in listed if name]
 
 
 def _attribute(name: str, instruction: Instruction) -> str:
-    found = re.search(rf"\b{name}=(\w+)", instruction.rest)
+    found = re.search(rf"\b{name}=(\w+)", instruction.attributes)
     if not found:
-        raise ValueError(f"HLO without {name}=: {instruction.op}{instruction.rest[:200]}")
+        raise ValueError(f"HLO without {name}=: {instruction.op}{instruction.attributes[:200]}")
     return found[1]
 
 
 def array_bytes(shape: str) -> int:
-    """Bytes of all arrays in a shape, such as `(f32[2,3]{1,0}, s8[4])`: 28."""
+    """Total bytes of the arrays in a shape: 28 for `(f32[2,3]{1,0}, s8[4])`."""
     return (
         sum(_bits(kind) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in _ARRAY.findall(shape))
         // 8
@@ -244,7 +218,7 @@ def _bits(kind: str) -> int:
     return _BITS.get(kind) or (int(number[0]) if number else 0)
 
 
-# Bytes sent by one device of a group of n, of a result of b bytes.
+# Bytes that one device sends, in a group of n devices whose collective has a result of b bytes.
 _SENT: dict[str, Callable[[float, int], float]] = {
     "all-gather": lambda b, n: b * (n - 1) / n,
     "all-reduce": lambda b, n: 2 * b * (n - 1) / n,
@@ -255,44 +229,46 @@ _SENT: dict[str, Callable[[float, int], float]] = {
 
 
 def collectives(module: Module) -> Collectives:
-    """Collectives of one run of a program by kind, those in loops as often as the loops turn.
+    """The collectives of one execution of a program by kind; one in a loop counts once per iteration.
 
-    A collective that is split into a start and a done counts once. TPU programs hold the collectives that run beside
-    other work in several fusions each, of which one starts them; and a reduce-scatter as an all-reduce in a fusion of
-    that name.
+    A collective that is split into a start and a done counts once. TPU programs split a collective that overlaps with
+    other work over several fusions, one of which starts it, and write a reduce-scatter as an all-reduce in a fusion
+    named `all-reduce-scatter`.
     """
     counts, sent = Counter(), Counter()
-    unread = 0
+    uncounted_loops = 0
     for name, instruction in module.instructions():
         kind = instruction.op.removesuffix("-start")
-        if kind not in KINDS or not module.times[name] or _continues(instruction, module.computations[name]):
+        if kind not in COLLECTIVE_KINDS or not module.times[name] or _continues(instruction, module.computations[name]):
             continue
-        size = array_bytes(_result(instruction))
-        group = _group_size(instruction.rest, module.devices)
+        size = array_bytes(_result_shape(instruction))
+        group = _group_size(instruction.attributes, module.devices)
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             kind, size = "reduce-scatter", size // group
         if group > 1:
             counts[kind] += module.times[name]
             sent[kind] += round(module.times[name] * _SENT[kind](size, group))
-            unread += name in module.unread_loops
-    return Collectives({kind: Traffic(counts[kind], sent[kind]) for kind in KINDS if counts[kind]}, unread)
+            uncounted_loops += name in module.unread_loops
+    return Collectives(
+        {kind: Traffic(counts[kind], sent[kind]) for kind in COLLECTIVE_KINDS if counts[kind]}, uncounted_loops
+    )
 
 
 def _continues(instruction: Instruction, computation: Computation) -> bool:
-    """Whether this is one of the fusions that go on with a collective which another one started."""
-    starts = any('custom_call_target="AsyncCollectiveStart"' in x.rest for x in computation.instructions.values())
-    return "chain_id=" in instruction.rest and not starts
+    """Whether this instruction continues a collective that another fusion started."""
+    starts = any('custom_call_target="AsyncCollectiveStart"' in x.attributes for x in computation.instructions.values())
+    return "chain_id=" in instruction.attributes and not starts
 
 
-def _result(instruction: Instruction) -> str:
-    """The shape of what a collective makes; that of a start may hold operands and tokens too."""
+def _result_shape(instruction: Instruction) -> str:
+    """The shape of a collective's result; the shape of a start may also list operands and tokens."""
     if instruction.op in ("all-gather-start", "collective-permute-start") or instruction.shape.startswith("(("):
         return _split(instruction.shape[1:-1])[1]
     return instruction.shape
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """How many devices take part together; of a permutation, how many there are."""
+    """The number of devices in each group of a collective; for a permutation, the number of all devices."""
     if "source_target_pairs=" in attributes:
         return devices
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):

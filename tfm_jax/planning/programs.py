@@ -1,4 +1,4 @@
-"""The programs that a run compiles, from a configuration alone: shapes and shardings stand for weights and clips."""
+"""Lowers the programs of a run from its configuration alone: arguments are shapes and shardings, without values."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, token_gri
 
 @section
 class TrainPlan:
-    """What decides the training step."""
+    """The sections of a configuration that determine the training step."""
 
     model: configs.ModelConfig
     clip: configs.ClipConfig
@@ -39,7 +39,7 @@ class TrainPlan:
 
 @section
 class SamplePlan:
-    """What decides the program of a sampling step: of the base where `sampling.lora` is null, else with adapters."""
+    """The sections of a configuration that determine a sampling step, with adapters unless `sampling.lora` is null."""
 
     model: configs.ModelConfig
     clip: configs.ClipConfig
@@ -49,43 +49,43 @@ class SamplePlan:
 
 
 @functools.cache
-def network(model: configs.ModelConfig) -> TransformerConfig:
-    """The transformer of a configuration; where its weights are not here, with the width of text of all Wan2.1-T2V."""
+def transformer_config(model: configs.ModelConfig) -> TransformerConfig:
+    """The transformer of a configuration. Its text width is read from the weights; without them it is Wan2.1-T2V's."""
     found = layouts.find_any(model.path, layouts.TRANSFORMER) if model.path.is_dir() else None
     config = TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
     return dataclasses.replace(config, text_dim=found.config.text_dim) if found else config
 
 
 def latent_shape(run: TrainPlan | SamplePlan) -> tuple[int, int, int, int]:
-    """Frames, height, width and channels of a clip's latents."""
-    return *run.clip.latent_size, network(run.model).channels
+    """Frames, height, width and channels of the latents of one clip."""
+    return *run.clip.latent_size, transformer_config(run.model).channels
 
 
-def tokens(run: TrainPlan | SamplePlan) -> int:
-    """Of a clip."""
+def num_tokens(run: TrainPlan | SamplePlan) -> int:
+    """The number of video tokens of one clip."""
     return math.prod(token_grid(latent_shape(run)))
 
 
-def clips(run: TrainPlan | SamplePlan, mesh: Mesh) -> int:
-    """That one call of the program handles."""
+def num_clips(run: TrainPlan | SamplePlan, mesh: Mesh) -> int:
+    """The number of clips in one call of the program: when sampling, one per shard of the batch."""
     return run.train.batch_size if isinstance(run, TrainPlan) else num_shards("batch", mesh)
 
 
-def check(run: TrainPlan | SamplePlan, mesh: Mesh | AbstractMesh) -> None:
-    """Raise InputError where the mesh cannot split the model, the clip or the batch."""
+def check_mesh(run: TrainPlan | SamplePlan, mesh: Mesh | AbstractMesh) -> None:
+    """Raise InputError if the mesh cannot split the model, the clip or the batch."""
     if isinstance(run, TrainPlan):
         check_batch(run.train.batch_size, mesh)
-    check_split(run.model.heads, tokens(run), mesh)
+    check_split(run.model.heads, num_tokens(run), mesh)
 
 
 def lower(run: TrainPlan | SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
-    """The program for the devices of a mesh, and the bytes of its arguments on each of them.
+    """The lowered program, and the bytes of its arguments per device.
 
     Raises:
-        InputError: as `check`, or the mesh cannot split a parameter.
+        InputError: the mesh cannot split the model, the clip, the batch or a parameter.
     """
-    check(run, mesh)
-    return _training_step(run, mesh) if isinstance(run, TrainPlan) else _sampling(run, mesh)
+    check_mesh(run, mesh)
+    return _training_step(run, mesh) if isinstance(run, TrainPlan) else _sampling_step(run, mesh)
 
 
 def _training_step(run: TrainPlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
@@ -95,37 +95,40 @@ def _training_step(run: TrainPlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]
     optimizer = make_optimizer(run.optimizer)
     state, placement = _initial_state(lora, optimizer, mesh)
     step: Any = make_step(graph, optimizer, run.objective, run.train.seed, placement, run.train.remat)
-    clips, text_dim = run.train.batch_size, network(run.model).text_dim
-    batch = Batch(_rows((clips, *latent_shape(run)), mesh), _rows((clips, TEXT_LENGTH, text_dim), mesh))
-    args = (_placed(state, placement), _placed(frozen, shardings(frozen, mesh)), batch)
+    clips, text_dim = run.train.batch_size, transformer_config(run.model).text_dim
+    batch = Batch(
+        _abstract_batch((clips, *latent_shape(run)), mesh), _abstract_batch((clips, TEXT_LENGTH, text_dim), mesh)
+    )
+    args = (_with_shardings(state, placement), _with_shardings(frozen, shardings(frozen, mesh)), batch)
     with jax.set_mesh(mesh):
-        return step.lower(*args), _bytes(args)
+        return step.lower(*args), _bytes_per_device(args)
 
 
-def _sampling(run: SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
+def _sampling_step(run: SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
     settings = run.sampling
     model = _abstract_model(run.model)
     if settings.lora:
         attach_lora(model, run.lora)
     graph, state = nnx.split(model)
-    model = nnx.merge(graph, _placed(state, shardings(state, mesh)))
-    videos, text_dim = num_shards("batch", mesh), network(run.model).text_dim
-    text = _rows((videos, TEXT_LENGTH, text_dim), mesh)
+    model = nnx.merge(graph, _with_shardings(state, shardings(state, mesh)))
+    videos, text_dim = num_shards("batch", mesh), transformer_config(run.model).text_dim
+    text = _abstract_batch((videos, TEXT_LENGTH, text_dim), mesh)
     sigma = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-    args = (model, _rows((videos, *latent_shape(run)), mesh), sigma, text, text)
+    args = (model, _abstract_batch((videos, *latent_shape(run)), mesh), sigma, text, text)
     program: Any = guided_velocity
     with jax.set_mesh(mesh):
-        return program.lower(*args, guidance=settings.guidance), _bytes(args)
+        return program.lower(*args, guidance=settings.guidance), _bytes_per_device(args)
 
 
 def _abstract_model(model: configs.ModelConfig) -> WanTransformer:
-    return layouts.abstract(layouts.TRANSFORMER, network(model), jnp.dtype(model.dtype))  # pyright: ignore
+    return layouts.abstract(layouts.TRANSFORMER, transformer_config(model), jnp.dtype(model.dtype))  # pyright: ignore
 
 
 def _initial_state(
     lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-    placements = []
+    """Shapes of the state before the first step, and its shardings."""
+    placements = []  # eval_shape returns arrays only, not shardings
 
     def init(lora: nnx.State) -> TrainState:
         state, placement = init_state(lora, optimizer, mesh)
@@ -135,14 +138,15 @@ def _initial_state(
     return jax.eval_shape(init, lora), placements[0]
 
 
-def _rows(shape: tuple[int, ...], mesh: Mesh) -> Any:
+def _abstract_batch(shape: tuple[int, ...], mesh: Mesh) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
 
 
-def _placed(shapes: Any, where: Any) -> Any:
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where)
+def _with_shardings(shapes: Any, placement: Any) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, placement
+    )
 
 
-def _bytes(args: Any) -> int:
-    """On each device."""
+def _bytes_per_device(args: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(args))

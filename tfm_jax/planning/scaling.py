@@ -1,8 +1,7 @@
-"""What fits where: the plans of both models on many machines, as one document with one picture.
+"""Plans of both models on many machines, written as docs/scaling.md with one figure.
 
-Every program is compiled by a process of its own, and its plan is kept in a file: a maker that was interrupted
-goes on where it was. The file does not know which code and compiler it comes from: after a change of either,
-begin a new one.
+A separate process compiles each program, and its plan is saved in a file, so that an interrupted run continues where it
+stopped. The file does not record the version of the code or the compiler: after a change of either, start a new one.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ from tfm_jax.sharding import MESH_AXES
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"1.3B": "configs/wan2.1_t2v_1.3b.yaml", "14B": "configs/wan2.1_t2v_14b.yaml"}
-CLIPS = {"480p": (480, 832), "720p": (720, 1280)}
+RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280)}
 MACHINES = {
     "v5e-8": "v5e:2x4",
     "v5e-16": "v5e:4x4",
@@ -43,18 +42,25 @@ MACHINES = {
     "4 x A100 80 GB": "a100:4",
     "4 x H100 80 GB": "h100:4",
 }
-"""As they are rented -> topology. Google counts the cores of v5p, two a chip, in such a name."""
+"""Name of a rented machine -> topology. Names of v5p slices count cores, of which a chip has two."""
 
-RULE = "operations computed again, fewest first, then bytes that a device sends for a clip"
+SMALL_BATCH, SMALL_MACHINE = 4, 16
+"""The paper's batch size, for machines of up to so many devices; larger machines have one clip per device."""
 
-SMALL_BATCH, SMALL = 4, 16
-"""The paper's batch, on machines of up to so many devices; larger ones have a clip a device."""
-
-GROWING = ("v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16")
+CURVE_TOPOLOGIES = (
+    "v5p:2x2x2",
+    "v5p:2x2x4",
+    "v5p:2x4x4",
+    "v5p:4x4x4",
+    "v5p:4x4x8",
+    "v5p:4x8x8",
+    "v5p:8x8x8",
+    "v5p:8x8x16",
+)
 FIXED_BATCH = 16
 
-POLICIES_ON, POLICIES_MESH = "v5p:2x2x1", "--mesh.sequence=4"
-"""Where even the policy that keeps everything fits: 1.3B at 480p, one clip."""
+REMAT_TOPOLOGY, REMAT_MESH = "v5p:2x2x1", "--mesh.sequence=4"
+"""A topology and a mesh on which every remat policy fits, for one clip of 1.3B at 480p."""
 
 
 class Case(NamedTuple):
@@ -65,15 +71,18 @@ class Case(NamedTuple):
     machine: str
 
 
-Found = Sequence[tuple[Case, Plan | None]]
+Rows = Sequence[tuple[Case, Plan | None]]
 Curves = Mapping[str, Sequence[Plan]]
 
 
-class Scaling:
-    """The plans that there are, and the file they are in.
+class PlanCache:
+    """Plans saved in a file; missing ones are compiled and added.
+
+    Args:
+        compile_missing: False only reads the file.
 
     Raises:
-        InputError: the file holds something else.
+        InputError: the file does not hold plans.
     """
 
     def __init__(self, file: Path, compile_missing: bool = True):
@@ -83,16 +92,18 @@ class Scaling:
             plans = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
             self.plans = {key: Plan.from_json(values) for key, values in plans.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}: not the results of scaling.py ({error!r}); name another --output") from None
+            raise InputError(
+                f"{file}: not a file of plans written by scaling.py ({error!r}); pass another --output"
+            ) from None
 
-    def plan(self, model: str, run: Run, where: Topology) -> Plan:
-        """From the file, else compiled and written there.
+    def plan(self, model: str, run: Run, machine: Topology) -> Plan:
+        """The plan of a run from the file, or else compiled and saved there.
 
         Raises:
-            LookupError: it is not there and is not to be compiled.
-            CompilerError: there is no plan of it.
+            LookupError: the file does not have it, and `compile_missing` is False.
+            CompilerError: the compiler failed.
         """
-        options = _options(run, where)
+        options = _options(run, machine)
         key = " ".join([model, *options])
         if key not in self.plans:
             if not self.compile_missing:
@@ -103,184 +114,192 @@ class Scaling:
 
     def _save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.file.with_name(self.file.name + ".part")
-        whole.write_text(json.dumps({key: plan.as_json() for key, plan in self.plans.items()}), encoding="utf-8")
-        whole.replace(self.file)
+        partial_file = self.file.with_name(self.file.name + ".part")
+        partial_file.write_text(json.dumps({key: plan.as_json() for key, plan in self.plans.items()}), encoding="utf-8")
+        partial_file.replace(self.file)
 
 
-def _options(run: Run, where: Topology) -> list[str]:
+def _options(run: Run, machine: Topology) -> list[str]:
     assert isinstance(run, TrainPlan)
     mesh = [f"--mesh.{axis}={getattr(run.mesh, axis)}" for axis in MESH_AXES]
     clip = [f"--clip.height={run.clip.height}", f"--clip.width={run.clip.width}"]
     train = [f"--train.batch_size={run.train.batch_size}", f"--train.remat={run.train.remat}"]
-    return [f"--topology={where.name}", *mesh, *clip, *train]
+    return [f"--topology={machine.name}", *mesh, *clip, *train]
 
 
 def _compile(file: str, options: Sequence[str]) -> dict:
-    """What scripts/plan.py prints."""
+    """The JSON that scripts/plan.py prints."""
     command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", str(ROOT / file), "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout:
-        raise CompilerError(f"plan.py ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
+        raise CompilerError(f"plan.py exited with code {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
     return json.loads(done.stdout)
 
 
-def rows(scaling: Scaling, tries: int, machines: Iterable[str] = MACHINES) -> Iterator[tuple[Case, Plan | None]]:
-    """For every case the best plan that fits, however tightly, by `RULE`; None where it has not been compiled."""
-    places = {machine: topology(MACHINES[machine]) for machine in machines}  # reports a missing compiler first
-    for machine, where in places.items():
+def best_plans(cache: PlanCache, tries: int, machines: Iterable[str] = MACHINES) -> Iterator[tuple[Case, Plan | None]]:
+    """The best plan of every case, even if it fits tightly; None where none has been compiled."""
+    topologies = {machine: topology(MACHINES[machine]) for machine in machines}  # a missing compiler is reported first
+    for machine, devices in topologies.items():
+        batch = SMALL_BATCH if len(devices.devices) <= SMALL_MACHINE else len(devices.devices)
         for model in MODELS:
-            for clip in CLIPS:
-                run = _run(model, clip, SMALL_BATCH if len(where.devices) <= SMALL else len(where.devices))
+            for clip in RESOLUTIONS:
+                run = _run(model, clip, batch)
                 try:
-                    found = search(run, where, tries, make=partial(scaling.plan, model))
-                    yield Case(model, clip, machine), min(found, key=lambda plan: (plan.recomputed, plan.sent))
+                    plans = search(run, devices, tries, make=partial(cache.plan, model))
+                    best = min(plans, key=lambda plan: (plan.recomputed_flops, plan.bytes_sent))
                 except (LookupError, CompilerError):
-                    yield Case(model, clip, machine), None
+                    best = None
+                yield Case(model, clip, machine), best
 
 
-def growth(scaling: Scaling) -> dict[str, list[Plan]]:
-    """14B at 480p on more and more chips: one clip a chip, weights over 8; and a batch that stays."""
+def scaling_curves(cache: PlanCache) -> dict[str, list[Plan]]:
+    """Plans of 14B at 480p on growing numbers of chips: with one clip per chip, and with a fixed batch size."""
     curves: dict[str, list[Plan]] = {}
-    for shape in GROWING:
-        where = topology(shape)
-        chips = len(where.devices)
-        across = min(chips, FIXED_BATCH)
-        sequence = min(chips // across, 8)
+    for name in CURVE_TOPOLOGIES:
+        machine = topology(name)
+        chips = len(machine.devices)
+        fsdp = min(chips, FIXED_BATCH)
+        sequence = min(chips // fsdp, 8)
+        fixed_batch_mesh = {"fsdp": fsdp, "sequence": sequence, "tensor": chips // fsdp // sequence}
         cases = {
-            "one clip a chip": (chips, {"fsdp": 8}),
-            f"{FIXED_BATCH} clips": (
-                FIXED_BATCH,
-                {"fsdp": across, "sequence": sequence, "tensor": chips // across // sequence},
-            ),
+            "one clip per chip": (chips, {"fsdp": 8}),
+            f"{FIXED_BATCH} clips": (FIXED_BATCH, fixed_batch_mesh),
         }
-        for name, (batch, mesh) in cases.items():
+        for curve, (batch, mesh) in cases.items():
             run = _run("14B", "480p", batch, [f"--mesh.{axis}={size}" for axis, size in mesh.items()])
             with contextlib.suppress(LookupError, CompilerError):
-                curves.setdefault(name, []).append(scaling.plan("14B", run, where))
+                curves.setdefault(curve, []).append(cache.plan("14B", run, machine))
     return curves
 
 
-def policies(scaling: Scaling) -> list[Plan]:
-    """Of one program with every remat policy."""
-    where, plans = topology(POLICIES_ON), []
+def remat_plans(cache: PlanCache) -> list[Plan]:
+    """Plans of one program with every remat policy."""
+    machine, plans = topology(REMAT_TOPOLOGY), []
     for remat in get_args(Remat):
         with contextlib.suppress(LookupError, CompilerError):
-            run = _run("1.3B", "480p", 1, [POLICIES_MESH, f"--train.remat={remat}"])
-            plans.append(scaling.plan("1.3B", run, where))
+            run = _run("1.3B", "480p", 1, [REMAT_MESH, f"--train.remat={remat}"])
+            plans.append(cache.plan("1.3B", run, machine))
     return plans
 
 
-def _run(model: str, clip: str, batch: int, more: Sequence[str] = ()) -> TrainPlan:
-    height, width = CLIPS[clip]
-    fields = [f"--clip.height={height}", f"--clip.width={width}", f"--train.batch_size={batch}", *more]
+def _run(model: str, clip: str, batch: int, extra: Sequence[str] = ()) -> TrainPlan:
+    height, width = RESOLUTIONS[clip]
+    fields = [f"--clip.height={height}", f"--clip.width={width}", f"--train.batch_size={batch}", *extra]
     return config.parse(TrainPlan, ["--config", str(ROOT / MODELS[model]), *fields], "scaling.py", "")
 
 
-def write_document(found: Found, levers: Sequence[Plan], curves: Curves, docs: Path, command: str) -> Path:
-    """docs/scaling.md and docs/scaling.png."""
+def write_document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, docs: Path, command: str) -> Path:
+    """Write scaling.md and scaling.png to `docs`; returns the path of the page."""
     docs.mkdir(parents=True, exist_ok=True)
     draw(curves, docs / "scaling.png")
     file = docs / "scaling.md"
-    file.write_text(_document(found, levers, curves, command), encoding="utf-8")
+    file.write_text(_document(rows, by_policy, curves, command), encoding="utf-8")
     return file
 
 
-COLUMNS = ("machine", "model", "clip", "batch", "data x fsdp x sequence x tensor", "remat", "GiB of a device",
-           "GiB over", "PFLOP", "again", "GiB sent", "CPU s")  # fmt: skip
+COLUMNS = ("machine", "model", "clip", "batch", "data x fsdp x sequence x tensor", "remat", "GiB per device",
+           "GiB over", "PFLOP", "recomputed PFLOP", "GiB sent", "CPU s")  # fmt: skip
 
-LEVERS = ("remat", "GiB of a device", "GiB of the host", "PFLOP again")
+REMAT_COLUMNS = ("remat", "GiB per device", "GiB on the host", "recomputed PFLOP")
 
 PAGE = """\
 # What fits where
 
-Compiled, not run: every row is the training step of `scripts/train.py`, compiled for chips that were not there. LoRA of
-rank 32 on all maps, 81 frames, AdamW, bfloat16 weights. No step time follows from this, and none is told.
+Every row is the training step of `scripts/train.py`: LoRA of rank 32 on all linear layers, 81 frames, AdamW, bfloat16
+weights. The step was compiled without the hardware and not run, so there are no step times. This command makes the
+page, and continues if it was interrupted:
 
     {command}
 
-makes this page; it goes on where it was interrupted. A row by itself is `scripts/plan.py` with the mesh and the policy
-that stand in it:
+To compile a single row, pass its mesh and its policy to `scripts/plan.py`:
 
     python scripts/plan.py --config configs/wan2.1_t2v_14b.yaml --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4 \\
         --train.remat=attention
 
-Shown is the best of the meshes and remat policies tried that fits, or else the one that lacks least, by {rule}.
+Of the meshes and remat policies tried, a row shows the plan that fits with the fewest recomputed operations, then the
+fewest bytes sent per device and clip. If none fits, it shows the plan closest to fitting.
 
-- GiB of a device: what the program needs, of what there is. A device is a chip; tpu7x has two a chip.
-- PFLOP: products of forward and backward pass, over all devices. Again: what the remat policy adds.
-- GiB sent: by one device in a step.
-- CPU s: what compiling took.
-- GPUs: an estimate. XLA tunes its kernels and asks cuDNN for its workspace only where a GPU is; and JAX takes 3/4 of
-  the memory unless XLA_CLIENT_MEM_FRACTION says more.
+- GiB per device: memory needed, of the memory available. A device is a chip, but half a chip on tpu7x.
+- GiB over: memory needed beyond the memory available.
+- PFLOP: matrix products of the forward and backward pass, over all devices.
+- recomputed PFLOP: what the remat policy adds.
+- GiB sent: by each device in a step.
+- CPU s: CPU time of compiling.
+- The memory of GPUs is an estimate: without a GPU, XLA neither tunes its kernels nor asks cuDNN for its workspace.
+  JAX uses 3/4 of a GPU's memory unless XLA_CLIENT_MEM_FRACTION says otherwise.
 
 {table}
 
-## What to keep for the backward pass
+## What to save for the backward pass
 
-1.3B at 480p, one clip on {where} with {mesh}: what each `train.remat` needs of every chip, and what all chips together
-compute again in a step.
+1.3B at 480p, one clip on {topology} with {mesh}. `train.remat` selects what each block saves for the
+backward pass; the table gives the memory of each chip, and what all chips together recompute in a step.
 
-{levers}
+{by_policy}
 
-## More and more chips
+## Scaling with the number of chips
 
-14B at 480p on v5p, remat=full: one clip a chip (fsdp=8, the rest data), and {batch} clips in all (fsdp up to {batch},
-then sequence up to 8, then tensor).
+14B at 480p on v5p with remat=full: first one clip per chip (fsdp=8, the rest data), then {batch} clips in all (fsdp up
+to {batch}, then sequence up to 8, then tensor).
 
-![Memory and bytes sent of a chip, as chips grow](scaling.png)
+![Memory per chip and bytes sent per chip, over the number of chips](scaling.png)
 
-{growth}
+{curves}
 """
 
 
-def _document(found: Found, levers: Sequence[Plan], curves: Curves, command: str) -> str:
+def _document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, command: str) -> str:
     plans = [plan for curve in curves.values() for plan in curve]
     return PAGE.format(
         command=command,
-        rule=RULE,
         batch=FIXED_BATCH,
-        where=POLICIES_ON,
-        mesh=POLICIES_MESH.removeprefix("--"),
-        table=table(COLUMNS, (_cells(case, plan) for case, plan in found)),
-        levers=table(LEVERS, map(_lever, levers)),
-        growth=table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), ((str(p.chips), *_facts(p)) for p in plans)),
+        topology=REMAT_TOPOLOGY,
+        mesh=REMAT_MESH.removeprefix("--"),
+        table=table(COLUMNS, (_row(case, plan) for case, plan in rows)),
+        by_policy=table(REMAT_COLUMNS, map(_policy_row, by_policy)),
+        curves=table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), map(_curve_row, plans)),
     )
 
 
-def _facts(plan: Plan) -> tuple[str, ...]:
-    mesh = " x ".join(str(plan.mesh[axis]) for axis in MESH_AXES)
-    memory = f"{plan.needed / GIB:.2f} of {plan.available / GIB:.2f}"
-    return str(plan.clips), mesh, str(plan.remat), memory, _sent(plan)
-
-
-def _sent(plan: Plan) -> str:
-    return "-" if plan.collectives is None else f"{plan.sent / GIB:.1f}"
-
-
-def _cells(case: Case, plan: Plan | None) -> tuple[str, ...]:
+def _row(case: Case, plan: Plan | None) -> tuple[str, ...]:
     names = (case.machine, case.model, case.clip)
     if plan is None:
         return (*names, *("not compiled",) * (len(COLUMNS) - len(names)))
-    *facts, sent = _facts(plan)
-    over = "fits" if plan.fits else f"{plan.over / GIB:.2f}"
-    model = (plan.flops["forward"] + plan.flops["backward"]) / 1e15
-    return (*names, *facts, over, f"{model:.1f}", f"{plan.recomputed / 1e15:.1f}", sent, f"{plan.cpu_seconds:.0f}")
+    excess = "fits" if plan.fits else f"{plan.excess / GIB:.2f}"
+    flops = (plan.flops["forward"] + plan.flops["backward"]) / 1e15
+    recomputed = plan.recomputed_flops / 1e15
+    costs = (excess, f"{flops:.1f}", f"{recomputed:.1f}", _gib_sent(plan), f"{plan.cpu_seconds:.0f}")
+    return (*names, *_shared_cells(plan), *costs)
 
 
-def _lever(plan: Plan) -> tuple[str, ...]:
-    host, recomputed = (f"{number:.2f}" for number in ((plan.host or 0) / GIB, plan.recomputed / 1e15))
-    return str(plan.remat), f"{plan.needed / GIB:.2f}", host, recomputed
+def _policy_row(plan: Plan) -> tuple[str, ...]:
+    host, recomputed = (plan.host or 0) / GIB, plan.recomputed_flops / 1e15
+    return str(plan.remat), f"{plan.needed / GIB:.2f}", f"{host:.2f}", f"{recomputed:.2f}"
+
+
+def _curve_row(plan: Plan) -> tuple[str, ...]:
+    return str(plan.chips), *_shared_cells(plan), _gib_sent(plan)
+
+
+def _shared_cells(plan: Plan) -> tuple[str, ...]:
+    """Batch, mesh, remat policy and memory, as `COLUMNS` has them."""
+    mesh = " x ".join(str(plan.mesh[axis]) for axis in MESH_AXES)
+    memory = f"{plan.needed / GIB:.2f} of {plan.available / GIB:.2f}"
+    return str(plan.clips), mesh, str(plan.remat), memory
+
+
+def _gib_sent(plan: Plan) -> str:
+    return "-" if plan.collectives is None else f"{plan.bytes_sent / GIB:.1f}"
 
 
 def draw(curves: Curves, file: Path) -> None:
-    """Memory and bytes sent of a chip over the number of chips."""
+    """Plot memory and bytes sent per chip over the number of chips."""
     figure, (memory, sent) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for name, plans in curves.items():
         chips = [plan.chips for plan in plans]
         memory.plot(chips, [plan.needed / GIB for plan in plans], "o-", label=name)
-        sent.plot(chips, [plan.sent / GIB for plan in plans], "o-", label=name)
-    for axis, title in ((memory, "GiB needed on a chip"), (sent, "GiB sent by a chip in a step")):
+        sent.plot(chips, [plan.bytes_sent / GIB for plan in plans], "o-", label=name)
+    for axis, title in ((memory, "GiB needed per chip"), (sent, "GiB sent per chip and step")):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Meshes and remat policies for a topology: the most promising are compiled, and those that fit are ranked."""
+"""Searches for a mesh and a remat policy: compiles the most promising ones and ranks those that fit."""
 
 import dataclasses
 import itertools
@@ -17,60 +17,60 @@ from tfm_jax.planning.plan import Plan, flops, gib, make_plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.sharding import MESH_AXES, slices_of
 
-RULE = "memory to spare (more than a margin first), then recomputed operations, then bytes that a device sends per clip"
+RULE = "memory margin (plans that fit tightly last), then recomputed operations, then bytes sent per device and clip"
 
-KEPT: dict[Remat, int] = {"none": 60, "attention": 3, "full": 1}
-"""How many activations of a block each policy saves, as found by compiling, from the policy that recomputes least to
-the one that saves least. Offloading is only tried when asked for by name: a compiler cannot tell whether its traffic
-overlaps with the arithmetic."""
+SAVED_ACTIVATIONS: dict[Remat, int] = {"none": 60, "attention": 3, "full": 1}
+"""Activations of size [b s d] that each policy saves per block, measured on compiled programs. The policy that
+recomputes least comes first. Offloading is only tried when requested by name: compiling does not show whether its
+transfers overlap with computation."""
 
-AT_WORK = 25
-"""Activations of the one block that is being computed, as found by compiling."""
+WORKING_ACTIVATIONS = 25
+"""Activations of the one block that is being computed, measured on compiled programs."""
 
-HOPELESS = 2
-"""A policy is not compiled where the rough estimate of its memory exceeds the device's this many times."""
+MAX_OVERESTIMATE = 2
+"""A policy is not compiled if the rough estimate of its memory exceeds the device's memory by more than this factor."""
 
 Run = TrainPlan | SamplePlan
 
 
 class Candidate(NamedTuple):
-    """A mesh, and what decides how early it is compiled. All numbers are rough."""
+    """A mesh, with the rough estimates that decide in which order meshes are compiled."""
 
     mesh: MeshConfig
     arguments: int
-    """Bytes of the frozen weights on a device."""
+    """Bytes of the frozen weights per device."""
     memory: tuple[int, ...]
-    """Bytes on a device, by policy."""
-    sent: int
-    """Bytes that a device sends for a clip."""
+    """Bytes needed per device, in the order of `SAVED_ACTIVATIONS`."""
+    bytes_sent: int
+    """Bytes sent per device and clip."""
 
-    def order(self, available: int) -> tuple[int, int, int]:
-        """Sorts meshes by the first policy whose memory seems to fit, then by what they send. Meshes on which no policy
-        seems to fit come last, by their memory."""
+    def sort_key(self, available: int) -> tuple[int, int, int]:
+        """Sorts meshes by the first policy that is estimated to fit, then by the bytes sent. Meshes on which no policy
+        is estimated to fit come last, by memory."""
         fitting = [place for place, memory in enumerate(self.memory) if memory < available]
-        return (fitting[0], 0, self.sent) if fitting else (len(self.memory), self.memory[-1], self.sent)
+        return (fitting[0], 0, self.bytes_sent) if fitting else (len(self.memory), self.memory[-1], self.bytes_sent)
 
 
 def search(
     run: Run,
     topology: Topology,
     tries: int,
-    policies: Sequence[Remat] = tuple(KEPT),
+    policies: Sequence[Remat] = tuple(SAVED_ACTIVATIONS),
     make: Callable[[Run, Topology], Plan] = make_plan,
 ) -> list[Plan]:
     """The plans that fit, best first by `RULE`; if none fits, the plan closest to fitting.
 
-    For each mesh the policies are compiled in order, up to the first that fits; a policy that recomputes more than the
-    best plan so far, or that is hopeless by a rough estimate, is left out. Progress is printed on the error stream.
+    For each mesh the policies are compiled in order up to the first that fits. Policies are skipped if they recompute
+    more than the best plan so far, or need far too much memory by a rough estimate. Progress is printed to stderr.
 
     Args:
-        tries: the largest number of meshes to compile, the most promising first.
-        policies: remat policies to try, from the one that recomputes least.
+        tries: maximum number of meshes to compile, the most promising first.
+        policies: remat policies to try, the one that recomputes least first.
         make: compiles a program.
 
     Raises:
         InputError: no mesh of these devices can split the model, the clip and the batch.
-        CompilerError: the compiler failed on all of them.
+        CompilerError: the compiler failed on every mesh.
     """
     if tries < 1:
         raise InputError(f"--search={tries}: expected the number of meshes to compile, 1 or more")
@@ -80,8 +80,8 @@ def search(
     plans: list[Plan] = []
     for number, candidate in enumerate(found[:tries], 1):
         for variant in _variants(run, candidate, policies, topology.memory):
-            best = min((plan.recomputed for plan in plans if plan.fits and not plan.tight), default=math.inf)
-            if _recomputed(variant, topology) > best:
+            best = min((plan.recomputed_flops for plan in plans if plan.fits and not plan.tight), default=math.inf)
+            if _recomputed_flops(variant, topology) > best:
                 break
             name = f"{number}/{count} {_name(variant)}"
             _report(f"{name}: compiling, which can take minutes")
@@ -90,7 +90,7 @@ def search(
             except CompilerError as error:
                 _report(f"{name}: {error}")
                 continue
-            room = f"{gib(-plan.over)} to spare" if plan.fits else f"{gib(plan.over)} over"
+            room = f"{gib(-plan.excess)} to spare" if plan.fits else f"{gib(plan.excess)} over"
             _report(f"{name}: {room}, compiled in {plan.compile_seconds:.0f} s")
             plans.append(plan)
             if plan.fits and not plan.tight:
@@ -98,25 +98,25 @@ def search(
     if not plans:
         raise CompilerError(f"the compiler failed on every mesh for {topology.name}")
     fitting = [plan for plan in plans if plan.fits]
-    return sorted(fitting, key=lambda plan: (plan.tight, plan.recomputed, plan.sent / plan.clips)) or [
-        min(plans, key=lambda plan: plan.over)
+    return sorted(fitting, key=lambda plan: (plan.tight, plan.recomputed_flops, plan.bytes_sent / plan.clips)) or [
+        min(plans, key=lambda plan: plan.excess)
     ]
 
 
 def candidates(run: Run, topology: Topology) -> list[Candidate]:
-    """Meshes that split everything evenly and hold the weights, the most promising first.
+    """Meshes that split model, clip and batch evenly and whose devices can hold the weights, the most promising first.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such mesh.
     """
     found, slices = [], slices_of(topology.devices)
     for sizes in _factors(len(topology.devices), len(MESH_AXES)):
         mesh = MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True)))
         try:
-            programs.check(run, AbstractMesh(sizes, MESH_AXES))
+            programs.check_mesh(run, AbstractMesh(sizes, MESH_AXES))
         except InputError:
             continue
-        candidate = _rate(run, mesh)
+        candidate = _estimate(run, mesh)
         divides = run.model.dim % (mesh.fsdp * mesh.sequence) == run.model.ffn_dim % mesh.tensor == 0
         if divides and mesh.data % slices == 0 and candidate.arguments < topology.memory:
             found.append(candidate)
@@ -125,54 +125,54 @@ def candidates(run: Run, topology: Topology) -> list[Candidate]:
         batch = f"a batch of {run.train.batch_size}, " if isinstance(run, TrainPlan) else ""
         raise InputError(
             f"--topology={topology.name}: no mesh of {devices} holds the weights and splits {batch}{run.model.heads} "
-            f"heads and {programs.tokens(run)} tokens; expected more devices, or another train.batch_size"
+            f"heads and {programs.num_tokens(run)} tokens; expected more devices, or another train.batch_size"
         )
-    return sorted(found, key=lambda candidate: candidate.order(topology.memory))
+    return sorted(found, key=lambda candidate: candidate.sort_key(topology.memory))
 
 
 def _variants(run: Run, candidate: Candidate, policies: Sequence[Remat], available: int) -> Iterator[Run]:
-    """The program on the candidate's mesh, once for each policy that is worth compiling; at least the last one is."""
+    """The program on the candidate's mesh, once per policy that may fit; the last policy is always among them."""
     run = dataclasses.replace(run, mesh=candidate.mesh)
     if isinstance(run, SamplePlan):
         yield run
         return
-    estimates = dict(zip(KEPT, candidate.memory, strict=True))
+    estimates = dict(zip(SAVED_ACTIVATIONS, candidate.memory, strict=True))
     for remat in policies:
-        if remat == policies[-1] or estimates.get(remat, 0) <= HOPELESS * available:
+        if remat == policies[-1] or estimates.get(remat, 0) <= MAX_OVERESTIMATE * available:
             yield dataclasses.replace(run, train=dataclasses.replace(run.train, remat=remat))
 
 
-def _recomputed(run: Run, topology: Topology) -> int:
+def _recomputed_flops(run: Run, topology: Topology) -> int:
     return flops(run, topology, run.train.batch_size)["recomputed"] if isinstance(run, TrainPlan) else 0
 
 
-def _rate(run: Run, mesh: MeshConfig) -> Candidate:
-    """Layers trade activations along `sequence` and sum them along `tensor`.
+def _estimate(run: Run, mesh: MeshConfig) -> Candidate:
+    """Estimate the memory and communication of a mesh.
 
-    A step gathers the weights for the forward pass and for the backward pass, which uses them to recompute too; the
-    activations travel in all three.
+    Layers exchange activations along `sequence` and sum them along `tensor`, in the forward pass, the recomputation and
+    the backward pass. The weights are gathered twice: the recomputation shares a gather with the backward pass.
     """
     model = run.model
     width = 2 if model.dtype == "bfloat16" else 4
     weights = width * model.layers * (8 * model.dim**2 + 2 * model.dim * model.ffn_dim) / mesh.tensor
-    shares = mesh.fsdp * mesh.sequence
+    shards = mesh.fsdp * mesh.sequence
     batch = run.train.batch_size if isinstance(run, TrainPlan) else mesh.data * mesh.fsdp
-    tokens = batch / (mesh.data * mesh.fsdp) * programs.tokens(run) / mesh.sequence
+    tokens = batch / (mesh.data * mesh.fsdp) * programs.num_tokens(run) / mesh.sequence
     activation = width * tokens * model.dim
     if isinstance(run, TrainPlan):
-        gathers, passes, kept = 2, 3, [blocks * model.layers for blocks in KEPT.values()]
+        gathers, passes, saved = 2, 3, [per_block * model.layers for per_block in SAVED_ACTIVATIONS.values()]
     else:
-        gathers, passes, kept = 1, 1, [0]
+        gathers, passes, saved = 1, 1, [0]
     ring = model.heads // mesh.tensor % mesh.sequence != 0
-    trades = 2 * (mesh.sequence - 1) if ring else 4 * (1 - 1 / mesh.sequence)
-    traded = model.layers * activation * (trades / mesh.tensor + 3 * 2 * (1 - 1 / mesh.tensor))
-    sent = gathers * weights * (1 - 1 / shares) + passes * traded
-    memory = tuple(round(weights / shares + activation * (blocks + AT_WORK)) for blocks in kept)
-    return Candidate(mesh, round(weights / shares), memory, round(sent / batch))
+    exchanges = 2 * (mesh.sequence - 1) if ring else 4 * (1 - 1 / mesh.sequence)
+    exchanged = model.layers * activation * (exchanges / mesh.tensor + 3 * 2 * (1 - 1 / mesh.tensor))
+    sent = gathers * weights * (1 - 1 / shards) + passes * exchanged
+    memory = tuple(round(weights / shards + activation * (count + WORKING_ACTIVATIONS)) for count in saved)
+    return Candidate(mesh, round(weights / shards), memory, round(sent / batch))
 
 
 def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as an ordered product."""
+    """All ways to write a number as an ordered product of `parts` factors."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     for sizes in itertools.product(divisors, repeat=parts - 1):
         if number % math.prod(sizes) == 0:

@@ -1,0 +1,34 @@
+"""The 14B model at the size of the paper compiles for TPUs: 480 x 832 x 81, rank 32. Needs the TPU compiler."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import ROOT
+
+from tfm_jax.planning.plan import Plan
+
+
+def plan_of_14b(*options):
+    """The plan that scripts/plan.py prints for the configuration of 14B."""
+    file = str(ROOT / "configs/wan2.1_t2v_14b.yaml")
+    command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", file, *options, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Plan.from_json(json.loads(done.stdout))
+
+
+def test_14b_compiles_for_a_pod_within_5_minutes_of_two_cores_and_8_gb():
+    found = plan_of_14b("--topology=v5p:4x4x4", "--mesh.fsdp=8", "--train.batch_size=64")
+    assert found.fits
+    assert found.cpu_seconds < 600
+    assert found.compiler_memory < 8e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "sequence"), [("v5e:2x4", 2), ("v5e:4x4", 4), ("v6e:2x4", 2), ("v5p:2x2x1", 1)])
+def test_14b_fits_on_small_machines_with_four_clips(where, sequence):
+    found = plan_of_14b(f"--topology={where}", "--mesh.fsdp=4", f"--mesh.sequence={sequence}")
+    assert found.fits
+    assert (found.clips, found.tokens, found.mesh["sequence"]) == (4, 32760, sequence)

@@ -1,0 +1,57 @@
+"""scripts/plan.py: bad input, help, and the exit code of a program that does not fit. Needs the TPU compiler."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import ROOT
+
+from tfm_jax.planning.chips import GIB
+
+NINE_TOKENS = ("--clip.frames=1", "--clip.height=48", "--clip.width=48")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--topology=v9:2x2"], "--topology=v9:2x2: expected one of"),
+        ([], "--topology is missing; expected one of"),
+        (["--topology=v5e:2x2", "--search", "--mesh.fsdp=2"], "--mesh.fsdp=2: --search chooses the mesh"),
+        (["--topology=v5e:2x2", "--model.heads=7"], "--model.heads=7: expected a divisor of dim=64"),
+        (["--topology=v5e:3x5"], "--topology=v5e:3x5: "),
+        (["--topology=v5e:2x2", "--mesh.fsdp=3"], "mesh.fsdp=3 does not divide the 4 devices"),
+        (["--topology=v5e:2x2", "--mesh.data=3"], "mesh.data=3 x "),
+        (["--topology=v5e:2x4", "--mesh.tensor=8"], "mesh.tensor=8 does not divide the 2 heads"),
+        (
+            ["--topology=v5e:4x4", "--mesh.fsdp=2", "--mesh.sequence=8", *NINE_TOKENS],
+            "mesh.sequence=8 does not divide the 9 tokens",
+        ),
+        (["--topology=v5e:2x2"], "train.batch_size=2: expected a multiple of"),
+    ],
+)
+def test_bad_input_is_one_line(call, tiny_file, options, problem):
+    done = call("plan", "--config", tiny_file, *options)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {problem}")
+    assert done.err.count("\n") == 1
+
+
+def test_help_has_the_options_and_all_fields(call, tiny_file):
+    done = call("plan", "--config", tiny_file, "--help")
+    assert done.code == 0
+    assert "--search" in done.out
+    assert "--mesh.fsdp" in done.out
+
+
+def test_a_step_too_large_exits_with_1_and_the_bytes_over(tiny_file):
+    sizes = ["--model.dim=5120", "--model.ffn_dim=13824", "--model.heads=40", "--model.layers=40"]
+    clip = ["--clip.frames=81", "--clip.height=480", "--clip.width=832", "--model.dtype=bfloat16"]
+    mesh = ["--topology=v5e:2x2", "--mesh.fsdp=2", "--mesh.sequence=2", "--train.batch_size=8"]
+    command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", str(tiny_file), *mesh, *sizes, *clip]
+    environment = {**os.environ, "JAX_PLATFORMS": "tpu"}  # plan.py must not use the one that the shell names
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    over = re.search(r"DOES NOT FIT: ([\d,]+) bytes", done.stdout)
+    assert int(over[1].replace(",", "")) > GIB
