@@ -22,7 +22,7 @@ from tfm_jax.moving_shapes.scene import LAWS, Scene
 from tfm_jax.moving_shapes.world import make_scene, write_clips
 from tfm_jax.video import write_clip
 
-CLIPS = 12
+CLIPS = 16
 
 
 def scene(law: str, number: int = 0, **options) -> Scene:

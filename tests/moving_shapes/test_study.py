@@ -201,7 +201,7 @@ def small(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def findings(small, tmp_path):
-    """A function from effects (metric -> what TFM adds to it) to findings of 3 arms and 5 seeds with invented numbers."""
+    """A function from effects (metric -> what TFM adds to it) to invented findings of 3 arms and 5 seeds."""
     config = small[0].removeprefix("--config=")
     run = STUDY.config.parse(STUDY.StudyRun, ["--config", config, "--train.steps=10"], "", "")
     study = Study(run, Size(("fm", "tfm", "tfm_mse")), tmp_path)

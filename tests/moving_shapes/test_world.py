@@ -1,6 +1,7 @@
 """The world of moving shapes: laws, positions, pixels and captions agree."""
 
 import csv
+import functools
 import json
 
 import numpy as np
@@ -31,6 +32,7 @@ SPEC = ClipSpec(17, (64, 64), 16)
 SCENES = 12
 
 
+@functools.cache
 def scenes(law: str, **options) -> list[Scene]:
     return [make_scene(np.random.default_rng((3, number)), laws=[law], **options) for number in range(SCENES)]
 
@@ -108,7 +110,7 @@ def test_captions_read_like_this():
 
 
 def test_everything_is_drawn():
-    """Every law, shape, colour, background and direction occurs, and so do one and two objects, in different colours."""
+    """All laws, shapes, colours, backgrounds, directions and numbers of objects occur, and colours differ in a clip."""
     drawn = [make_scene(np.random.default_rng((0, number)), 5) for number in range(150)]
     assert {scene.law for scene in drawn} == set(LAWS)
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
@@ -121,7 +123,7 @@ def test_everything_is_drawn():
 
 def test_objects_keep_clear_of_each_other():
     for law in ("still", "uniform", "bouncing", "orbit"):
-        for scene in scenes(law, num_objects=[2]):
+        for scene in scenes(law, num_objects=(2,)):
             first, second = scene.positions
             assert np.linalg.norm(first - second, axis=-1).min() > CLEARANCE * SPEC.radius
 
