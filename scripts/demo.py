@@ -61,9 +61,9 @@ def main(argv: Sequence[str]) -> None:
     folders = {name: DEMO / "samples" / name for name in ("base", "lora")}
     run_program("sample.py", "--config", CONFIG, f"--sampling.output={folders['base']}")
     run_program("sample.py", "--config", CONFIG, f"--sampling.output={folders['lora']}",
-            f"--sampling.lora={DEMO}/lora.safetensors")  # fmt: skip
+                f"--sampling.lora={DEMO}/lora.safetensors")  # fmt: skip
     run_program("evaluate.py", *map(str, folders.values()), f"--reference={DEMO}/reference",
-            f"--prompts={DEMO}/prompts.txt", f"--json={DEMO}/evaluation.json")  # fmt: skip
+                f"--prompts={DEMO}/prompts.txt", f"--json={DEMO}/evaluation.json")  # fmt: skip
     draw_report(ROOT / DEMO)
     print(f"done: see {DEMO}/report.png and {DEMO}/samples/")
 
