@@ -48,7 +48,7 @@ SENSITIVITY_CLIPS = 16
 
 @section
 class StudyRun:
-    """The sections that a study reads; paths of data and outputs, seeds and `objective.kind` are its own to set."""
+    """The sections that a study reads; the study itself sets paths of data and outputs, seeds and `objective.kind`."""
 
     model: configs.ModelConfig
     clip: configs.ClipConfig
@@ -237,7 +237,7 @@ def choose_prompts(study: Study) -> HeldOut:
 
 
 def _measure_autoencoder(study: Study, held_out: HeldOut, reference: ClipSet) -> Record:
-    """Measure the held-out clips after the autoencoder, an upper bound for every model; also reference and floor."""
+    """Measure the held-out clips after the autoencoder, the best that any model can reach; also reference and floor."""
     vae = load_vae(study.run.model.path)
     folder = study.output / "autoencoder"
     shutil.rmtree(folder, ignore_errors=True)
