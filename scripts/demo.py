@@ -1,9 +1,9 @@
-"""The whole chain on the embedded model, in minutes on two CPU cores: clips, latents, TFM training, LoRA, videos.
+"""Run the whole chain on the embedded model, in minutes on two CPU cores: clips, latents, TFM training, LoRA, videos.
 
     python scripts/demo.py
 
-teaches a model that knows even motion to let shapes bounce off the walls. Runs the same programs as a real fine-tuning,
-shows each command, and leaves everything in runs/demo/, which it makes anew.
+fine-tunes a model that knows only uniform motion on shapes that bounce off the walls. The demo runs the same programs
+as a real fine-tuning, prints each command, and writes everything into runs/demo/, which it deletes first.
 """
 
 import json
@@ -26,7 +26,9 @@ from matplotlib.transforms import Bbox
 from tfm_jax import cli, video
 from tfm_jax.config import parse
 from tfm_jax.data.metadata import read_metadata
+from tfm_jax.moving_shapes.numbers import format_number
 from tfm_jax.moving_shapes.world import write_clips
+from tfm_jax.prompts import write_prompts
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.train.metrics import read_metrics
 
@@ -34,48 +36,48 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("runs/demo")
 CONFIG = "configs/wan_tiny.yaml"
 LAW = "bouncing"
-"""A motion that the embedded model does not know."""
-SETS = {"clips": (64, 1), "reference": (64, 2)}
-"""Folder of real clips -> how many, and the seed of their world: to train on, and to compare with."""
-PROMPTS = 16
-"""Captions of the reference."""
-SHOWN = 4
-"""Prompts in report.png."""
+"""A law of motion that the embedded model does not know."""
+CLIP_SETS = {"clips": (64, 1), "reference": (64, 2)}
+"""Folder of real clips -> their number and their seed: for training, and for comparison."""
+NUM_PROMPTS = 16
+"""Number of captions of the reference that are sampled."""
+NUM_SHOWN = 4
+"""Number of prompts in report.png."""
 
 
 def main(argv: Sequence[str]) -> None:
     cli.parser(__doc__).parse_args(argv)
     if (ROOT / DEMO).exists():
-        shutil.rmtree(ROOT / DEMO)  # an error must not go unnoticed: the programs would continue from what is left
-    for name, (count, seed) in SETS.items():
+        shutil.rmtree(ROOT / DEMO)  # an error must stop the demo, or the programs would continue with the old files
+    for name, (count, seed) in CLIP_SETS.items():
         print(f"making {count} clips of {LAW} shapes in {DEMO / name}/", flush=True)
-        write_clips(ROOT / DEMO / name, count, seed=seed, laws=[LAW], objects=[1])
+        write_clips(ROOT / DEMO / name, count, seed=seed, laws=[LAW], num_objects=[1])
     captions = [row.prompt for row in read_metadata(ROOT / DEMO / "reference")]
-    (ROOT / DEMO / "prompts.txt").write_text("\n".join(captions[:PROMPTS]) + "\n", encoding="utf-8")
+    write_prompts(ROOT / DEMO / "prompts.txt", captions[:NUM_PROMPTS])
 
-    program("prepare_data.py", "--config", CONFIG)
-    program("train.py", "--config", CONFIG)
-    program("export_lora.py", str(DEMO), str(DEMO / "lora.safetensors"))
+    run_program("prepare_data.py", "--config", CONFIG)
+    run_program("train.py", "--config", CONFIG)
+    run_program("export_lora.py", str(DEMO), str(DEMO / "lora.safetensors"))
     folders = {name: DEMO / "samples" / name for name in ("base", "lora")}
-    program("sample.py", "--config", CONFIG, f"--sampling.output={folders['base']}")
-    program("sample.py", "--config", CONFIG, f"--sampling.output={folders['lora']}",
-            f"--sampling.lora={DEMO}/lora.safetensors")  # fmt: skip
-    program("evaluate.py", *map(str, folders.values()), f"--reference={DEMO}/reference",
-            f"--prompts={DEMO}/prompts.txt", f"--json={DEMO}/evaluation.json")  # fmt: skip
-    report(ROOT / DEMO)
+    run_program("sample.py", "--config", CONFIG, f"--sampling.output={folders['base']}")
+    run_program("sample.py", "--config", CONFIG, f"--sampling.output={folders['lora']}",
+                f"--sampling.lora={DEMO}/lora.safetensors")  # fmt: skip
+    run_program("evaluate.py", *map(str, folders.values()), f"--reference={DEMO}/reference",
+                f"--prompts={DEMO}/prompts.txt", f"--json={DEMO}/evaluation.json")  # fmt: skip
+    draw_report(ROOT / DEMO)
     print(f"done: see {DEMO}/report.png and {DEMO}/samples/")
 
 
-def program(name: str, *arguments: str) -> None:
-    """Run one of the programs as a user would, from the top of the repository; if it fails, exit with its code."""
+def run_program(name: str, *arguments: str) -> None:
+    """Run a program from the root of the repository, as a user would; if it fails, exit with its code."""
     print(f"\n$ python scripts/{name} {shlex.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, f"scripts/{name}", *arguments], cwd=ROOT)
     if done.returncode:
-        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)  # a signal, as a shell reports it
+        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)  # a shell adds 128 to signals
 
 
-def report(demo: Path) -> None:
-    """report.png: the loss of every step, the metrics of motion, and frames of samples and of real clips."""
+def draw_report(demo: Path) -> None:
+    """Draw report.png: the loss of every step, the metrics of motion, and frames of samples and of real clips."""
     figure, axes = plt.subplot_mosaic(
         [["loss", "samples"], ["table", "samples"]], figsize=(17, 11), width_ratios=(1, 1), layout="constrained"
     )
@@ -85,13 +87,13 @@ def report(demo: Path) -> None:
     clip = parse(SampleRun, ["--config", str(ROOT / CONFIG)], "demo.py", "").clip
     folders = {"base": demo / "samples" / "base", "LoRA": demo / "samples" / "lora", "real": demo / "reference"}
     clips, labels = [], []
-    for number in range(SHOWN):
+    for number in range(NUM_SHOWN):
         for kind, folder in folders.items():
             file = video.find_clips(folder)[number]
             clips.append(video.read_clip(file, clip.frames, clip.height, clip.width, clip.fps))
             labels.append(f"{number:03d} {kind}")
     axes["samples"].imshow(video.contact_sheet(clips, labels, columns=9, cell=96))
-    axes["samples"].set(title="samples from the same noise, and a real clip of the caption", xticks=[], yticks=[])
+    axes["samples"].set(title="samples from the same noise, and a real clip with the caption", xticks=[], yticks=[])
     figure.savefig(demo / "report.png", dpi=110)
 
 
@@ -107,18 +109,14 @@ def draw_losses(axis: Axes, metrics: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_table(axis: Axes, metrics: dict[str, dict[str, Any]]) -> None:
-    """The rows of evaluation.json that say most, base beside LoRA beside real clips."""
+    """Draw the most important rows of evaluation.json."""
     rows = {
         "objects kept in every frame": "tracked", "physics residual, pixels": "residual",
-        "residual below half a pixel": "faithful", "motion, pixels a frame": "speed", "right colours": "colours",
+        "residual below half a pixel": "faithful", "speed, pixels per frame": "speed", "right colours": "colours",
         "right shapes": "shapes", "right directions": "directions", "Frechet motion distance": "frechet",
     }  # fmt: skip
     columns = ("base", "lora", "reference", "floor")
-
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3g}"
-
-    cells = [[cell(metrics[name].get(column)) for column in columns] for name in rows.values()]
+    cells = [[format_number(metrics[name].get(column)) for column in columns] for name in rows.values()]
     table = axis.table(
         cells, rowLabels=list(rows), colLabels=columns, loc="center", bbox=Bbox.from_bounds(0.45, 0, 0.55, 1)
     )

@@ -15,8 +15,10 @@ from pathlib import Path
 from tfm_jax import cli
 from tfm_jax import config as configs
 from tfm_jax.errors import InputError
-from tfm_jax.moving_shapes.evaluation.report import Counts, compare, list_clips, measure_clips, show, to_json
-from tfm_jax.moving_shapes.world import Stage
+from tfm_jax.moving_shapes.evaluation.folders import find_captioned_clips, measure_clips
+from tfm_jax.moving_shapes.evaluation.report import ClipCounts, format_table, to_json
+from tfm_jax.moving_shapes.evaluation.set_metrics import compare
+from tfm_jax.moving_shapes.scene import ClipSpec
 
 DEFAULT = configs.ClipConfig(frames=17, height=64, width=64, fps=16)
 LIMITS = {"frames": (5, 1000), "height": (16, 4096), "width": (16, 4096), "fps": (1, 1000)}
@@ -33,13 +35,13 @@ class ClipSection:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    stage = read_stage(options)
+    spec = read_spec(options)
     names = [folder.name for folder in options.generated]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{name}: the name of {names.count(name)} folders; expected each to have its own")
-    listed = [list_clips(folder, options.prompts, least=2) for folder in options.generated]
-    reference = list_clips(options.reference, None, least=4)
+    listed = [find_captioned_clips(folder, options.prompts, minimum=2) for folder in options.generated]
+    reference = find_captioned_clips(options.reference, None, minimum=4)
     sizes = [len(clips) for clips in listed]
     if len(set(sizes)) > 1:
         found = ", ".join(f"{name} has {size}" for name, size in zip(names, sizes, strict=True))
@@ -47,12 +49,12 @@ def main(argv: Sequence[str]) -> None:
     if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise InputError(f"--json={options.json}: cannot be written; expected a file in a folder that exists")
 
-    generated = [measure_clips(clips, stage) for clips in listed]
-    real = measure_clips(reference, stage)
+    generated = [measure_clips(clips, spec) for clips in listed]
+    real = measure_clips(reference, spec)
     compared = [compare(clips, real) for clips in generated]
     tables = {name: table for name, (table, _) in zip(names, compared, strict=True)}
-    counts = Counts(sizes[0], len(real), compared[0][1])
-    print(show(tables, counts))
+    counts = ClipCounts(sizes[0], len(real), compared[0][1])
+    print(format_table(tables, counts))
     if options.json:
         options.json.write_text(to_json(tables, counts), encoding="utf-8")
 
@@ -71,7 +73,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_stage(options: argparse.Namespace) -> Stage:
+def read_spec(options: argparse.Namespace) -> ClipSpec:
     """Frames, size and rate: from the options, else from the configuration, else the defaults.
 
     Raises:
@@ -91,7 +93,7 @@ def read_stage(options: argparse.Namespace) -> Stage:
     if frames * height * width > LARGEST_CLIP:
         size = f"{frames} frames of {height} x {width}"
         raise InputError(f"{size}: {frames * height * width:,} pixels a clip; expected at most {LARGEST_CLIP:,}")
-    return Stage(frames, (height, width), fps)
+    return ClipSpec(frames, (height, width), fps)
 
 
 if __name__ == "__main__":

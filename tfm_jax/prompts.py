@@ -1,5 +1,6 @@
 """Text files of prompts, one prompt on each line."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tfm_jax.errors import InputError
@@ -23,3 +24,8 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise InputError(f"{file}: no prompt; expected a text file with one prompt per line")
     return prompts
+
+
+def write_prompts(file: Path, prompts: Sequence[str]) -> None:
+    """Write a text file that `read_prompts` reads."""
+    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")

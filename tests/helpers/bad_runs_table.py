@@ -97,7 +97,7 @@ OUTPUTS = [
         "pretrain",
         "the output is complete",
         "$tmp/done",
-        words=("$tmp/done", "complete already"),
+        words=("$tmp/done", "already complete"),
         broken=folder("done/samples"),
     ),
     row("pretrain", "the output is a file", "$tmp/file", words="$tmp/file", broken=write("file", "")),

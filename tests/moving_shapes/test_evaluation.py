@@ -1,4 +1,4 @@
-"""The evaluation on clips with known damage, and its numbers against independent ones."""
+"""The evaluation: clips with known damage, formulas against independent implementations, and the program."""
 
 import json
 import shutil
@@ -12,38 +12,39 @@ from scipy import linalg, stats
 
 from tfm_jax import cli, video
 from tfm_jax.errors import InputError
-from tfm_jax.moving_shapes import world
+from tfm_jax.moving_shapes.captions import write_caption
 from tfm_jax.moving_shapes.evaluation import metrics
-from tfm_jax.moving_shapes.evaluation.physics import residual
-from tfm_jax.moving_shapes.evaluation.report import Counts, compare, list_clips, measure, show
-from tfm_jax.moving_shapes.evaluation.tracking import track
-from tfm_jax.moving_shapes.world import LAWS, Stage, make_clip, write_clips
-from tfm_jax.video import read_clip, write_clip
+from tfm_jax.moving_shapes.evaluation.clip_metrics import measure_clip
+from tfm_jax.moving_shapes.evaluation.folders import find_captioned_clips
+from tfm_jax.moving_shapes.evaluation.report import ClipCounts, format_table
+from tfm_jax.moving_shapes.evaluation.set_metrics import compare
+from tfm_jax.moving_shapes.scene import LAWS, Scene
+from tfm_jax.moving_shapes.world import make_scene, write_clips
+from tfm_jax.video import write_clip
 
-STAGE = Stage(17, (64, 64), 16)
 CLIPS = 16
 
 
-def scene(law: str, number: int = 0, **options) -> world.Scene:
-    return make_clip(np.random.default_rng((11, number)), laws=[law], **options)
+def scene(law: str, number: int = 0, **options) -> Scene:
+    return make_scene(np.random.default_rng((11, number)), laws=[law], **options)
 
 
 def damaged(change) -> list:
-    """Measures of bouncing clips after a damage."""
+    """Metrics of bouncing clips after `change` has damaged them."""
     rng = np.random.default_rng(5)
-    clips = [scene("bouncing", number, objects=[1]) for number in range(CLIPS)]
-    return [measure(change(clip.pixels, rng), clip.caption, 16) for clip in clips]
+    clips = [scene("bouncing", number, num_objects=[1]) for number in range(CLIPS)]
+    return [measure_clip(change(clip.pixels, rng), clip.caption, 16) for clip in clips]
 
 
 @pytest.fixture(scope="module")
 def reference() -> list:
-    clips = [scene("bouncing", number, objects=[1]) for number in range(100, 100 + 2 * CLIPS)]
-    return [measure(clip.pixels, clip.caption, 16) for clip in clips]
+    clips = [scene("bouncing", number, num_objects=[1]) for number in range(100, 100 + 2 * CLIPS)]
+    return [measure_clip(clip.pixels, clip.caption, 16) for clip in clips]
 
 
 @pytest.fixture(scope="module")
 def table(reference):
-    """Damage -> metric -> its value; "floor" -> metric -> the floor."""
+    """Damage -> metric -> value; "clean" and "floor" have the values of undamaged clips and the floor."""
 
     def values(change) -> dict[str, float]:
         return {row.metric: row.generated for row in compare(damaged(change), reference)[0]}
@@ -67,7 +68,7 @@ def test_clean_clips(table):
 
 @pytest.mark.parametrize("name", ["shuffled", "jittered", "swapped"])
 def test_wrong_motion_is_noticed(table, name):
-    """By the residual, the smoothness and the Frechet distance; mass and number of objects are blind to it."""
+    """The residual, the smoothness and the Frechet distance detect it; size and number of objects do not change."""
     values, clean, floor = table[name], table["clean"], table["floor"]
     assert values["residual"] > 0.5 > 5 * clean["residual"]
     assert values["faithful"] < 0.5
@@ -88,8 +89,8 @@ def test_frozen_clips_obey_the_law_and_do_not_move(table):
 
 
 @pytest.mark.parametrize("name", ["noisy", "blurred"])
-def test_what_does_not_change_the_motion_is_not_taken_for_it(table, name):
-    """The difference of neighbouring frames alone takes noise for motion."""
+def test_noise_and_blur_do_not_count_as_motion(table, name):
+    """Only the difference of neighbouring frames mistakes noise for motion."""
     values, clean = table[name], table["clean"]
     assert values["residual"] < 0.1
     for share in ("tracked", "faithful", "moving", "whole", "colours", "shapes", "directions"):
@@ -102,7 +103,7 @@ def test_what_does_not_change_the_motion_is_not_taken_for_it(table, name):
 def test_objects_that_do_not_persist_are_noticed(table):
     clean = table["clean"]
     assert table["ghosting"]["variation"] > 5 * clean["variation"]
-    assert table["ghosting"]["whole"] == 1  # a ghost that still touches its object is a part of it
+    assert table["ghosting"]["whole"] == 1  # a ghost that touches its object counts as a part of it
     assert table["fading"]["variation"] > 20 * clean["variation"]
     assert table["vanishing"]["tracked"] == table["vanishing"]["whole"] == table["vanishing"]["faithful"] == 0
     assert table["vanishing"]["residual"] == np.inf
@@ -110,22 +111,22 @@ def test_objects_that_do_not_persist_are_noticed(table):
 
 
 def test_a_second_object_and_another_colour_are_noticed():
-    one = scene("uniform", objects=[1])
-    two = scene("uniform", 1, objects=[2])
-    assert measure(two.pixels, one.caption, 16).whole == 0
-    assert measure(one.pixels, two.caption, 16).whole == 0
-    assert measure(one.pixels, two.caption, 16).residual == np.inf
-    partly = measure(one.pixels, two.caption, 16)  # one of its two objects is there
+    one = scene("uniform", num_objects=[1])
+    two = scene("uniform", 1, num_objects=[2])
+    assert measure_clip(two.pixels, one.caption, 16).whole == 0
+    assert measure_clip(one.pixels, two.caption, 16).whole == 0
+    assert measure_clip(one.pixels, two.caption, 16).residual == np.inf
+    partly = measure_clip(one.pixels, two.caption, 16)  # one of its two objects is there
     assert np.isnan([partly.speed, partly.roughness]).all()
     assert {row.metric: row.generated for row in compare([partly] * 2, [partly] * 4)[0]}["tracked"] == 0
-    body = one.bodies[0]
+    obj = one.objects[0]
     for change, wrong in (
-        ({"colour": "green" if body.colour == "red" else "red"}, "colours"),
-        ({"shape": "disc" if body.shape == "square" else "square"}, "shapes"),
-        ({"direction": "left" if body.direction == "right" else "right"}, "directions"),
+        ({"colour": "green" if obj.colour == "red" else "red"}, "colours"),
+        ({"shape": "disc" if obj.shape == "square" else "square"}, "shapes"),
+        ({"direction": "left" if obj.direction == "right" else "right"}, "directions"),
     ):
-        caption = world.write_caption("uniform", [body._replace(**change)], "black")
-        found = measure(one.pixels, caption, 16)
+        caption = write_caption("uniform", [obj._replace(**change)], "black")
+        found = measure_clip(one.pixels, caption, 16)
         assert {name: getattr(found, name) for name in ("colours", "shapes", "directions")} == {
             name: float(name != wrong) for name in ("colours", "shapes", "directions")
         }
@@ -135,74 +136,23 @@ def test_a_second_object_and_another_colour_are_noticed():
 
 @pytest.mark.parametrize("law", LAWS)
 def test_directions_of_every_law(law):
-    """Seen in the clip; not in the clip played backwards, where something moves and does not come back."""
+    """The direction is right in the clip and wrong in the reversed clip, unless nothing moves or objects turn back."""
     for number in range(6):
         clip = scene(law, number)
-        assert measure(clip.pixels, clip.caption, 16).directions == 1
+        assert measure_clip(clip.pixels, clip.caption, 16).directions == 1
         if law not in ("bouncing", "collision"):
-            assert measure(clip.pixels[::-1], clip.caption, 16).directions == (law == "still")
+            assert measure_clip(clip.pixels[::-1], clip.caption, 16).directions == (law == "still")
 
 
 def test_noise_has_no_objects():
-    """What a model with random weights gives: shares of 0, and no number where there is none."""
+    """Noise, as from a model with random weights, gives shares of 0, and NaN where a metric does not exist."""
     noise = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3)).astype(np.uint8)
-    found = measure(noise, "a red disc moves right, fast", 16)
+    found = measure_clip(noise, "a red disc moves right, fast", 16)
     assert (found.whole, found.directions, found.residual) == (0, 0, np.inf)
-    black = measure(np.zeros_like(noise), None, 16)
+    black = measure_clip(np.zeros_like(noise), None, 16)
     assert (black.whole, black.residual) == (0, np.inf)
     assert np.isnan([black.speed, black.roughness, black.variation, black.colours, black.directions]).all()
     assert len(black.features) == 0
-
-
-# --- Tracking and physics --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_tracks_survive_the_video_codec(law, tmp_path):
-    for number in range(6):
-        clip = scene(law, number)
-        write_clip(tmp_path / "clip.mp4", clip.pixels, 16)
-        tracks = {t.colour: t for t in track(read_clip(tmp_path / "clip.mp4", 17, 64, 64, 16))}
-        assert tracks.keys() == {body.colour for body in clip.bodies}
-        centres = np.stack([tracks[body.colour].centres for body in clip.bodies])
-        np.testing.assert_allclose(centres, clip.positions, atol=0.3)
-        assert all((t.parts == 1).all() for t in tracks.values())
-        assert [tracks[body.colour].shape for body in clip.bodies] == [body.shape for body in clip.bodies]
-        assert residual(law, centres, STAGE) < 0.2
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_the_residual_is_the_distance_from_the_law(law):
-    """0 on exact paths; of independent errors what the fit does not take up; large on paths of another kind."""
-    rng = np.random.default_rng(0)
-    for number in range(5):
-        positions = scene(law, number).positions
-        assert residual(law, positions, STAGE) < 2e-3
-        error = rng.normal(0, 0.5, positions.shape)
-        size = np.sqrt((error**2).sum(-1).mean())
-        assert 0.6 * size < residual(law, positions + error, STAGE) <= size + 1e-9
-        order = rng.permutation(17)
-        assert residual(law, positions[:, order], STAGE) > 1 or law == "still"
-
-
-def test_laws_are_told_apart():
-    for law, other in (("uniform", "still"), ("bouncing", "uniform"), ("gravity", "bouncing"), ("orbit", "uniform")):
-        values = [residual(other, scene(law, number, objects=[1]).positions, STAGE) for number in range(8)]
-        assert np.median(values) > 0.5, (law, other)
-    crash = scene("collision")
-    assert residual("uniform", crash.positions, STAGE) > 0.5
-    assert residual("collision", crash.positions[:1], STAGE) == np.inf
-
-
-def test_inelastic_collisions_are_noticed():
-    """Both go on together from the contact: momentum is kept, energy is not."""
-    for number in range(4):
-        positions = scene("collision", number).positions
-        contact = int(np.linalg.norm(positions[0] - positions[1], axis=-1).argmin())
-        steps = np.diff(positions, axis=1)
-        steps[:, contact:] = steps[:, contact:].mean(0)
-        stuck = np.concatenate([positions[:, :1], positions[:, :1] + np.cumsum(steps, 1)], 1)
-        assert residual("collision", stuck, STAGE) > 0.3
 
 
 # --- Formulas --------------------------------------------------------------------------------------------------------
@@ -241,7 +191,7 @@ def test_wasserstein_against_sorted_samples():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Six real clips; three generated ones, as sample.py leaves them, with their prompts."""
+    """Six real clips, and three generated ones with their prompts, named as sample.py names them."""
     folder = tmp_path_factory.mktemp("clips")
     write_clips(folder / "real", 6, frames=9, seed=1, laws=["uniform"])
     (folder / "samples").mkdir()
@@ -263,8 +213,11 @@ def test_the_program(folders, tmp_path, capsys):
     evaluate(folders / "samples", folders / "real", *options)
     printed = capsys.readouterr().out
     assert "physics residual R" in printed
-    assert "3 generated clips, 6 of the reference; floor: halves of the reference, 3 clips each" in printed
-    assert "it needs a network" in printed
+    assert (
+        "3 generated clips, 6 reference clips; floor: the difference between halves of the reference, 3 clips each"
+        in printed
+    )
+    assert "measuring it needs a network" in printed
     numbers = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
     assert numbers["clips"] == {"generated": 3, "reference": 6, "compared": 3}
     for share in ("tracked", "faithful", "moving", "whole", "colours", "shapes", "directions"):
@@ -274,30 +227,30 @@ def test_the_program(folders, tmp_path, capsys):
     assert numbers["thresholds"]["faithful"] == 0.5
 
 
-def test_clips_come_in_the_order_of_their_numbers(tmp_path):
+def test_clips_are_sorted_by_number(tmp_path):
     names = ["1.mp4", "02.mp4", "9.mp4", "101.mp4", "999.mp4", "1000.mp4", "a2.mp4", "a10.mp4", "a10b.mp4"]
     for name in reversed(names):
         (tmp_path / name).touch()
     assert [file.name for file in video.find_clips(tmp_path)] == names
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join([f"caption\u2028of {name}" for name in names]), encoding="utf-8")
-    for path, caption in list_clips(tmp_path, prompts, least=2):
+    for path, caption in find_captioned_clips(tmp_path, prompts, minimum=2):
         assert caption == f"caption\u2028of {path.name}"
 
 
-def test_every_cell_without_a_number_has_its_reason(reference):
+def test_cells_without_a_number_are_explained(reference):
     captions = "-: colours, shapes and directions need captions"
     lost = "-: too few clips have every object in every frame"
-    infinite = "inf: an object is missing in half of the clips or more"
+    infinite = "inf: an object is missing in at least half of the clips"
 
     def reasons(generated: list, real: list) -> list[str]:
         table, compared = compare(generated, real)
-        printed = show({"samples": table}, Counts(len(generated), len(real), compared)).splitlines()
+        printed = format_table({"samples": table}, ClipCounts(len(generated), len(real), compared)).splitlines()
         assert all(len(line) <= 120 for line in printed)
         return [reason for reason in (infinite, captions, lost) if any(line.startswith(reason) for line in printed)]
 
-    clip = scene("uniform", objects=[1])
-    bare, empty = measure(clip.pixels, None, 16), measure(np.zeros_like(clip.pixels), clip.caption, 16)
+    clip = scene("uniform", num_objects=[1])
+    bare, empty = measure_clip(clip.pixels, None, 16), measure_clip(np.zeros_like(clip.pixels), clip.caption, 16)
     assert reasons(reference[:4], reference[4:12]) == []
     assert reasons([bare] * 4, reference[:8]) == [captions]
     assert reasons([empty] * 4, reference[:8]) == [infinite, lost]
@@ -370,19 +323,19 @@ def test_everything_is_checked_before_a_clip_is_read(folders, tmp_path, monkeypa
             evaluate(*arguments)
 
 
-# --- Where the sizes come from ---------------------------------------------------------------------------------------
+# --- The source of the sizes -----------------------------------------------------------------------------------------
 
 
 class FirstRead(Exception):
-    """Raised instead of reading the first clip, with the frames, height, width and rate that were asked for."""
+    """Raised instead of reading the first clip, with the requested frames, height, width and rate."""
 
 
 @pytest.fixture
-def stage_read(folders, tmp_path, monkeypatch):
-    """A function: options, and the text of a configuration -> the frames, height, width and rate that are read."""
+def requested_spec(folders, tmp_path, monkeypatch):
+    """A function from options and the text of a configuration to the frames, height, width and rate that are read."""
 
-    def read_clip(path, *stage):
-        raise FirstRead(stage)
+    def read_clip(path, *spec):
+        raise FirstRead(spec)
 
     def read(*options: str, config: str) -> tuple:
         (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
@@ -397,19 +350,19 @@ def stage_read(folders, tmp_path, monkeypatch):
 CLIP = "clip: {frames: 9, height: 32, width: 48, fps: 8}\n"
 
 
-def test_sizes_of_a_configuration(stage_read):
-    assert stage_read(config=CLIP) == (9, 32, 48, 8)
-    assert stage_read(config=f"lora: {{rank: 4}}\n{CLIP}") == (9, 32, 48, 8)
-    assert stage_read("--fps=16", "--frames=5", config=CLIP) == (5, 32, 48, 16)
+def test_sizes_of_a_configuration(requested_spec):
+    assert requested_spec(config=CLIP) == (9, 32, 48, 8)
+    assert requested_spec(config=f"lora: {{rank: 4}}\n{CLIP}") == (9, 32, 48, 8)
+    assert requested_spec("--fps=16", "--frames=5", config=CLIP) == (5, 32, 48, 16)
 
 
-def test_a_configuration_without_a_clip(stage_read):
+def test_a_configuration_without_a_clip(requested_spec):
     with pytest.raises(InputError, match=r"config.yaml: clip is missing; expected it in the file"):
-        stage_read(config="lora: {rank: 4}\n")
+        requested_spec(config="lora: {rank: 4}\n")
     with pytest.raises(InputError, match=r"config.yaml: clip.frames=1: expected 5 to 1000"):
-        stage_read(config=CLIP.replace("frames: 9", "frames: 1"))
+        requested_spec(config=CLIP.replace("frames: 9", "frames: 1"))
     with pytest.raises(InputError, match=r"none.yaml: No such file"):
-        stage_read("--config=none.yaml", config=CLIP)
+        requested_spec("--config=none.yaml", config=CLIP)
 
 
 def test_bad_input_ends_with_code_2(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The training of the embedded model from nothing, much shortened, and its pieces."""
+"""The training of the embedded model from random weights, much shortened, and its parts."""
 
 import json
 
@@ -12,7 +12,7 @@ from tfm_jax.moving_shapes.pretraining.autoencoder import Phase, VaeRecipe, enco
 from tfm_jax.moving_shapes.pretraining.base import BaseRecipe, pad_text
 from tfm_jax.moving_shapes.pretraining.network import make_optimizer
 from tfm_jax.moving_shapes.pretraining.recipe import Recipe, pretrain
-from tfm_jax.moving_shapes.world import make_clip
+from tfm_jax.moving_shapes.world import make_scene
 from tfm_jax.train.metrics import read_metrics
 from tfm_jax.wan import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from tfm_jax.wan.text_encoder import TextEncoderConfig
@@ -31,7 +31,7 @@ TINY = Recipe(
     held_out=2,
     samples=2,
     train_vae=VaeRecipe((Phase(2, 1, 32, 4), Phase(2, 5, 32, 2))),
-    train_base=BaseRecipe(steps=4, batch=4, unpadded=0.5),
+    train_base=BaseRecipe(steps=4, batch=4, unpadded_steps=0.5),
 )
 
 
@@ -54,7 +54,7 @@ def test_the_result_is_a_model_that_every_program_reads(made):
 
 
 def test_what_is_trained_is_what_is_kept(made):
-    """Every step is reported, and the latents of the clips come out with mean 0 and deviation 1."""
+    """Every step is logged, and the latents of the clips have mean 0 and deviation 1."""
     assert [line["step"] for line in read_metrics(made / "vae.jsonl")] == [1, 2, 3, 4]
     assert [line["step"] for line in read_metrics(made / "base.jsonl")] == [1, 2, 3, 4]
     clips, _ = recipes.read_clips(made / "clips" / "all")
@@ -64,26 +64,26 @@ def test_what_is_trained_is_what_is_kept(made):
 
 
 def test_a_complete_stage_is_not_repeated(made, tmp_path):
-    with pytest.raises(InputError, match="complete already; expected a new folder"):
+    with pytest.raises(InputError, match="already complete; expected a new folder"):
         pretrain(made, TINY)
     before = (made / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     (made / "model").rename(tmp_path / "model")
     (made / "samples").rename(tmp_path / "samples")
     pretrain(made, TINY)
     assert (made / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == before
-    for file in sorted((made / "model").rglob("*.safetensors")):  # and the other one gives the same again
+    for file in sorted((made / "model").rglob("*.safetensors")):  # the repeated stage gives the same weights
         assert file.read_bytes() == (tmp_path / "model" / file.relative_to(made / "model")).read_bytes()
 
 
 def test_chunks_that_are_unrolled_give_the_same_latents(made):
     vae = load_vae(made / "model")
-    clips = np.stack([make_clip(np.random.default_rng(n), frames=9).pixels for n in range(2)])
+    clips = np.stack([make_scene(np.random.default_rng(n), frames=9).pixels for n in range(2)])
     expected = vae.encode(jnp.asarray(clips, jnp.float32) / 127.5 - 1)
     np.testing.assert_allclose(encode_clips(vae, clips), expected, atol=1e-4)
 
 
 def test_the_autoencoder_learns(tmp_path):
-    clips = np.stack([make_clip(np.random.default_rng(n), frames=1, laws=["still"]).pixels for n in range(8)])
+    clips = np.stack([make_scene(np.random.default_rng(n), frames=1, laws=["still"]).pixels for n in range(8)])
     short, long = (
         train_vae(clips, TINY.vae, VaeRecipe((Phase(steps, 1, 64, 4),)), 0, tmp_path / f"{steps}") for steps in (1, 60)
     )
@@ -96,7 +96,7 @@ def test_text_is_cut_off_at_the_mask():
 
 
 def test_muon_is_for_kernels_alone():
-    """Stacked kernels are made orthogonal layer by layer; norms and embeddings get Adam."""
+    """Muon orthogonalises stacked kernels layer by layer; norms and embeddings get Adam."""
     weights = {"blocks": {"kernel": jnp.ones((2, 4, 6)), "scale": jnp.ones((2, 4))}, "embedding": jnp.ones((8, 4))}
     optimizer = make_optimizer(1.0, 0.5, 10)
     rng = np.random.default_rng(0)

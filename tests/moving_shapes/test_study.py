@@ -1,4 +1,4 @@
-"""The study: its statistics, its file, what it says about numbers, and a small one from beginning to end."""
+"""The study: statistics, the results file, the sentences of the report, and a small study from beginning to end."""
 
 import itertools
 import json
@@ -18,12 +18,13 @@ from tfm_jax.data.metadata import read_metadata
 from tfm_jax.errors import InputError
 from tfm_jax.moving_shapes.study import protocol, report
 from tfm_jax.moving_shapes.study import results as results_module
-from tfm_jax.moving_shapes.study.cost import relative, steps_in_the_same_time
-from tfm_jax.moving_shapes.study.report import GUARDED, Findings
+from tfm_jax.moving_shapes.study.conclusions import GUARDED, conclusions
+from tfm_jax.moving_shapes.study.cost import relative_cost, steps_at_equal_time
+from tfm_jax.moving_shapes.study.findings import Findings
 from tfm_jax.moving_shapes.study.results import Results
-from tfm_jax.moving_shapes.study.runs import Size, Study, plan, settings
+from tfm_jax.moving_shapes.study.runs import Size, Study, planned_runs, settings
 from tfm_jax.moving_shapes.study.sensitivity import measure_sensitivity
-from tfm_jax.moving_shapes.study.statistics import bootstrap, coverage, paired
+from tfm_jax.moving_shapes.study.statistics import bootstrap, interval_coverage, paired_difference
 from tfm_jax.moving_shapes.world import write_clips
 
 STUDY = program("study")
@@ -33,67 +34,67 @@ METRICS = (*GUARDED, *protocol.SECONDARY)
 # --- Statistics ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("middle", [np.mean, np.median])
-def test_bootstrap_is_over_all_resamples(middle):
+@pytest.mark.parametrize("statistic", [np.mean, np.median])
+def test_bootstrap_is_over_all_resamples(statistic):
     values = [0.3, -1.0, 2.0, 0.9]
-    every = [middle(draw) for draw in itertools.product(values, repeat=4)]
+    every = [statistic(draw) for draw in itertools.product(values, repeat=4)]
     low, high = np.quantile(every, (0.025, 0.975))
-    found = bootstrap(values, middle)
-    assert found.value == pytest.approx(middle(values))
+    found = bootstrap(values, statistic)
+    assert found.value == pytest.approx(statistic(values))
     assert (found.low, found.high) == (pytest.approx(low, abs=0.05), pytest.approx(high, abs=0.05))
-    assert found == bootstrap(values, middle)
+    assert found == bootstrap(values, statistic)
     assert found.values == tuple(values)
 
 
-def test_a_difference_is_seen_where_the_interval_leaves_out_zero():
-    assert bootstrap([0.1, 0.2, 0.3]).seen
-    assert bootstrap([-0.1, -0.2, -0.3]).seen
-    assert not bootstrap([-0.1, 0.2, 0.1]).seen
-    assert not bootstrap([0.0, 0.0, 0.0]).seen
+def test_intervals_that_exclude_zero():
+    assert bootstrap([0.1, 0.2, 0.3]).excludes_zero
+    assert bootstrap([-0.1, -0.2, -0.3]).excludes_zero
+    assert not bootstrap([-0.1, 0.2, 0.1]).excludes_zero
+    assert not bootstrap([0.0, 0.0, 0.0]).excludes_zero
 
 
-def test_pairing_takes_away_what_seeds_share():
+def test_pairing_removes_what_seeds_share():
     seeds = {seed: 10.0 * seed for seed in range(5)}
     better = {seed: value - 0.5 + 0.01 * seed for seed, value in seeds.items()}
-    found = paired(better, seeds)
+    found = paired_difference(better, seeds)
     assert found is not None
     assert found.value == pytest.approx(-0.48)
     assert -0.5 <= found.low < found.high <= -0.46
-    assert found.seen
+    assert found.excludes_zero
     shifted = {(seed + 1) % 5: value for seed, value in better.items()}
-    assert not paired(shifted, seeds).seen  # the same numbers with other partners
+    assert not paired_difference(shifted, seeds).excludes_zero  # the same numbers with other partners
 
 
 def test_pairs_are_the_common_seeds_and_no_failure_is_left_out():
-    assert paired({0: 1.0, 1: 2.0, 7: 9.0}, {1: 1.0, 0: 1.0, 3: 5.0}).values == (0.0, 1.0)
-    assert paired({0: 1.0, 1: None}, {0: 1.0, 1: 1.0}) is None
-    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert paired_difference({0: 1.0, 1: 2.0, 7: 9.0}, {1: 1.0, 0: 1.0, 3: 5.0}).values == (0.0, 1.0)
+    assert paired_difference({0: 1.0, 1: None}, {0: 1.0, 1: 1.0}) is None
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
 def test_intervals_over_few_seeds_are_too_short():
-    assert 0.80 < coverage(5) < 0.88
-    assert 0.93 < coverage(60) < 0.97
+    assert 0.80 < interval_coverage(5) < 0.88
+    assert 0.93 < interval_coverage(60) < 0.97
 
 
 # --- Cost ------------------------------------------------------------------------------------------------------------
 
 
 def test_cost_is_compared_within_rounds():
-    load = np.random.default_rng(0).uniform(1, 5, 30)  # of the machine, the same for all arms of a round
+    load = np.random.default_rng(0).uniform(1, 5, 30)  # load of the machine, the same for all arms of a round
     arms = {"fm": load, "tfm": 1.25 * load, "tfm_mse": 1.03 * load, "fm_warp": load[::-1]}
     seconds = {arm: each.tolist() for arm, each in arms.items()}
-    assert relative(seconds, "tfm").value == pytest.approx(1.25)
-    assert steps_in_the_same_time(seconds, "tfm", 100) == 80
-    assert steps_in_the_same_time(seconds, "tfm_mse", 100) == 100  # beyond the noise, and too little to matter
-    assert steps_in_the_same_time(seconds, "fm_warp", 100) == 100  # within the noise
-    assert steps_in_the_same_time(seconds, "fm", 100) == 100
+    assert relative_cost(seconds, "tfm").value == pytest.approx(1.25)
+    assert steps_at_equal_time(seconds, "tfm", 100) == 80
+    assert steps_at_equal_time(seconds, "tfm_mse", 100) == 100  # beyond the noise, but too small to matter
+    assert steps_at_equal_time(seconds, "fm_warp", 100) == 100  # within the noise
+    assert steps_at_equal_time(seconds, "fm", 100) == 100
 
 
 # --- Order of frames -------------------------------------------------------------------------------------------------
 
 
 def test_sensitivity_is_to_the_order_of_frames():
-    """Of a network that knows which value every frame has, and of one that does not."""
+    """A network that knows the value of every frame is sensitive; a constant one is not."""
     ramp = np.arange(4, dtype=np.float32)[None, :, None, None, None]
     clips = np.broadcast_to(ramp, (6, 4, 2, 2, 3)).copy()
     text = np.zeros((6, 1, 2), np.float32)
@@ -114,7 +115,7 @@ def test_sensitivity_is_to_the_order_of_frames():
 # --- The file of results ---------------------------------------------------------------------------------------------
 
 
-def test_results_go_on_after_a_line_that_was_cut_off(tmp_path):
+def test_results_continue_after_an_incomplete_line(tmp_path):
     file = tmp_path / "results.jsonl"
     settings = {"size": {"clips": 4}, "weights": "abc"}
     results = Results(file, settings)
@@ -131,7 +132,7 @@ def test_results_go_on_after_a_line_that_was_cut_off(tmp_path):
 
 
 def test_results_that_another_process_adds_are_kept(tmp_path, monkeypatch):
-    """At any time: here while a second process starts and finds a line that was cut off."""
+    """Even while a second process starts and finds an incomplete line."""
     file = tmp_path / "results.jsonl"
     first = Results(file, {"weights": "abc"})
     with open(file, "a", encoding="utf-8") as stream:
@@ -158,7 +159,7 @@ def test_results_that_another_process_adds_are_kept(tmp_path, monkeypatch):
 def test_results_of_another_study_are_refused(tmp_path):
     file = tmp_path / "results.jsonl"
     Results(file, {"size": {"clips": 4}, "weights": "abc"})
-    with pytest.raises(InputError, match=r"a study with size\.clips=4, not 5; name another --output"):
+    with pytest.raises(InputError, match=r"a study with size\.clips=4, not 5; choose another --output"):
         Results(file, {"size": {"clips": 5}, "weights": "abc"})
 
 
@@ -174,12 +175,12 @@ def test_files_that_hold_no_results_are_refused(tmp_path, content):
     assert file.read_bytes() == content
 
 
-# --- What is said ----------------------------------------------------------------------------------------------------
+# --- The report ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> list[str]:
-    """Options of a study of 2 arms, 2 seeds and hardly any steps, on a model with random weights."""
+    """Options of a study with 2 arms, 2 seeds and 3 steps, on a model with random weights."""
     folder = tmp_path_factory.mktemp("study")
     write_clips(folder / "some", 8, frames=5, size=(32, 48))
     write_model(folder / "model", [clip.prompt for clip in read_metadata(folder / "some")])
@@ -200,7 +201,7 @@ def small(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def findings(small, tmp_path):
-    """Findings of a study of 3 arms and 5 seeds whose numbers are made up: metric -> what TFM adds to it."""
+    """A function from effects (metric -> what TFM adds to it) to invented findings of 3 arms and 5 seeds."""
     config = small[0].removeprefix("--config=")
     run = STUDY.config.parse(STUDY.StudyRun, ["--config", config, "--train.steps=10"], "", "")
     study = Study(run, Size(("fm", "tfm", "tfm_mse")), tmp_path)
@@ -210,7 +211,7 @@ def findings(small, tmp_path):
         results.add("cost", seconds={arm: [0.1, 0.2, 0.1] for arm in study.size.arms})
         column = dict.fromkeys(METRICS, 1.0)
         results.add("real", compared=3, generated=column, reference=column, floor=column)
-        for seed, arm, steps in plan(study, results):
+        for seed, arm, steps in planned_runs(study, results):
             nothing = 0.01 * (-1) ** seed * (arm != "fm")  # differences on both sides of zero
             metrics: dict[str, float | None] = dict.fromkeys(METRICS, 1.0 + seed + nothing)
             for metric, effect in effects.items() if arm == "tfm" else ():
@@ -227,14 +228,14 @@ def findings(small, tmp_path):
     [
         ({"residual": -0.2, "frechet": -0.2}, "Yes**"),
         ({"residual": 0.2, "frechet": 0.2}, "No, it moves worse.**"),
-        ({"residual": -0.2, "frechet": 0.2}, "No**: not both"),
+        ({"residual": -0.2, "frechet": 0.2}, "No**: it is not better on both"),
         ({"residual": -0.2, "frechet": -0.2, "moving": -0.2}, "No**: both deciding metrics are better, but"),
         ({"residual": None, "frechet": -0.2}, "Not decided**"),
-        ({"faithful": 0.9}, "No difference is seen**"),
+        ({"faithful": 0.9}, "No difference is detected**"),
     ],
 )
-def test_the_verdict_is_what_the_numbers_are(findings, effects, verdict):
-    text = report._follows(findings(**effects))
+def test_the_verdict_follows_from_the_numbers(findings, effects, verdict):
+    text = conclusions(findings(**effects))
     assert verdict in text.splitlines()[2]
     assert "None" not in text
     assert "nan" not in text
@@ -247,7 +248,7 @@ def test_tables_show_pairs_and_equal_time(findings, tmp_path):
     assert re.match(r"\| `tfm` \| \*\*-0\.\d+ \[-0\.5\d*, -0\.4\d*\]\*\* \|", row)
     assert (tmp_path / "differences.png").stat().st_size < 300_000
     assert "± 1.6 |" in report._levels(found)  # the seeds are 0 to 4
-    assert "equal steps are equal time" in report._costs(found)
+    assert "equal steps mean equal time" in report._costs(found)
     assert "| `tfm` | 1.500 |" in report._sensitivity(found)
     contrasts = report._contrasts(found)
     assert "`tfm` less `fm`" in contrasts
@@ -257,7 +258,7 @@ def test_tables_show_pairs_and_equal_time(findings, tmp_path):
 def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
     found = findings()
     found.results.add("cost", seconds={"fm": [0.1, 0.2, 0.1], "tfm": [0.2, 0.4, 0.2], "tfm_mse": [0.1, 0.2, 0.1]})
-    runs = list(plan(found.study, found.results))
+    runs = list(planned_runs(found.study, found.results))
     assert [run for run in runs if run[0] == 4] == [
         (4, "base", 0), (4, "fm", 10), (4, "tfm", 10), (4, "tfm", 5), (4, "tfm_mse", 10),
     ]  # fmt: skip
@@ -278,7 +279,7 @@ def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
         ("--model.dim=64", "weights of a model with dim 96"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_made(small, option, message):
+def test_invalid_options_are_refused_before_anything_is_written(small, option, message):
     output = Path(small[1].removeprefix("--output="))
     before = list(output.rglob("*"))
     with pytest.raises(InputError, match=re.escape(message)):
@@ -312,17 +313,17 @@ def test_a_small_study(small, capsys):
     assert "nan" not in text
     assert "None" not in text
 
-    # The numbers are those of the program that measures folders.
+    # evaluate.py measures the same numbers.
     folder = next(output.glob("tfm/seed0_steps3")) / "samples"
     program("evaluate").main([
         str(folder), f"--reference={output / 'reference'}", f"--prompts={output / 'prompts.txt'}",
         f"--json={output / 'one.json'}", "--frames=5", "--height=32", "--width=48",
     ])  # fmt: skip
-    told = json.loads((output / "one.json").read_text(encoding="utf-8"))["metrics"]
+    measured = json.loads((output / "one.json").read_text(encoding="utf-8"))["metrics"]
     (kept,) = [r for r in first if r["kind"] == "run" and (r["arm"], r["seed"], r["steps"]) == ("tfm", 0, 3)]
-    assert kept["metrics"] == {name: row["samples"] for name, row in told.items()}
+    assert kept["metrics"] == {name: row["samples"] for name, row in measured.items()}
 
-    # Cut off in the last run, the study goes on and comes to the same.
+    # If the last record is incomplete, the study continues and gets the same results.
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
     STUDY.main(small)

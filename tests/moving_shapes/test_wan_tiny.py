@@ -1,4 +1,4 @@
-"""The embedded model, as it ships: its size, its quality, and the same videos from diffusers as from here."""
+"""The embedded model as it ships: its size, its quality, and the same videos from diffusers."""
 
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from helpers.paths import ROOT, WAN_TINY
 from tfm_jax.config import parse
 from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import Adapter, Lora, read_lora, write_lora
-from tfm_jax.moving_shapes.evaluation.report import measure
+from tfm_jax.moving_shapes.evaluation.clip_metrics import measure_clip
 from tfm_jax.moving_shapes.pretraining.autoencoder import psnr
-from tfm_jax.moving_shapes.world import LAWS, make_clip
+from tfm_jax.moving_shapes.scene import LAWS
+from tfm_jax.moving_shapes.world import make_scene
 from tfm_jax.sampling import sample_latents
 from tfm_jax.sampling.pipeline import SampleRun
+from tfm_jax.video import to_uint8
 from tfm_jax.wan import find_base, load_base, load_text_encoder, load_tokenizer, load_vae
 from tfm_jax.wan.names import block_linears
 from tfm_jax.wan.tokenizer import encode_prompts
@@ -47,7 +49,7 @@ def transformer():
     return load_base(RUN.model)
 
 
-def test_it_is_small_and_of_the_size_that_its_configuration_says():
+def test_it_is_small_and_fits_its_configuration():
     assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) <= 12e6
     find_base(RUN.model)
 
@@ -55,20 +57,20 @@ def test_it_is_small_and_of_the_size_that_its_configuration_says():
 def test_the_autoencoder_on_clips_at_held_out_speeds():
     laws = list(LAWS)
     clips = [
-        make_clip(np.random.default_rng((7, n)), laws=[laws[n % len(laws)]], held_out=True).pixels for n in range(18)
+        make_scene(np.random.default_rng((7, n)), laws=[laws[n % len(laws)]], held_out=True).pixels for n in range(18)
     ]
     assert psnr(load_vae(MODEL), np.stack(clips)) >= 30
 
 
 def test_samples_show_what_the_captions_say(transformer, text):
-    """Eight samples of four captions; a guess is right in one of six or eight. scripts/pretrain.py prints more."""
+    """Eight samples of four captions. Guessing would be right in one case of six to eight."""
     captions = [*PROMPTS, *PROMPTS]
     embedded = jnp.concatenate([text[:-1], text[:-1]])
     negative = jnp.broadcast_to(text[-1:], embedded.shape)
     latents = sample_latents(transformer, draw_noise(3, len(captions)), embedded, negative, steps=20)
     vae = load_vae(MODEL)
     found = [
-        measure(np.uint8(np.round((np.asarray(vae.decode(x[None]))[0] + 1) * 127.5)), caption, 16)
+        measure_clip(to_uint8(np.asarray(vae.decode(x[None]))[0]), caption, 16)
         for x, caption in zip(latents, captions, strict=True)
     ]
     shares = {name: np.mean([getattr(m, name) for m in found]) for name in ("colours", "directions", "whole")}
@@ -77,7 +79,7 @@ def test_samples_show_what_the_captions_say(transformer, text):
 
 @pytest.fixture
 def lora(tmp_path) -> Path:
-    """A LoRA on every map, drawn at random, large enough to change the video."""
+    """A LoRA on every linear layer, drawn at random, large enough to change the video."""
     rng, rank = np.random.default_rng(0), 4
     config = RUN.model
     adapters = {}
@@ -97,7 +99,7 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_diffusers_makes_the_same_video_with_an_exported_lora(transformer, text, lora):
-    """`WanPipeline` on the directory as it is, at 20 steps, from the same noise: pixels in 0..1."""
+    """`WanPipeline` loads the directory unchanged, and samples 20 steps from the same noise; pixels are in 0..1."""
     noise = draw_noise(5, 1)
 
     def ours(transformer) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A small tokenizer of T5's kind, made from a corpus on the spot, for the embedded model and the tests."""
+"""Builds a small T5 tokenizer from a corpus, for the embedded model and the tests."""
 
 import math
 from collections import Counter
@@ -11,11 +11,11 @@ SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
 def write_tokenizer(directory: str | Path, corpus: Iterable[str], vocab_size: int) -> None:
-    """Save a Unigram tokenizer of at most `vocab_size` pieces in the files of `T5TokenizerFast`.
+    """Save a Unigram tokenizer of at most `vocab_size` pieces as the files of a `T5TokenizerFast`.
 
-    Ids 0, 1 and 2 are `<pad>`, `</s>` and `<unk>`; a word begins with T5's "▁". Pieces are the characters and the
-    words of the corpus, the most frequent ones as far as there is room, scored by the logarithm of their frequency:
-    nothing is drawn or searched, so that the same corpus always gives the same ids. Anything else becomes `<unk>`.
+    Ids 0, 1 and 2 are `<pad>`, `</s>` and `<unk>`; words begin with T5's "▁". The pieces are the most frequent
+    characters and words of the corpus, scored by the logarithm of their frequency; anything else becomes `<unk>`.
+    Nothing is random, so the same corpus always gives the same ids.
     """
     words = Counter(f"▁{word}" for text in corpus for word in text.split())
     characters: Counter[str] = Counter()
@@ -28,6 +28,6 @@ def write_tokenizer(directory: str | Path, corpus: Iterable[str], vocab_size: in
 
 
 def _by_frequency(counts: Counter[str]) -> list[tuple[str, float]]:
-    """Every piece with the logarithm of its share, most frequent first, equal ones in alphabetical order."""
+    """Pieces with the logarithm of their relative frequency, most frequent first, ties in alphabetical order."""
     ordered = sorted(counts, key=lambda piece: (-counts[piece], piece))
     return [(piece, math.log(counts[piece] / counts.total())) for piece in ordered]

@@ -1,0 +1,1 @@
+"""Metrics of motion: generated clips measured against real clips of the same world."""

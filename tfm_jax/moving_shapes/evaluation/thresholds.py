@@ -1,35 +1,35 @@
-"""Every threshold of the evaluation, fixed before any model was measured.
+"""All thresholds of the evaluation, fixed before any model was measured.
 
-The tests show on clips with known damage what each of them lets through.
+The tests show on clips with known damage what each of them lets through. evaluation.json lists them by name.
 """
 
 FAITHFUL = 0.5
-"""Pixels: a clip keeps to a law of motion if its physics residual is below. Tracking real clips errs by about 0.05."""
+"""Pixels: a clip obeys its law of motion if its physics residual is smaller. Tracking errors on real clips are 0.05."""
 MOVING = 0.3
-"""Pixels a frame: an object moves if its mean speed is above. The slowest one of the world moves by 0.8."""
+"""Pixels per frame: an object moves if its mean speed is greater. The slowest object of the world moves at 0.8."""
 STILLNESS = 0.05
-"""Pixels a frame, added below the line of the smoothness so that it is finite for a frozen clip."""
+"""Pixels per frame, added to the denominator of the roughness so that it is finite for a frozen clip."""
 SECTOR = 22.5
-"""Degrees to either side of a direction: half the distance between two of the eight."""
+"""Degrees to either side of a direction: half the angle between two of the eight directions."""
 
 VISIBLE = 0.25
-"""Share of the way from the ground to the object's colour above which a pixel is part of the object."""
+"""A pixel belongs to an object if its value is more than this fraction of the way from background to object colour."""
 SOLID = 0.6
-"""The same share for pixels that say which colours there are: edges, blurred by codec and decoder, stay below."""
+"""The same for pixels that decide which colours are present; edges, blurred by codec and decoder, stay below it."""
 SOLID_LIKENESS = 0.95
-"""Least cosine between (pixel - ground) and (colour - ground) there; between two colours of the palette it is less."""
+"""Least cosine between (pixel - background) and (colour - background) of those pixels; two colours have less."""
 LIKENESS = 0.8
-"""The same for pixels at the edge, where 4:2:0 video keeps a quarter of the colour."""
+"""The same for pixels at an edge, where 4:2:0 video keeps a quarter of the colour samples."""
 SPECK = 0.15
-"""Parts of an object smaller than this many squared radii are not counted, nor colours of fewer solid pixels: 8 times
-less than the smallest shape."""
+"""In squared radii: smaller parts of an object are ignored, and so are colours with fewer solid pixels. The smallest
+shape is 8 times as large."""
 LARGEST = 2.0
-"""Discs: what is larger than this in the median frame is no object but another ground, or noise."""
+"""In areas of a disc: anything larger in the median frame is a different background or noise, not an object."""
 SHAPES_BY_FILL = {"triangle": 0.64, "disc": 0.89, "square": 1.01}
-"""Shape -> upper end of the share of its bounding box that is filled (1/2, pi/4 and 1, blurred or not)."""
+"""Shape -> upper limit of the filled fraction of its bounding box (1/2, pi/4 and 1, with or without blur)."""
 
 FASTEST = 1.0
-"""Widths a second: greatest speed along an axis, and of an orbit, that is tried as a start of the search for a path."""
+"""Units per second: the greatest speed, along an axis or on an orbit, among the starting points of the path search."""
 
 SPLITS = 20
-"""Random splits of the reference into halves over which the measuring floor is averaged."""
+"""Number of random splits of the reference into halves over which the floor is averaged."""

@@ -1,4 +1,4 @@
-"""Where the objects of a clip are: pixels by colour, and from them centre, mass, parts and shape in every frame."""
+"""Tracks the objects of a clip: assigns pixels to colours, and finds centre, mass, parts and shape in every frame."""
 
 from typing import NamedTuple
 
@@ -7,49 +7,51 @@ from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage
 
 from tfm_jax.moving_shapes.evaluation import thresholds
-from tfm_jax.moving_shapes.world import COLOURS, GROUNDS, RADIUS, paint_ground
+from tfm_jax.moving_shapes.rendering import paint_background
+from tfm_jax.moving_shapes.scene import BACKGROUNDS, COLOURS, RADIUS
 
-AROUND = 5
-"""Pixels along each axis from which a colour is read."""
+WINDOW = 5
+"""Side in pixels of the window over which a colour is averaged."""
 
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
-"""Brightness of red, green and blue: what video keeps at full resolution (BT.709)."""
+"""Weights of red, green and blue in the brightness, which video stores at full resolution (BT.709)."""
 
 Pixels = UInt8[np.ndarray, "t y x 3"]
 
 
 class Track(NamedTuple):
-    """One colour, from the first frame to the last."""
+    """The object of one colour, from the first frame to the last."""
 
     colour: str
     mass: Float[np.ndarray, "t"]
-    """Pixels, a partly covered one by its share."""
+    """Area in pixels; a partly covered pixel counts as the covered fraction."""
     centres: Float[np.ndarray, "t 2"]
-    """(x, y) in pixels from the upper left corner; NaN where the colour is not seen."""
+    """(x, y) in pixels from the upper left corner; NaN in frames without the colour."""
     parts: Int[np.ndarray, "t"]
-    """Connected components, specks left out."""
+    """Number of connected components, without specks."""
     shape: str
-    """By the share of the bounding box that is filled, in the median frame."""
+    """Judged by the fraction of the bounding box that is filled, median over the frames."""
 
 
 def track(clip: Pixels) -> list[Track]:
-    """One track for each colour of the palette that is in the clip as an object, the largest first."""
+    """Return one track for each colour that is visible as an object, the largest first."""
     disc = np.pi * (RADIUS * min(clip.shape[1:3])) ** 2
-    tracks = [_follow(colour, weights) for colour, weights in segment(clip).items()]
+    tracks = [_make_track(colour, weights) for colour, weights in segment(clip).items()]
     tracks = [track for track in tracks if np.median(track.mass) <= thresholds.LARGEST * disc]
     return sorted(tracks, key=lambda track: -track.mass.mean())
 
 
 def segment(clip: Pixels) -> dict[str, Float[np.ndarray, "t y x"]]:
-    """Colour -> how much of each pixel it covers, where that exceeds VISIBLE; 0 elsewhere.
+    """Map each visible colour to the fraction of every pixel that it covers; fractions up to VISIBLE are set to 0.
 
-    A pixel of which the share a is covered is ground + a (colour - ground): a follows from its brightness, and the
-    colour is the one whose ray from the ground is closest. Video keeps colour at half the resolution, so that single
-    pixels at an edge have a wrong one: it is read from the mean of the pixels around.
+    A pixel covered to the fraction a has the value background + a (colour - background). Its brightness gives a, and
+    its colour is the one whose ray from the background is closest. Video stores colour at half the resolution, so
+    single pixels at an edge have a wrong colour: the colour is taken from the mean of the surrounding pixels.
     """
-    light = clip - _find_ground(clip)
-    around = ndimage.uniform_filter(light, AROUND, axes=(1, 2))
-    rays = _rays(clip, list(COLOURS))
+    background = _find_background(clip)
+    light = clip - background
+    around = ndimage.uniform_filter(light, WINDOW, axes=(1, 2))
+    rays = np.array(list(COLOURS.values()), np.float32)[:, None] - background[:, 0]  # for every row of the picture
     shares, likeness = _project(light, rays)
     solid = (shares > thresholds.SOLID) & _is_closest(likeness, thresholds.SOLID_LIKENESS)
     solid &= _is_closest(_project(around, rays)[1], thresholds.SOLID_LIKENESS)
@@ -61,21 +63,16 @@ def segment(clip: Pixels) -> dict[str, Float[np.ndarray, "t y x"]]:
     return {list(COLOURS)[colour]: weight for colour, weight in zip(present, weights, strict=True)}
 
 
-def _find_ground(clip: Pixels) -> Float[np.ndarray, "y 1 3"]:
-    """The ground of the world that the median pixel is closest to; objects never cover half of the picture."""
-    grounds = [paint_ground(name, clip.shape[1]).astype(np.float32) for name in GROUNDS]
-    return min(grounds, key=lambda ground: float(np.median(abs(clip - ground).sum(-1))))
-
-
-def _rays(clip: Pixels, names: list[str]) -> Float[np.ndarray, "k y 3"]:
-    """From the ground to each colour, row by row."""
-    return np.array([COLOURS[name] for name in names], np.float32)[:, None] - _find_ground(clip)[:, 0]
+def _find_background(clip: Pixels) -> Float[np.ndarray, "y 1 3"]:
+    """The background that is closest to the median pixel; objects never cover half of the picture."""
+    backgrounds = [paint_background(name, clip.shape[1]).astype(np.float32) for name in BACKGROUNDS]
+    return min(backgrounds, key=lambda background: float(np.median(abs(clip - background).sum(-1))))
 
 
 def _project(
     light: Float[np.ndarray, "t y x 3"], rays: Float[np.ndarray, "k y 3"]
 ) -> tuple[Float[np.ndarray, "k t y x"], Float[np.ndarray, "k t y x"]]:
-    """Every pixel on each ray: how far along it by brightness, and the cosine of the angle to it."""
+    """Compare every pixel with each ray: the fraction of its length, by brightness, and the cosine of the angle."""
     along = np.einsum("tyxc,kyc->ktyx", light, rays)
     lengths = np.linalg.norm(rays, axis=-1)[:, None, :, None]
     return (light @ LUMA) / (rays @ LUMA)[:, None, :, None], along / lengths / np.linalg.norm(light, axis=-1).clip(1e-3)
@@ -86,12 +83,12 @@ def _is_closest(likeness: Float[np.ndarray, "k t y x"], least: float) -> Bool[np
 
 
 def _speck(height: int, width: int) -> float:
-    """Pixels."""
+    """SPECK in pixels."""
     return thresholds.SPECK * (RADIUS * min(height, width)) ** 2
 
 
-def _follow(colour: str, weights: Float[np.ndarray, "t y x"]) -> Track:
-    """Centre of mass and connected components in every frame."""
+def _make_track(colour: str, weights: Float[np.ndarray, "t y x"]) -> Track:
+    """Compute the track of a colour from the fraction of every pixel that it covers."""
     _, height, width = weights.shape
     mass = weights.sum((1, 2))
     moments = np.stack([weights.sum(1) @ (np.arange(width) + 0.5), weights.sum(2) @ (np.arange(height) + 0.5)], -1)

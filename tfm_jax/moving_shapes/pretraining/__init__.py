@@ -1,0 +1,1 @@
+"""Training of the embedded model from random weights: start at recipe.py."""

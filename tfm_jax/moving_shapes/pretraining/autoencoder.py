@@ -1,7 +1,8 @@
-"""The first stage: the video autoencoder, from scratch.
+"""Stage one: trains the video autoencoder.
 
-Mean squared error of the pixels plus a little Kullback-Leibler divergence of the latents, on windows of clips. Single
-frames come first, as in Wan's own training: what is learnt within a frame costs a fifth of what it costs in a video.
+The loss is the mean squared error of the pixels plus a small weight times the Kullback-Leibler divergence of the
+latents, on windows of clips. Training starts with single frames, as Wan's did: a step on them costs a fifth of a step
+on video.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
+from tfm_jax import video
 from tfm_jax.arrays import Scalar, Video
 from tfm_jax.moving_shapes.pretraining.network import initialise, make_optimizer
 from tfm_jax.train.metrics import Metrics
@@ -29,7 +31,7 @@ Clips = UInt8[np.ndarray, "n t y x 3"]
 
 
 class Phase(NamedTuple):
-    """A part of the training on windows of one shape."""
+    """A part of the training, with windows of one shape."""
 
     steps: int
     frames: int
@@ -39,28 +41,28 @@ class Phase(NamedTuple):
 
 
 class VaeRecipe(NamedTuple):
-    """How the autoencoder is trained."""
+    """Settings of the training of the autoencoder."""
 
     phases: Sequence[Phase]
     learning_rate: float = 1e-2
-    """At its peak: a short warm-up, then half a cosine down to zero over all phases."""
-    vector_factor: float = 0.2
-    """Learning rate of norms and biases over that of the kernels."""
-    divergence: float = 3e-5
-    """Weight of the divergence from a standard normal distribution, in nats a latent value."""
+    """Peak value: after a short warm-up it decays to zero over all phases, following half a cosine."""
+    vector_lr_factor: float = 0.2
+    """Learning rate of norms and biases, relative to that of the kernels."""
+    kl_weight: float = 3e-5
+    """Weight of the divergence from a standard normal distribution, in nats per latent value."""
 
 
 def train_vae(clips: Clips, config: VaeConfig, recipe: VaeRecipe, seed: int, log: Path) -> WanVae:
-    """An autoencoder for clips like these, with the statistics of their latents in its configuration.
+    """Train an autoencoder on clips and store the statistics of their latents in its configuration.
 
     Args:
-        log: a file for what every step reports.
+        log: JSON Lines file for the metrics of every step.
     """
     vae = initialise(VAE, config, seed)
     graph, weights = nnx.split(vae)
     steps = sum(phase.steps for phase in recipe.phases)
-    optimizer = make_optimizer(recipe.learning_rate, recipe.vector_factor, steps)
-    step_fn = jax.jit(partial(_step, graph, optimizer, recipe.divergence), donate_argnums=(0, 1))
+    optimizer = make_optimizer(recipe.learning_rate, recipe.vector_lr_factor, steps)
+    step_fn = jax.jit(partial(_step, graph, optimizer, recipe.kl_weight), donate_argnums=(0, 1))
     moments = optimizer.init(weights)
     with Metrics(log, 0, steps, 1, log_every=50) as metrics:
         for number, (batch, chosen) in enumerate(_windows(clips, recipe.phases, seed)):
@@ -72,7 +74,7 @@ def train_vae(clips: Clips, config: VaeConfig, recipe: VaeRecipe, seed: int, log
 
 
 def _windows(clips: Clips, phases: Sequence[Phase], seed: int) -> Iterator[tuple[UInt8[np.ndarray, "b t y x 3"], Any]]:
-    """For every step a batch of windows drawn from the clips, and the numbers of those clips."""
+    """Yield for every step a batch of random windows, and the indices of their clips."""
     rng = np.random.default_rng(seed)
     for phase in phases:
         for _ in range(phase.steps):
@@ -86,37 +88,37 @@ def _windows(clips: Clips, phases: Sequence[Phase], seed: int) -> Iterator[tuple
 
 
 def _step(
-    graph: nnx.GraphDef, optimizer: Any, divergence: float, weights: nnx.State, moments: Any,
+    graph: nnx.GraphDef, optimizer: Any, kl_weight: float, weights: nnx.State, moments: Any,
     batch: UInt8[Array, "b t y x 3"], key: jax.Array,
 ) -> tuple[nnx.State, Any, dict[str, Scalar]]:  # fmt: skip
-    video = batch.astype(jnp.float32) / 127.5 - 1
+    pixels = batch.astype(jnp.float32) / 127.5 - 1
 
     def loss_of(weights: nnx.State) -> tuple[Scalar, dict[str, Scalar]]:
         vae: WanVae = nnx.merge(graph, weights)
-        mean, log_variance = jnp.split(_posterior(vae, video), 2, axis=-1)
+        mean, log_variance = jnp.split(_posterior(vae, pixels), 2, axis=-1)
         noise = jax.random.normal(key, mean.shape)
-        error = jnp.mean(jnp.square(_reconstruct(vae, mean + jnp.exp(log_variance / 2) * noise) - video))
+        error = jnp.mean(jnp.square(_reconstruct(vae, mean + jnp.exp(log_variance / 2) * noise) - pixels))
         nats = jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance) / 2
-        return error + divergence * nats, {"psnr": 10 * jnp.log10(4 / error), "nats": nats}
+        return error + kl_weight * nats, {"psnr": 10 * jnp.log10(4 / error), "nats": nats}
 
     (loss, terms), gradient = jax.value_and_grad(loss_of, has_aux=True)(weights)
     updates, moments = optimizer.update(gradient, moments, weights)
     return optax.apply_updates(weights, updates), moments, {"loss": loss, **terms}  # pyright: ignore[reportReturnType]
 
 
-def _posterior(vae: WanVae, video: Video) -> Float[Array, "b f h w two_z"]:
-    """Mean and log-variance of the latents, before their normalisation."""
+def _posterior(vae: WanVae, pixels: Video) -> Float[Array, "b f h w two_z"]:
+    """Mean and log-variance of the latents before normalisation."""
 
     def step(chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
         features, cache = vae.encoder(chunk, cache)
         mean, log_variance = jnp.split(vae.quant_conv(features), 2, axis=-1)
         return jnp.concatenate([mean, jnp.clip(log_variance, -30, 20)], axis=-1), cache
 
-    return by_chunks(step, video, frames_in=vae.config.time_stride, frames_out=1, unroll=True)
+    return by_chunks(step, pixels, frames_in=vae.config.time_stride, frames_out=1, unroll=True)
 
 
 def _reconstruct(vae: WanVae, latents: Float[Array, "b f h w z"]) -> Video:
-    """Pixels of latents that are not normalised, not clipped so that every one of them has a gradient."""
+    """Decode latents before normalisation. The pixels are not clipped, so each of them has a gradient."""
 
     def step(chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
         return vae.decoder(vae.post_quant_conv(chunk), cache)
@@ -125,7 +127,7 @@ def _reconstruct(vae: WanVae, latents: Float[Array, "b f h w z"]) -> Video:
 
 
 def _normalise(vae: WanVae, clips: Clips, count: int = 256) -> WanVae:
-    """Set the statistics in the configuration so that the latents of some clips have mean 0 and deviation 1."""
+    """Set the statistics in the configuration so that the latents of `count` clips have mean 0 and deviation 1."""
     values = _means(vae, clips[:count]).reshape(-1, vae.config.z_dim).astype(np.float64)
     mean, std = (tuple(round(float(v), 4) for v in numbers) for numbers in (values.mean(0), values.std(0)))
     vae.config = dataclasses.replace(vae.config, latents_mean=mean, latents_std=std)
@@ -133,7 +135,7 @@ def _normalise(vae: WanVae, clips: Clips, count: int = 256) -> WanVae:
 
 
 def encode_clips(vae: WanVae, clips: Clips) -> Float[np.ndarray, "n f h w z"]:
-    """Normalised latents, as `vae.encode` gives them, faster on a CPU for many short clips."""
+    """Normalised latents, like those of `vae.encode`, but computed faster on a CPU for many short clips."""
     return (_means(vae, clips) - np.array(vae.config.latents_mean, np.float32)) / np.array(
         vae.config.latents_std, np.float32
     )
@@ -146,10 +148,10 @@ def _means(vae: WanVae, clips: Clips, batch: int = 8) -> Float[np.ndarray, "n f 
 
 
 def psnr(vae: WanVae, clips: Clips) -> float:
-    """Decibels of the reconstruction of whole clips, over all of them, pixels as they are written to files."""
+    """Peak signal-to-noise ratio in dB of reconstructed clips, over all of them, with pixels rounded as in files."""
     squares = []
     for clip in clips:
-        video = jnp.asarray(clip, jnp.float32)[None] / 127.5 - 1
-        pixels = np.round((np.asarray(vae.decode(vae.encode(video)))[0] + 1) * 127.5)
-        squares.append(np.square(pixels - clip).mean())
+        decoded = vae.decode(vae.encode(jnp.asarray(video.from_uint8(clip))[None]))
+        pixels = video.to_uint8(np.asarray(decoded)[0])
+        squares.append(np.square(pixels.astype(np.float64) - clip).mean())
     return float(10 * np.log10(255**2 / np.mean(squares)))

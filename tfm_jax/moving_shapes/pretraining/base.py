@@ -1,4 +1,4 @@
-"""The second stage: transformer and text encoder together, by plain flow matching on the latents of clips."""
+"""Stage two: trains the transformer and the text encoder together, by flow matching on the latents of clips."""
 
 from functools import partial
 from pathlib import Path
@@ -24,61 +24,61 @@ from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
 
 class BaseRecipe(NamedTuple):
-    """How transformer and text encoder are trained."""
+    """Settings of the training of the transformer and the text encoder."""
 
     steps: int
     batch: int = 16
     learning_rate: float = 3e-3
-    """At its peak: a short warm-up, then half a cosine down to zero."""
-    vector_factor: float = 0.5
-    """Learning rate of norms, biases and embeddings over that of the kernels."""
-    unpadded: float = 0.85
-    """Share of the steps, the first ones, without the text's padding to 512 tokens: they take half of the time."""
-    unconditional: float = 0.1
-    """Share of the captions that are left out, for guidance."""
+    """Peak value: after a short warm-up it decays to zero, following half a cosine."""
+    vector_lr_factor: float = 0.5
+    """Learning rate of norms, biases and embeddings, relative to that of the kernels."""
+    unpadded_steps: float = 0.85
+    """Fraction of the steps, at the start, without padding of the text to 512 tokens: they take half the time."""
+    caption_dropout: float = 0.1
+    """Fraction of the captions that are replaced by the empty one, for guidance."""
     shift: float = 3.0
-    """Shift of the noise levels, which are otherwise even, towards the noise."""
-    average: float = 0.999
-    """Decay of the running average of the weights, which is what is kept."""
+    """Shift of the noise levels, otherwise uniform, towards 1."""
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights, which is the result of the training."""
 
 
-class Captions(NamedTuple):
-    """The captions of all clips, and the empty one as the last row."""
+class CaptionTokens(NamedTuple):
+    """Token ids and masks of the captions of all clips, and of the empty caption as the last row."""
 
     ids: Int[np.ndarray, "n l"]
     mask: Int[np.ndarray, "n l"]
 
 
 class Networks(NamedTuple):
-    """What is trained in this stage: two networks, or their weights."""
+    """The two networks that are trained in this stage, or their weights."""
 
     transformer: Any
     text_encoder: Any
 
 
 def train_base(
-    latents: Float[np.ndarray, "n f h w c"], captions: Captions, configs: tuple[TransformerConfig, TextEncoderConfig],
-    recipe: BaseRecipe, seed: int, log: Path,
+    latents: Float[np.ndarray, "n f h w c"], captions: CaptionTokens,
+    configs: tuple[TransformerConfig, TextEncoderConfig], recipe: BaseRecipe, seed: int, log: Path,
 ) -> tuple[WanTransformer, UMT5Encoder]:  # fmt: skip
-    """The two networks for latents and captions like these.
+    """Train the two networks on latents and their captions.
 
     Args:
-        log: a file for what every step reports.
+        log: JSON Lines file for the metrics of every step.
     """
     networks = Networks(initialise(TRANSFORMER, configs[0], seed), initialise(TEXT_ENCODER, configs[1], seed + 1))
     graph, weights = nnx.split(networks)
-    optimizer = make_optimizer(recipe.learning_rate, recipe.vector_factor, recipe.steps)
+    optimizer = make_optimizer(recipe.learning_rate, recipe.vector_lr_factor, recipe.steps)
     step_fn = jax.jit(partial(_step, graph, optimizer, recipe), donate_argnums=(0, 1, 2), static_argnames="length")
     moments, average = optimizer.init(weights), jax.tree.map(jnp.copy, weights)
     rng = np.random.default_rng(seed)
     with Metrics(log, 0, recipe.steps, recipe.batch, log_every=100) as metrics:
         for number in range(recipe.steps):
             clips = rng.integers(len(latents), size=recipe.batch)
-            said = np.where(rng.random(recipe.batch) < recipe.unconditional, len(captions.ids) - 1, clips)
+            rows = np.where(rng.random(recipe.batch) < recipe.caption_dropout, len(captions.ids) - 1, clips)
             weights, moments, average, report = step_fn(
-                weights, moments, average, latents[clips], captions.ids[said], captions.mask[said],
+                weights, moments, average, latents[clips], captions.ids[rows], captions.mask[rows],
                 jax.random.fold_in(jax.random.key(seed), number),
-                length=captions.ids.shape[1] if number < recipe.unpadded * recipe.steps else TEXT_LENGTH,
+                length=captions.ids.shape[1] if number < recipe.unpadded_steps * recipe.steps else TEXT_LENGTH,
             )  # fmt: skip
             metrics.add(number + 1, report, clips.tolist())
         metrics.flush()
@@ -92,7 +92,7 @@ def _step(
 ) -> tuple[Any, Any, Any, dict[str, Scalar]]:  # fmt: skip
     noise_key, level_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, clean.shape)
-    # One level in each of as many equal parts as there are videos: the loss of a step varies less.
+    # Stratified noise levels, one per video, reduce the variance of the loss.
     levels = (jnp.arange(len(clean)) + jax.random.uniform(level_key, (len(clean),))) / len(clean)
     sigma: PerVideo = shift_sigma(levels, recipe.shift)
 
@@ -108,7 +108,7 @@ def _step(
     loss, gradient = jax.value_and_grad(loss_of)(weights)
     updates, moments = optimizer.update(gradient, moments, weights)
     new: Any = optax.apply_updates(weights, updates)
-    average = optax.incremental_update(new, average, 1 - recipe.average)
+    average = optax.incremental_update(new, average, 1 - recipe.ema_decay)
     return new, moments, average, {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
 
 

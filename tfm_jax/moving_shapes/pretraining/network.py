@@ -1,4 +1,4 @@
-"""What both stages share: networks with random weights, and the optimizer."""
+"""Random weights and the optimizer, for both stages."""
 
 from typing import Any
 
@@ -12,23 +12,23 @@ from tfm_jax.wan.layouts import Component
 
 
 def initialise(component: Component, config: Any, seed: int) -> Any:
-    """The network in float32, drawn as one compiled function: number by number it takes minutes."""
+    """Build the network in float32 with random weights, in one compiled function: uncompiled, it takes minutes."""
     return jax.jit(
         lambda: component.build(config, rngs=nnx.Rngs(jax.random.key(seed, impl="rbg")), dtype=jnp.float32)
     )()
 
 
-def make_optimizer(learning_rate: float, vector_factor: float, steps: int) -> optax.GradientTransformation:
-    """Muon for kernels, Adam for the rest (Jordan et al. 2024), a short warm-up, then half a cosine down to zero.
+def make_optimizer(learning_rate: float, vector_lr_factor: float, steps: int) -> optax.GradientTransformation:
+    """Muon for kernels and Adam for the rest (Jordan et al. 2024), with warm-up and cosine decay to zero.
 
-    In a short training of narrow networks Muon is far ahead: 24 dB against 20 after 500 steps on single frames.
+    Muon is far ahead in short trainings of narrow networks: 24 dB against 20 after 500 steps on single frames.
     """
 
     def schedule(peak: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0, peak, min(100, steps // 10), steps)
 
     def inputs_and_outputs(weights: Any) -> Any:
-        """The last axis of a kernel is its output, the others its input but for stacked layers; None for the rest."""
+        """The last axis of a kernel is output, the others are input, except that of the layers; None for the rest."""
 
         def split(path: tuple, x: jax.Array) -> contrib.MuonDimensionNumbers | None:
             names = [getattr(key, "key", None) for key in path]
@@ -43,8 +43,8 @@ def make_optimizer(learning_rate: float, vector_factor: float, steps: int) -> op
 
     muon = contrib.muon(
         schedule(learning_rate),
-        consistent_rms=0.2,  # so that its steps are as long as Adam's
-        adam_learning_rate=schedule(vector_factor * learning_rate),
+        consistent_rms=0.2,  # makes its steps as long as Adam's
+        adam_learning_rate=schedule(vector_lr_factor * learning_rate),
         muon_weight_dimension_numbers=inputs_and_outputs,
     )
     return optax.chain(optax.clip_by_global_norm(1.0), muon)

@@ -1,45 +1,47 @@
-"""What a trained base model makes of captions that it knows the words of: sampled, and measured against real clips."""
+"""Samples captions with a trained base model, and compares the samples with real clips."""
 
 import shutil
 from pathlib import Path
 
 from tfm_jax import config as configs
 from tfm_jax.data.metadata import read_metadata
-from tfm_jax.moving_shapes.evaluation.report import Counts, compare, measure_folder, show
-from tfm_jax.moving_shapes.world import Stage, write_clips
+from tfm_jax.moving_shapes.evaluation.folders import measure_folder
+from tfm_jax.moving_shapes.evaluation.report import ClipCounts, format_table
+from tfm_jax.moving_shapes.evaluation.set_metrics import compare
+from tfm_jax.moving_shapes.scene import ClipSpec
+from tfm_jax.moving_shapes.world import write_clips
+from tfm_jax.prompts import write_prompts
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.wan.transformer import TransformerConfig
 
 STEPS = 20
 SEED = 2000
-"""Of the clips that captions are taken from and samples are compared with; no recipe of training comes near it."""
+"""Seed of the clips that provide the captions and the reference, far from the seeds of the training clips."""
 
 
-def sample_captions(model: Path, config: TransformerConfig, laws: tuple[str, ...], output: Path, count: int) -> str:
-    """Sample `count` captions of one object into `output`/samples, made anew, and measure the samples.
+def evaluate_model(model: Path, config: TransformerConfig, laws: tuple[str, ...], output: Path, count: int) -> str:
+    """Sample `count` captions of one object into `output`/samples, replacing what is there, and measure the samples.
 
     Returns:
-        The table of the evaluation: shares of clips with the right colour, shape, direction, with one object in every
-        frame, and the rest.
+        The table of the evaluation.
     """
-    stage = Stage(17, (64, 64), 16)
+    spec = ClipSpec()
     clips, prompts, samples = output / "clips" / "reference", output / "prompts.txt", output / "samples"
     for folder in (clips, samples):
         shutil.rmtree(folder, ignore_errors=True)
-    write_clips(clips, 2 * count, stage.frames, stage.size, stage.fps, seed=SEED, laws=laws, objects=(1,))
-    captions = [row.prompt for row in read_metadata(clips)][:count]
-    prompts.write_text("\n".join(captions) + "\n", encoding="utf-8")
+    write_clips(clips, 2 * count, spec.frames, spec.size, spec.fps, seed=SEED, laws=laws, num_objects=(1,))
+    write_prompts(prompts, [row.prompt for row in read_metadata(clips)][:count])
     sample(
         SampleRun(
             model=configs.ModelConfig(
                 path=model, dim=config.dim, ffn_dim=config.ffn_dim, heads=config.heads, layers=config.layers,
                 dtype="float32",
             ),
-            clip=configs.ClipConfig(frames=stage.frames, height=stage.size[0], width=stage.size[1], fps=stage.fps),
+            clip=configs.ClipConfig(frames=spec.frames, height=spec.size[0], width=spec.size[1], fps=spec.fps),
             sampling=configs.SamplingConfig(prompts=prompts, output=samples, steps=STEPS),
         )
     )  # fmt: skip
-    generated = measure_folder(samples, prompts, stage, least=2)
-    reference = measure_folder(clips, None, stage, least=2)
+    generated = measure_folder(samples, prompts, spec, minimum=2)
+    reference = measure_folder(clips, None, spec, minimum=2)
     rows, compared = compare(generated, reference)
-    return show({"samples": rows}, Counts(len(generated), len(reference), compared))
+    return format_table({"samples": rows}, ClipCounts(len(generated), len(reference), compared))

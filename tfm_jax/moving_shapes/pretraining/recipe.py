@@ -1,6 +1,6 @@
-"""The embedded model from nothing: clips of the world -> autoencoder -> latents -> transformer and text encoder.
+"""Trains the embedded model from random weights: clips -> autoencoder -> latents -> transformer and text encoder.
 
-What is made is the directory that ships as `tfm_jax/moving_shapes/wan_tiny`.
+The result is the directory that ships as `tfm_jax/moving_shapes/wan_tiny`.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ from tfm_jax import video
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.errors import InputError
 from tfm_jax.moving_shapes.pretraining.autoencoder import Clips, Phase, VaeRecipe, encode_clips, psnr, train_vae
-from tfm_jax.moving_shapes.pretraining.base import BaseRecipe, Captions, train_base
-from tfm_jax.moving_shapes.pretraining.quality import sample_captions
+from tfm_jax.moving_shapes.pretraining.base import BaseRecipe, CaptionTokens, train_base
+from tfm_jax.moving_shapes.pretraining.quality import evaluate_model
+from tfm_jax.moving_shapes.scene import LAWS, ClipSpec
 from tfm_jax.moving_shapes.tokenizer import write_tokenizer
-from tfm_jax.moving_shapes.world import LAWS, write_clips
+from tfm_jax.moving_shapes.world import has_clips, write_clips
 from tfm_jax.wan import load_vae
 from tfm_jax.wan.layouts import TEXT_ENCODER, TRANSFORMER, VAE, find, source_of
 from tfm_jax.wan.saving import save, save_model
@@ -28,12 +29,13 @@ from tfm_jax.wan.transformer import TransformerConfig
 from tfm_jax.wan.vae import VaeConfig
 
 BASE_LAWS = ("uniform", "uniform", "uniform", "still")
-"""What the transformer is taught: three of four clips move. Bouncing, falling and the rest are left to fine-tuning."""
-OBJECTS = (1, 1, 1, 2)
+"""Laws that the transformer learns: three of four clips move. The other laws are left to fine-tuning."""
+NUM_OBJECTS = (1, 1, 1, 2)
+"""A quarter of the clips has two objects."""
 
 
 class Recipe(NamedTuple):
-    """Sizes, clips and training of the three networks."""
+    """Sizes, clips and training settings of the three networks."""
 
     vae: VaeConfig = VaeConfig(base_dim=8)
     transformer: TransformerConfig = TransformerConfig(dim=128, ffn_dim=512, heads=4, layers=8, text_dim=64)
@@ -41,21 +43,21 @@ class Recipe(NamedTuple):
         vocab_size=256, dim=64, heads=4, head_dim=16, ffn_dim=128, layers=2
     )
     vae_clips: int = 1500
-    """Clips of all laws of motion for the autoencoder, so that no later motion is new to it."""
+    """Number of clips, of all laws of motion, for the autoencoder: no motion is new to it during fine-tuning."""
     base_clips: int = 4000
-    """Clips of BASE_LAWS for the transformer."""
+    """Number of clips, of BASE_LAWS, for the transformer."""
     held_out: int = 64
-    """Clips at speeds that are in neither, for the quality of the reconstruction."""
+    """Number of clips, at speeds of neither set, on which the reconstruction is measured."""
     samples: int = 48
-    """Captions that the finished model is sampled with."""
+    """Number of captions that the finished model samples."""
     train_vae: VaeRecipe = VaeRecipe((Phase(1000, 1, 32, 16), Phase(1400, 5, 32, 8), Phase(700, 17, 32, 4)))
     train_base: BaseRecipe = BaseRecipe(5000)
 
     def shortened(self, share: float) -> "Recipe":
-        """The same with a share of the clips and of the steps."""
+        """Return the recipe with a fraction `share` of its clips and steps."""
 
-        def part(number: int, least: int) -> int:
-            return max(least, round(share * number))
+        def part(number: int, minimum: int) -> int:
+            return max(minimum, round(share * number))
 
         phases = tuple(phase._replace(steps=part(phase.steps, 2)) for phase in self.train_vae.phases)
         return self._replace(
@@ -71,14 +73,14 @@ class Recipe(NamedTuple):
 def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
     """Write clips, the logs of both stages, `model/` and its `samples/` into `output`, and print the model's quality.
 
-    A stage whose result is there is not repeated.
+    Stages whose results exist are skipped.
 
     Raises:
-        InputError: all of them are.
+        InputError: all results exist.
     """
     model = output / "model"
     if (output / "samples").exists():
-        raise InputError(f"{output}: complete already; expected a new folder, or one without some of its results")
+        raise InputError(f"{output}: already complete; expected a new folder, or one in which some results are missing")
     output.mkdir(parents=True, exist_ok=True)
     _make_clips(output, recipe, seed)
     if not (output / "vae").exists():
@@ -90,14 +92,14 @@ def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
     print(f"autoencoder: {quality:.2f} dB on clips at held-out speeds", flush=True)
     if not model.exists():
         clips, captions = read_clips(output / "clips" / "base")
-        write_tokenizer(output / "tokenizer", _every_caption(output), recipe.text_encoder.vocab_size)
+        write_tokenizer(output / "tokenizer", _all_captions(output), recipe.text_encoder.vocab_size)
         transformer, text_encoder = train_base(
-            encode_clips(vae, clips), _tokens(output, captions), (recipe.transformer, recipe.text_encoder),
+            encode_clips(vae, clips), _tokenise(output, captions), (recipe.transformer, recipe.text_encoder),
             recipe.train_base, seed, output / "base.jsonl",
         )  # fmt: skip
         networks = (source_of(transformer, TRANSFORMER), find(output, VAE), source_of(text_encoder, TEXT_ENCODER))
         save_model(list(networks), output / "tokenizer", model, "diffusers", jnp.bfloat16)
-    print(sample_captions(model, recipe.transformer, BASE_LAWS, output, recipe.samples), flush=True)
+    print(evaluate_model(model, recipe.transformer, BASE_LAWS, output, recipe.samples), flush=True)
 
 
 def _make_clips(output: Path, recipe: Recipe, seed: int) -> None:
@@ -108,27 +110,28 @@ def _make_clips(output: Path, recipe: Recipe, seed: int) -> None:
     }
     for number, (name, (count, laws, held_out)) in enumerate(folders.items()):
         folder = output / "clips" / name
-        if not (folder / "states.json").exists():  # written last
+        if not has_clips(folder):
             print(f"making {count} clips in {folder}", flush=True)
-            write_clips(folder, count, seed=3 * seed + number, laws=laws, objects=OBJECTS, held_out=held_out)
+            write_clips(folder, count, seed=3 * seed + number, laws=laws, num_objects=NUM_OBJECTS, held_out=held_out)
 
 
 def read_clips(folder: Path) -> tuple[Clips, list[str]]:
-    """Pixels and captions of every clip of a folder."""
-    rows = read_metadata(folder)
+    """Return the pixels and the captions of all clips of a folder."""
+    spec, rows = ClipSpec(), read_metadata(folder)
     pixels = [
-        video.read_clip(row.path, 17, 64, 64, 16) for row in tqdm(rows, desc=f"reading {folder.name}", unit="clip")
+        video.read_clip(row.path, spec.frames, *spec.size, spec.fps)
+        for row in tqdm(rows, desc=f"reading {folder.name}", unit="clip")
     ]
     return np.stack(pixels), [row.prompt for row in rows]
 
 
-def _every_caption(output: Path) -> list[str]:
-    """Of all laws: the tokenizer knows the words of motions that the model is yet to learn."""
+def _all_captions(output: Path) -> list[str]:
+    """Captions of all laws: the tokenizer also knows the words for motions that only fine-tuning teaches."""
     return [row.prompt for name in ("all", "base") for row in read_metadata(output / "clips" / name)]
 
 
-def _tokens(output: Path, captions: Sequence[str]) -> Captions:
-    """Of the captions and, last, of the empty one, cut to the longest."""
+def _tokenise(output: Path, captions: Sequence[str]) -> CaptionTokens:
+    """Tokens of the captions and, last, of the empty one, cut to the length of the longest."""
     ids, mask = Tokenizer(output)([*captions, ""])
     longest = int(mask.sum(1).max())
-    return Captions(ids[:, :longest], mask[:, :longest])
+    return CaptionTokens(ids[:, :longest], mask[:, :longest])

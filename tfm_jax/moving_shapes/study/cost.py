@@ -1,4 +1,4 @@
-"""What a training step of each arm costs, measured in turns so that whatever else the machine does meets all alike."""
+"""Measures the cost of a training step of each arm, in turns, so that other load on the machine affects all alike."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,11 @@ from tfm_jax.train.step import init_state, make_step
 from tfm_jax.wan import load_base
 
 Seconds = Mapping[str, Sequence[float]]
-"""Arm -> seconds of its step in each round."""
+"""Arm -> seconds per step, one number for each round."""
 
 
 def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], rounds: int) -> dict[str, list[float]]:
-    """Seconds of the training step of `run` with each objective, in `rounds` rounds of all of them in random order."""
+    """Time one training step of `run` with each objective in every round, in random order within the round."""
     mesh = make_mesh(run.mesh)
     model = load_base(run.model, mesh)
     attach_lora(model, run.lora)
@@ -34,21 +34,21 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
     batch, _ = Batches(open_records(run.data.path), run.train.batch_size, run.train.seed).at(0)
     with jax.set_mesh(mesh):
 
-        def stepper(objective: ObjectiveConfig) -> Callable[[], None]:
+        def make_timed(objective: ObjectiveConfig) -> Callable[[], None]:
             state, placement = init_state(jax.tree.map(jnp.copy, lora), optimizer, mesh)
             step = make_step(graph, optimizer, objective, run.train.seed, placement, run.train.remat)
 
-            def go() -> None:
+            def run_step() -> None:
                 nonlocal state
                 state, report = step(state, frozen, batch)
                 jax.block_until_ready((state, report))
 
-            return go
+            return run_step
 
-        steps = {name: stepper(objective) for name, objective in objectives.items()}
-        for go in steps.values():  # compiles
-            go()
-            go()
+        steps = {name: make_timed(objective) for name, objective in objectives.items()}
+        for run_step in steps.values():  # compiles
+            run_step()
+            run_step()
         seconds = {name: [] for name in steps}
         rng = np.random.default_rng(0)
         for _ in range(rounds):
@@ -59,14 +59,14 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
     return seconds
 
 
-def relative(seconds: Seconds, arm: str) -> Estimate:
-    """Median over the rounds of an arm's cost over the baseline's, with its interval."""
+def relative_cost(seconds: Seconds, arm: str) -> Estimate:
+    """Ratio of an arm's cost to the baseline's: the median over the rounds, with its interval."""
     return bootstrap(np.divide(seconds[arm], seconds[protocol.BASELINE]), np.median)
 
 
-def steps_in_the_same_time(seconds: Seconds, arm: str, steps: int) -> int:
-    """How many steps the arm makes in the time of `steps` steps of the baseline; `steps` where costs count as equal."""
-    ratio = relative(seconds, arm)
-    if abs(ratio.value - 1) < protocol.SAME_TIME or ratio.low <= 1 <= ratio.high:
+def steps_at_equal_time(seconds: Seconds, arm: str, steps: int) -> int:
+    """Number of steps of the arm in the time of `steps` steps of the baseline; `steps` if costs count as equal."""
+    ratio = relative_cost(seconds, arm)
+    if abs(ratio.value - 1) < protocol.COST_TOLERANCE or ratio.low <= 1 <= ratio.high:
         return steps
     return max(1, round(steps / ratio.value))

@@ -1,4 +1,4 @@
-"""The pictures of a study: what each arm made of a prompt, and the differences between arms."""
+"""The pictures of a study: the samples of each arm for a prompt, and the differences between arms."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,18 +15,19 @@ from tfm_jax import video
 from tfm_jax.moving_shapes.study.statistics import Estimate
 
 FRAMES = 9
+"""Frames shown of every clip."""
 CELL = 64
-"""Pixels across a frame."""
+"""Width of a frame in pixels."""
 
 
 def draw_prompt(clips: Mapping[str, np.ndarray], file: Path) -> None:
-    """One row a clip, by label: the same prompt from the same noise."""
+    """Draw one labelled row for each clip."""
     sheet = video.contact_sheet(list(clips.values()), list(clips), columns=FRAMES, cell=CELL)
     sheet.convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(file, optimize=True)
 
 
 def draw_differences(panels: Mapping[str, Mapping[str, Estimate]], file: Path) -> None:
-    """A panel a metric: for every arm the difference of each seed, their mean and its interval."""
+    """Draw one panel for each metric, with the difference of every seed, their mean and its interval for every arm."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained")
     for axis, (title, estimates) in zip(axes[0], panels.items(), strict=True):
         _draw_panel(axis, title, estimates)

@@ -1,6 +1,6 @@
-"""The file of a study: one JSON object a line, written when its part is done, so an interrupted study can continue.
+"""The results of a study: one JSON object per line, appended when a part is done, so an interrupted study can continue.
 
-Several processes may work on one study. Each writes only while it holds the lock of the file.
+Several processes may work on one study. Each of them writes only while it holds the lock of the file.
 """
 
 import json
@@ -15,10 +15,10 @@ Record = dict[str, Any]
 
 
 class Results:
-    """What has been measured so far. The first line holds the settings, which every later start must share.
+    """The results measured so far. The first line holds the settings, which cannot change when the study continues.
 
     Raises:
-        InputError: the file is of a study with other settings, or does not hold the results of a study.
+        InputError: the file belongs to a study with other settings, or does not contain the results of a study.
     """
 
     def __init__(self, file: Path, settings: Record):
@@ -30,7 +30,7 @@ class Results:
         for name, value in settings.items():
             before = self.one("settings").get(name)
             if before != value:
-                raise InputError(f"{file}: a study with {_difference(name, before, value)}; name another --output")
+                raise InputError(f"{file}: a study with {_difference(name, before, value)}; choose another --output")
 
     def add(self, kind: str, **values: Any) -> Record:
         """Append a record."""
@@ -40,28 +40,28 @@ class Results:
         return record
 
     def _append(self, record: Record) -> None:
-        """Needs the lock. Removes the last line if a killed process wrote only a part of it."""
+        """Requires the lock. Removes the last line if a killed process wrote only part of it."""
         os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
         self.records.append(record)
 
     def reload(self) -> None:
-        """Read what other processes have added."""
+        """Read the records that other processes have added."""
         self.records = _read(self.file)
 
     def all(self, kind: str, **values: Any) -> list[Record]:
-        """Records of this kind with these values."""
+        """Return all records of this kind with these values."""
         return [r for r in self.records if r["kind"] == kind and all(r.get(n) == v for n, v in values.items())]
 
     def one(self, kind: str, **values: Any) -> Record:
-        """The only such record; empty where there is none."""
+        """Return the first such record; empty if there is none."""
         found = self.all(kind, **values)
         return found[0] if found else {}
 
 
 def _read(file: Path) -> list[Record]:
-    """All records but a last one of which only a part was written."""
+    """Read all records, except an incomplete last line."""
     *lines, _ = file.read_bytes().split(b"\n")
     try:
         records = [json.loads(line) for line in lines]
@@ -69,12 +69,12 @@ def _read(file: Path) -> list[Record]:
         if kinds and kinds[0] != "settings":
             raise ValueError("no settings in the first line")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file}: not the results of a study ({error}); name another --output") from None
+        raise InputError(f"{file}: not the results of a study ({error}); choose another --output") from None
     return records
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """Down to the field in which two settings differ."""
+    """Describe the field in which two settings differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         field = next(field for field in sorted(before.keys() | now.keys()) if before.get(field) != now.get(field))
         return _difference(f"{name}.{field}", before.get(field), now.get(field))

@@ -1,11 +1,10 @@
-"""The runs of a study: clips and latents once, then for every arm and seed training, export, samples and measures.
+"""The runs of a study: clips and latents once, then training, export, sampling and measuring for every arm and seed.
 
-Each of these is the code of the program of that name, called in one process.
+Each part calls the code of the program of the same name, in one process.
 """
 
 import dataclasses
 import hashlib
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,26 +25,30 @@ from tfm_jax.errors import InputError, NonFiniteLoss
 from tfm_jax.files import lock
 from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import read_lora
-from tfm_jax.moving_shapes.evaluation.report import Clips, Row, compare, measure_folder
+from tfm_jax.moving_shapes.evaluation.folders import measure_folder
+from tfm_jax.moving_shapes.evaluation.set_metrics import ClipSet, Row, compare
+from tfm_jax.moving_shapes.numbers import finite_or_none
+from tfm_jax.moving_shapes.scene import LAWS, ClipSpec
 from tfm_jax.moving_shapes.study import protocol
-from tfm_jax.moving_shapes.study.cost import measure_cost, steps_in_the_same_time
+from tfm_jax.moving_shapes.study.cost import measure_cost, steps_at_equal_time
 from tfm_jax.moving_shapes.study.results import Record, Results
 from tfm_jax.moving_shapes.study.sensitivity import measure_sensitivity
-from tfm_jax.moving_shapes.world import LAWS, Stage, write_clips
+from tfm_jax.moving_shapes.world import has_clips, write_clips
+from tfm_jax.prompts import write_prompts
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.train.export import export
 from tfm_jax.train.loop import TrainRun, train
 from tfm_jax.wan import find_base, load_base, load_vae
 
-SETS = {"clips": 1000, "held_out": 1001, "reference": 1002}
-"""Folder of real clips -> seed of its world: to train on, to take prompts from, to compare with."""
-ORDERED = 16
-"""Held-out clips, at most, on which the sensitivity to the order of frames is measured."""
+CLIP_SEEDS = {"clips": 1000, "held_out": 1001, "reference": 1002}
+"""Folder of real clips -> seed of its clips: for training, for the prompts, and for comparison."""
+SENSITIVITY_CLIPS = 16
+"""Maximum number of held-out clips on which the sensitivity to the order of frames is measured."""
 
 
 @section
 class StudyRun:
-    """The sections that a study reads; paths of data and outputs, seeds and `objective.kind` are its own to set."""
+    """The sections that a study reads; the study itself sets paths of data and outputs, seeds and `objective.kind`."""
 
     model: configs.ModelConfig
     clip: configs.ClipConfig
@@ -57,49 +60,49 @@ class StudyRun:
 
 
 class Size(NamedTuple):
-    """How much is run. The defaults are the full study."""
+    """The size of a study. The defaults are the full study."""
 
     arms: tuple[str, ...] = tuple(protocol.ARMS)
     seeds: int = 5
     clips: int = 256
-    """To train on."""
+    """Training clips."""
     prompts: int = 16
-    """Captions that are not among those of training, each sampled once by every arm and seed."""
+    """Captions of no training clip; every arm and seed samples each of them once."""
     reference: int = 128
-    """Real clips that samples are compared with."""
+    """Real clips with which the samples are compared."""
     rounds: int = 30
-    """Of the measurement of cost."""
+    """Rounds of the cost measurement."""
     laws: tuple[str, ...] = ("bouncing",)
-    """Laws of motion of all clips, one object in each."""
+    """Laws of motion of all clips, which have one object each."""
 
 
 class Study(NamedTuple):
-    """A study: what to run, how much of it, and where."""
+    """A study: its configuration, its size and its output folder."""
 
     run: StudyRun
     size: Size
     output: Path
 
     @property
-    def stage(self) -> Stage:
+    def spec(self) -> ClipSpec:
         clip = self.run.clip
-        return Stage(clip.frames, (clip.height, clip.width), clip.fps)
+        return ClipSpec(clip.frames, (clip.height, clip.width), clip.fps)
 
     def objective(self, arm: str) -> ObjectiveConfig:
         return dataclasses.replace(self.run.objective, **protocol.ARMS[arm].objective)
 
     def folder(self, arm: str, seed: int, steps: int) -> Path:
-        """Where a run leaves its files."""
+        """The output folder of a run."""
         return self.output / arm / f"seed{seed}_steps{steps}"
 
 
 def run_study(study: Study) -> Results:
-    """Run whatever is not in `results.jsonl` yet, seed by seed, so that arms can be compared at any time.
+    """Run everything that is not in `results.jsonl` yet, seed by seed, so that arms can be compared at any time.
 
-    Any number of processes may do so at once; each ends when all is done.
+    Several processes may do this at once; each of them returns when the study is complete.
 
     Raises:
-        InputError: the settings are not possible, or not those that the study was started with.
+        InputError: the settings are invalid, or differ from those with which the study was started.
     """
     check(study)
     locks = study.output / "locks"
@@ -107,13 +110,13 @@ def run_study(study: Study) -> Results:
         results = Results(study.output / "results.jsonl", settings(study))
         make_clips(study)
         held_out = choose_prompts(study)
-        reference = measure_folder(study.output / "reference", None, study.stage, least=4)
+        reference = measure_folder(study.output / "reference", None, study.spec, minimum=4)
         if not results.one("real"):
             results.add("real", **_measure_autoencoder(study, held_out, reference))
-        if not set(study.size.arms) <= newest_costs(results).keys():
+        if not set(study.size.arms) <= latest_costs(results).keys():
             results.add("cost", seconds=_costs(study))
-    for wait in (False, True):  # for what others are at, when nothing else is left
-        for seed, arm, steps in plan(study, results):
+    for wait in (False, True):  # first the runs that no other process has taken, then wait for those
+        for seed, arm, steps in planned_runs(study, results):
             with lock(locks / f"{arm}_seed{seed}_steps{steps}", wait=wait) as mine:
                 results.reload()
                 if mine and not results.one("run", arm=arm, seed=seed, steps=steps):
@@ -124,7 +127,7 @@ def run_study(study: Study) -> Results:
 
 
 def check(study: Study) -> None:
-    """Raise InputError where the sizes cannot be, or the model is not there."""
+    """Raise InputError if a size is invalid or the model is missing."""
     size = study.size
     for arm in size.arms:
         if arm not in protocol.ARMS:
@@ -143,33 +146,34 @@ def check(study: Study) -> None:
 
 
 def settings(study: Study) -> Record:
-    """What may not change while a study goes on; arms and seeds may be added."""
+    """The settings that cannot change when a study continues; arms and seeds may be added."""
     values = configs.plain(study.run)
     ignored = ("output", "prompts", "lora", "path", "log_every", "checkpoint_every", "keep_checkpoints", "seed")
     run = {name: {f: v for f, v in part.items() if f not in ignored} for name, part in values.items()}
     size = study.size._asdict()
     for name in ("arms", "seeds", "rounds"):
         size.pop(name)
-    return {"config": run, "size": {**size, "laws": list(study.size.laws)}, "weights": _digest(study.run.model.path)}
+    size["laws"] = list(study.size.laws)
+    return {"config": run, "size": size, "weights": _fingerprint(study.run.model.path)}
 
 
-def _digest(model: Path) -> str:
-    """A name for the weights of a model."""
+def _fingerprint(model: Path) -> str:
+    """The first digits of the SHA-256 of a model's weights."""
     digest = hashlib.sha256()
     for file in sorted(model.rglob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def plan(study: Study, results: Results) -> Iterator[tuple[int, str, int]]:
-    """(seed, arm, steps) of every run: equal steps, and equal time for arms whose steps cost more or less."""
+def planned_runs(study: Study, results: Results) -> Iterator[tuple[int, str, int]]:
+    """Yield (seed, arm, steps) of every run: at equal steps, and at equal time for arms with a different cost."""
     steps = study.run.train.steps
-    seconds = newest_costs(results)
+    seconds = latest_costs(results)
     for seed in range(study.size.seeds):
         yield seed, protocol.BASE, 0
         for arm in study.size.arms:
             yield seed, arm, steps
-            fitting = steps_in_the_same_time(seconds, arm, steps)
+            fitting = steps_at_equal_time(seconds, arm, steps)
             if fitting != steps:
                 yield seed, arm, fitting
 
@@ -178,46 +182,45 @@ def plan(study: Study, results: Results) -> Iterator[tuple[int, str, int]]:
 
 
 def make_clips(study: Study) -> None:
-    """The three sets of real clips, and latents of all but the reference; what is there already stays."""
+    """Make the missing sets of real clips, and the missing latents of all sets but the reference."""
     clip, size = study.run.clip, study.size
-    # Some captions will be among those of training.
+    # Twice as many as needed, because training clips have some of their captions.
     counts = {"clips": size.clips, "held_out": 2 * size.prompts, "reference": size.reference}
     for name, count in counts.items():
         folder = study.output / name
-        if not (folder / "states.json").exists():  # written last
-            write_clips(
-                folder, count, clip.frames, (clip.height, clip.width), clip.fps, SETS[name], size.laws, objects=(1,)
-            )
+        if not has_clips(folder):
+            seed = CLIP_SEEDS[name]
+            write_clips(folder, count, *study.spec, seed=seed, laws=size.laws, num_objects=(1,))
     for name in ("clips", "held_out"):
-        data = configs.DataConfig(source=study.output / name, path=latents_of(study, name))
+        data = configs.DataConfig(source=study.output / name, path=latents_folder(study, name))
         if not data.path.exists():
             prepare(PrepareRun(model=study.run.model, clip=clip, data=data))
         if (data.path / REJECTED).exists():
             raise InputError(f"{data.path / REJECTED}: clips are missing; remove {data.source} and {data.path}")
 
 
-def latents_of(study: Study, name: str) -> Path:
-    """The folder of the latents of a set."""
+def latents_folder(study: Study, name: str) -> Path:
+    """The folder with the latents of a set of clips."""
     return study.output / f"{name}_latents"
 
 
 class HeldOut(NamedTuple):
-    """Real clips whose captions are the prompts."""
+    """The real clips whose captions are the prompts."""
 
     records: Records
     numbers: tuple[int, ...]
-    """Of the records, one for each prompt."""
+    """Index of a record for each prompt."""
     prompts: Path
 
 
 def choose_prompts(study: Study) -> HeldOut:
-    """Write prompts.txt: captions of held-out clips, all different, that no clip of training has.
+    """Write prompts.txt with distinct captions of held-out clips that no training clip has.
 
     Raises:
-        InputError: there are too few of them.
+        InputError: there are too few such captions.
     """
     known = {clip.prompt for clip in read_metadata(study.output / "clips")}
-    records = open_records(latents_of(study, "held_out"))
+    records = open_records(latents_folder(study, "held_out"))
     new: dict[str, int] = {}
     for number in range(len(records)):
         if (prompt := records[number].prompt) not in known:
@@ -226,15 +229,15 @@ def choose_prompts(study: Study) -> HeldOut:
         raise InputError(f"--prompts={study.size.prompts}: only {len(new)} captions are new; expected fewer of them")
     prompts = list(new)[: study.size.prompts]
     file = study.output / "prompts.txt"
-    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    write_prompts(file, prompts)
     return HeldOut(records, tuple(new[prompt] for prompt in prompts), file)
 
 
-# --- Measures --------------------------------------------------------------------------------------------------------
+# --- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def _measure_autoencoder(study: Study, held_out: HeldOut, reference: Clips) -> Record:
-    """The held-out clips through the autoencoder, which no model can be better than; with reference and floor."""
+def _measure_autoencoder(study: Study, held_out: HeldOut, reference: ClipSet) -> Record:
+    """Measure the held-out clips after the autoencoder, the best that any model can reach; also reference and floor."""
     vae = load_vae(study.run.model.path)
     folder = study.output / "autoencoder"
     shutil.rmtree(folder, ignore_errors=True)
@@ -243,22 +246,21 @@ def _measure_autoencoder(study: Study, held_out: HeldOut, reference: Clips) -> R
         pixels = vae.decode(jnp.asarray(held_out.records[record].latents)[None])
         video.write_clip(folder / f"{number:03d}.mp4", video.to_uint8(np.asarray(pixels)[0]), study.run.clip.fps)
     rows, compared = _measure(study, folder, held_out, reference)
-    return {"compared": compared, **{side: values(rows, side) for side in ("generated", "reference", "floor")}}
+    return {"compared": compared, **{side: column(rows, side) for side in ("generated", "reference", "floor")}}
 
 
-def _measure(study: Study, folder: Path, held_out: HeldOut, reference: Clips) -> tuple[list[Row], int]:
-    samples = measure_folder(folder, held_out.prompts, study.stage, least=2)
+def _measure(study: Study, folder: Path, held_out: HeldOut, reference: ClipSet) -> tuple[list[Row], int]:
+    samples = measure_folder(folder, held_out.prompts, study.spec, minimum=2)
     return compare(samples, reference)
 
 
-def values(rows: Sequence[Row], side: str) -> dict[str, float | None]:
-    """One column of the table of the evaluation; None where there is no finite number."""
-    column = {row.metric: getattr(row, side) for row in rows}
-    return {metric: value if math.isfinite(value) else None for metric, value in column.items()}
+def column(rows: Sequence[Row], side: str) -> dict[str, float | None]:
+    """Metric -> one side of its row: generated, reference or floor. None if the number is not finite."""
+    return {row.metric: finite_or_none(getattr(row, side)) for row in rows}
 
 
-def newest_costs(results: Results) -> dict[str, list[float]]:
-    """Arm -> seconds of its step in every round; of one measurement, as costs compare only within one."""
+def latest_costs(results: Results) -> dict[str, list[float]]:
+    """Arm -> seconds per step in every round of the last measurement: costs are comparable only within one."""
     measured = results.all("cost")
     return measured[-1]["seconds"] if measured else {}
 
@@ -280,17 +282,17 @@ def _train_run(study: Study, arm: str, seed: int, steps: int) -> TrainRun:
         checkpoint_every=steps,
         log_every=steps,
     )
-    data = configs.DataConfig(path=latents_of(study, "clips"))
+    data = configs.DataConfig(path=latents_folder(study, "clips"))
     return TrainRun(
         model=run.model, clip=run.clip, data=data, train=settings, lora=run.lora, objective=study.objective(arm),
         optimizer=run.optimizer,
     )  # fmt: skip
 
 
-def _run(study: Study, arm: str, seed: int, steps: int, held_out: HeldOut, reference: Clips) -> Record:
+def _run(study: Study, arm: str, seed: int, steps: int, held_out: HeldOut, reference: ClipSet) -> Record:
     """Train, export, sample and measure one arm with one seed."""
     folder = study.folder(arm, seed, steps)
-    shutil.rmtree(folder, ignore_errors=True)  # of a study that was cut off
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted study
     seconds: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -313,13 +315,13 @@ def _run(study: Study, arm: str, seed: int, steps: int, held_out: HeldOut, refer
     timed("sample", lambda: sample(SampleRun(model=study.run.model, clip=study.run.clip, sampling=sampling)))
     rows, _ = timed("measure", lambda: _measure(study, sampling.output, held_out, reference))
     sensitivity = timed("sensitivity", lambda: _sensitivity(study, lora, held_out))
-    return {"metrics": values(rows, "generated"), "sensitivity": sensitivity, "seconds": seconds}
+    return {"metrics": column(rows, "generated"), "sensitivity": sensitivity, "seconds": seconds}
 
 
 def _sensitivity(study: Study, lora: Path | None, held_out: HeldOut) -> dict[str, list[float]]:
-    """The same clips, permutations and noise for every arm and seed."""
+    """Measure the sensitivity on the same clips, permutations and noise for every arm and seed."""
     transformer = load_base(study.run.model)
     if lora:
         load_adapters(transformer, read_lora(lora))
-    batch, _ = Batches(held_out.records, min(ORDERED, len(held_out.records)), seed=0).at(0)
+    batch, _ = Batches(held_out.records, min(SENSITIVITY_CLIPS, len(held_out.records)), seed=0).at(0)
     return measure_sensitivity(transformer, np.asarray(batch.latents), np.asarray(batch.text), seed=0)

@@ -1,4 +1,4 @@
-"""What a network knows of the order of frames: how much one fixed loss grows when the frames of a clip are permuted."""
+"""Sensitivity of a network to the order of frames: how much a fixed loss grows when the frames are permuted."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ Levels = Float[Array, "levels"]
 def measure_sensitivity(
     transformer: Any, latents: Float[np.ndarray, "b f h w c"], text: Float[np.ndarray, "b l d"], seed: int
 ) -> dict[str, list[float]]:
-    """Mean of FIXED_LOSS over the clips at each of SIGMAS: "ordered" frames, and the same clips "permuted".
+    """Mean of SENSITIVITY_LOSS over the clips at each of SIGMAS, with the frames "ordered" and "permuted".
 
-    Latent frames are permuted, each clip in an order of its own that is never the true one; noise stays in its place.
+    The latent frames of each clip get a different random order, never the true one; the noise is not permuted.
     """
     rng = np.random.default_rng(seed)
-    order = np.stack([_disorder(rng, latents.shape[1]) for _ in latents])
+    order = np.stack([_draw_permutation(rng, latents.shape[1]) for _ in latents])
     noise = rng.normal(size=latents.shape).astype(np.float32)
     clips = jnp.asarray(latents), jnp.asarray(np.take_along_axis(latents, order[:, :, None, None, None], 1))
     sigmas = jnp.asarray(protocol.SIGMAS, jnp.float32)
@@ -33,18 +33,19 @@ def measure_sensitivity(
 
 @jax.jit
 def _losses(transformer: Any, clean: Latents, noise: Latents, text: Text, sigmas: Levels) -> Levels:
-    objective = OBJECTIVES[protocol.FIXED_LOSS.kind]
+    config = protocol.SENSITIVITY_LOSS
+    objective = OBJECTIVES[config.kind]
 
     def at(sigma: Float[Array, ""]) -> Float[Array, ""]:
         each = jnp.full(len(clean), sigma)
-        loss, _ = objective(lambda x_t: transformer(x_t, timestep(each), text), clean, noise, each, protocol.FIXED_LOSS)
+        loss, _ = objective(lambda x_t: transformer(x_t, timestep(each), text), clean, noise, each, config)
         return jnp.mean(loss)
 
     return jax.lax.map(at, sigmas)
 
 
-def _disorder(rng: np.random.Generator, frames: int) -> Int[np.ndarray, "f"]:
-    """A permutation, any but the identity."""
+def _draw_permutation(rng: np.random.Generator, frames: int) -> Int[np.ndarray, "f"]:
+    """Draw a permutation other than the identity."""
     while True:
         order = rng.permutation(frames)
         if (order != np.arange(frames)).any():

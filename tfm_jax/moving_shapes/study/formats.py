@@ -1,0 +1,40 @@
+"""How the report of a study writes numbers, intervals, titles of metrics and lists."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from tfm_jax.moving_shapes.evaluation.set_metrics import TITLES
+from tfm_jax.moving_shapes.numbers import format_number
+from tfm_jax.moving_shapes.study import protocol
+from tfm_jax.moving_shapes.study.statistics import Estimate
+
+
+def format_spread(by_seed: Mapping[int, float | None]) -> str:
+    """Mean ± standard deviation over the seeds, and how many of them have no number."""
+    numbers = [value for value in by_seed.values() if value is not None]
+    if not numbers:
+        return format_number(None)
+    missing = len(by_seed) - len(numbers)
+    text = f"{np.mean(numbers):.3g} ± {np.std(numbers, ddof=min(1, len(numbers) - 1)):.2g}"
+    return f"{text} ({missing} of {len(by_seed)} {format_number(None)})" if missing else text
+
+
+def format_interval(estimate: Estimate | None) -> str:
+    """Value and interval; in bold if the interval excludes zero."""
+    if estimate is None:
+        return format_number(None)
+    text = f"{estimate.value:+.3g} [{estimate.low:+.3g}, {estimate.high:+.3g}]"
+    return f"**{text}**" if estimate.excludes_zero else text
+
+
+def titles_with_arrows(metrics: Sequence[str]) -> list[str]:
+    """Titles of metrics, each with an arrow that points to better values."""
+    arrows = dict.fromkeys(protocol.LOWER_IS_BETTER, " ↓") | dict.fromkeys(protocol.HIGHER_IS_BETTER, " ↑")
+    return [TITLES[metric] + arrows.get(metric, "") for metric in metrics]
+
+
+def enumerate_words(words: Iterable[str]) -> str:
+    """Such as "a, b and c"."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
