@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 from tfm_jax.config import ModelConfig
 from tfm_jax.errors import InputError
 from tfm_jax.wan import load_base, load_text_encoder, load_transformer, load_vae
-from tfm_jax.wan.layouts import COMPONENTS, source_of
+from tfm_jax.wan.components import COMPONENTS
 from tfm_jax.wan.saving import save_model
+from tfm_jax.wan.sources import source_from_module
 from tfm_jax.wan.tensors import open_safetensors
 from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder
 from tfm_jax.wan.transformer import WanTransformer
@@ -40,7 +41,7 @@ def networks():
 
 
 def write(networks, directory, layout, dtype=jnp.float32):
-    sources = [source_of(networks[component.name], component) for component in COMPONENTS]
+    sources = [source_from_module(networks[component.name], component) for component in COMPONENTS]
     save_model(sources, None, directory, layout, dtype)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tfm_jax.errors import InputError
-from tfm_jax.wan.pth import DESCRIPTION_BYTES, open_pth
+from tfm_jax.wan.pth import MAX_DESCRIPTION_BYTES, open_pth
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 
@@ -106,10 +106,10 @@ class Evil:
         (lambda: {"a": WEIGHT.to(torch.float8_e4m3fn)}, "_rebuild_tensor_v3"),
         (lambda: {"a": WEIGHT.to_sparse()}, "_rebuild_sparse_tensor"),
         (lambda: {"a": torch.arange(3)}, "'a' is in a torch.LongStorage; expected"),
-        (lambda: {"a": WEIGHT.T}, "'a' is not stored whole; expected contiguous"),
-        (lambda: {"a": torch.zeros(1).expand(10**9)}, "'a' is not stored whole"),
-        (lambda: {"a": WEIGHT.flatten()[:4], "b": WEIGHT.flatten()[2:]}, "'a' and 'b' share a part of their data"),
-        (lambda: {"a": WEIGHT, "b": WEIGHT[1]}, "'a' and 'b' share a part of their data"),
+        (lambda: {"a": WEIGHT.T}, "'a' is not contiguous; expected contiguous"),
+        (lambda: {"a": torch.zeros(1).expand(10**9)}, "'a' is not contiguous"),
+        (lambda: {"a": WEIGHT.flatten()[:4], "b": WEIGHT.flatten()[2:]}, "'a' and 'b' overlap in the file"),
+        (lambda: {"a": WEIGHT, "b": WEIGHT[1]}, "'a' and 'b' overlap in the file"),
         (lambda: {"state_dict": {"a": WEIGHT}}, "'state_dict' is of type dict; expected a plain tensor"),
         (lambda: {"a": 3}, "'a' is of type int; expected a plain tensor"),
         (lambda: WEIGHT, "the content is of type tensor; expected a dictionary"),
@@ -152,9 +152,9 @@ def test_another_program_may_pack_it(file):
         ("data.pkl", b"\x80\x02)" + b"\x85" * 20_000 + b".", "the content is of type tuple"),
         ("data.pkl", b"\x80\x02})" + b"\x85" * 20_000 + b"K\1s.", "a key that is of type tuple"),
         ("data.pkl", b"\x80\x02" + b"}" * 20_000 + b".", "data.pkl is damaged"),
-        ("data.pkl", b"\x80\x02" + b"}" * 2**24 + b".", f"{2**24 + 3} bytes; expected at most {DESCRIPTION_BYTES}"),
+        ("data.pkl", b"\x80\x02" + b"}" * 2**24 + b".", f"{2**24 + 3} bytes; expected at most {MAX_DESCRIPTION_BYTES}"),
         ("byteorder", b"big", "byteorder is b'big'; expected little"),
-        ("byteorder", b"l" * 2**24, f"{2**24} bytes; expected at most {DESCRIPTION_BYTES}"),
+        ("byteorder", b"l" * 2**24, f"{2**24} bytes; expected at most {MAX_DESCRIPTION_BYTES}"),
     ],
 )
 def test_records_that_do_not_fit(file, record, content, words):
@@ -199,7 +199,7 @@ def test_a_directory_larger_than_any_of_wan(file):
     with zipfile.ZipFile(file, "a") as archive:
         for number in range(20):
             archive.writestr(f"{number}{'x' * 60_000}", b"")
-    refused(file, f"bytes; expected at most {DESCRIPTION_BYTES}")
+    refused(file, f"bytes; expected at most {MAX_DESCRIPTION_BYTES}")
 
 
 def test_damaged_files(file):
