@@ -1,4 +1,4 @@
-"""The files we write in diffusers, and the files that diffusers and PEFT write here."""
+"""diffusers loads the files that we write, and we load the files that diffusers and PEFT write."""
 
 import re
 import warnings
@@ -28,7 +28,7 @@ def wan_pipeline() -> WanPipeline:
 
 @pytest.fixture
 def warned(caplog):
-    """All that diffusers logs and all that anything warns of."""
+    """Collects everything that diffusers logs and every Python warning."""
     diffusers_logging.enable_propagation()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -73,7 +73,7 @@ def test_diffusers_loads_adapters_on_some_linear_layers(tmp_path, warned):
 
 
 def test_diffusers_ignores_diffsynth(tmp_path, warned):
-    """Why `comfy` is the default. It also shows that the tests above would see a warning."""
+    """This is why `comfy` is the default. It also shows that the tests above would notice a warning."""
     write_lora(tmp_path / "lora.safetensors", make_lora(), "diffsynth")
     pipeline = wan_pipeline()
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")

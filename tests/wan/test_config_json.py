@@ -1,4 +1,4 @@
-"""config.json of every network in every layout: there and back, and what is wrong with it."""
+"""config.json of every network in every layout: round trips, and errors for wrong values."""
 
 import dataclasses
 import json

@@ -32,14 +32,14 @@ def convert(source, target, layout):
 
 
 def files(directory):
-    """Content by name; JSON by its values."""
+    """Content of all files by name, with JSON parsed."""
     found = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     return {name: json.loads(text) if name.endswith(".json") else text for name, text in found.items()}
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """The embedded model in each layout, whose latents do not have Wan2.1's statistics."""
+    """The embedded model in each layout. The statistics of its latents are not Wan2.1's."""
     directory = tmp_path_factory.mktemp("converted")
     for layout in LAYOUTS:
         convert(WAN_TINY, directory / layout, layout)
@@ -52,7 +52,7 @@ def test_a_copy_is_the_same(converted):
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_every_pair_of_layouts(converted, tmp_path, source, target):
-    """All files equal, so that a program which reads them makes the same video."""
+    """All files are equal, so any program that reads them makes the same video."""
     convert(converted / source, tmp_path / "target", target)
     assert files(tmp_path / "target") == files(converted / target)
 

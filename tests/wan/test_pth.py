@@ -1,4 +1,4 @@
-"""`.pth` files read without PyTorch: what torch.save writes, and what others put into such a file."""
+"""`.pth` files read without PyTorch: those that torch.save writes, and malicious or damaged ones."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ def refused(file, words):
 
 
 def rewritten(file, change, compression=zipfile.ZIP_STORED):
-    """The archive with every record (name without its folder, content) changed; None leaves one out."""
+    """Replace the content of every record by `change(name without folder, content)`; None removes the record."""
     with zipfile.ZipFile(file) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(file, "w", compression) as archive:
@@ -45,7 +45,7 @@ def file(tmp_path):
     return tmp_path / "weights.pth"
 
 
-# --- What is read ----------------------------------------------------------------------------------------------------
+# --- Accepted files ---------------------------------------------------------------------------------------------------
 
 
 def test_every_floating_type(tmp_path):
@@ -85,7 +85,7 @@ def test_needs_no_torch(file, monkeypatch):
     np.testing.assert_array_equal(open_pth(file)["a"].read(...), WEIGHT.numpy())
 
 
-# --- What is not plain tensors ---------------------------------------------------------------------------------------
+# --- Anything but plain tensors ---------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -132,7 +132,7 @@ def test_the_format_before_version_1_6(tmp_path):
     refused(tmp_path / "weights.pth", "not a zip archive, which PyTorch writes since version 1.6; .* torch.save")
 
 
-# --- Archives that are not as PyTorch writes them --------------------------------------------------------------------
+# --- Archives that PyTorch would not write ----------------------------------------------------------------------------
 
 
 def test_another_program_may_pack_it(file):
@@ -162,7 +162,7 @@ def test_records_that_do_not_fit(file, record, content, words):
 
 
 def test_compressed_records(file):
-    """Mapped into memory, their bytes are not the numbers; and 64 kB can become 64 MB."""
+    """Compressed bytes cannot be memory-mapped as numbers, and 64 kB of them can expand to 64 MB."""
 
     def bomb(name, content):
         return b"\x80\x02" + b"}" * 2**26 + b"." if name == "data.pkl" else content
@@ -203,7 +203,7 @@ def test_a_directory_larger_than_any_of_wan(file):
 
 
 def test_damaged_files(file):
-    """Any cut, and random bytes anywhere: refused, or read with all bytes outside the numbers as they were."""
+    """A file cut anywhere or with random bytes is refused, or read with the same names, shapes and dtypes."""
     raw = file.read_bytes()
     rng = random.Random(0)
     cuts = (raw[: rng.randrange(len(raw))] for _ in range(100))

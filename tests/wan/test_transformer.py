@@ -1,4 +1,4 @@
-"""The diffusion transformer against diffusers' WanTransformer3DModel at random weights."""
+"""The diffusion transformer against diffusers' WanTransformer3DModel with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, rotary_ta
 
 run = jax.jit(WanTransformer.__call__)
 
-# The shapes published for the 14B model, under both names.
+# Original name -> diffusers name and shape, for some tensors of the published 14B model.
 NAMES = {
     "patch_embedding.weight": ("patch_embedding.weight", (5120, 16, 1, 2, 2)),
     "text_embedding.0.weight": ("condition_embedder.text_embedder.linear_1.weight", (5120, 4096)),
@@ -60,7 +60,7 @@ def test_bfloat16_points_the_same_way(tmp_path):
 
 
 def test_gradient_equals_diffusers(tmp_path):
-    """The velocity is differentiated through every block, by scan and recomputation."""
+    """Gradients pass through every block, with scan and rematerialisation."""
     import torch
 
     config = SIZES["small"]

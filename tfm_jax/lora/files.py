@@ -190,9 +190,9 @@ def read_lora(path: Path) -> Lora:
     there is none of these, alpha is the rank, as the loaders of such files assume.
 
     Raises:
-        InputError: the file is not safetensors, has a key that is not of a Wan2.1-T2V LoRA (which includes layers that
-            only I2V has), an A without its B, unequal ranks or alphas, `lora_unet_` keys without `.alpha`, or a value
-            that is not finite.
+        InputError: the file is not safetensors, or it has a key that does not belong to a Wan2.1-T2V LoRA (such as
+            those of layers that only I2V has), an A without its B, unequal ranks or alphas, `lora_unet_` keys without
+            `.alpha`, or a value that is not finite.
     """
     tensors = open_safetensors(path)
     metadata = safetensors_metadata(path)

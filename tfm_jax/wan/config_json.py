@@ -230,12 +230,12 @@ def build_config(
     valid = validate(_Fields, fields, file, names).model_dump(exclude_unset=True)
     if architecture is TransformerConfig:
         _fit_heads(valid, file, names)
-    fields_of = dataclasses.fields(architecture)
-    missing = {field.name for field in fields_of if field.default is dataclasses.MISSING} - valid.keys()
-    unknown = valid.keys() - {field.name for field in fields_of}
+    allowed = dataclasses.fields(architecture)
+    missing = {field.name for field in allowed if field.default is dataclasses.MISSING} - valid.keys()
+    unknown = valid.keys() - {field.name for field in allowed}
     if missing or unknown:
         problem = f"{min(missing)} is missing" if missing else f"unknown field {min(unknown)}"
-        raise InputError(f"{file}: {problem}; expected {', '.join(field.name for field in fields_of)}")
+        raise InputError(f"{file}: {problem}; expected {', '.join(field.name for field in allowed)}")
     try:
         config = architecture(**valid)
     except InputError as error:
