@@ -17,8 +17,9 @@ from tfm_jax import cli
 from tfm_jax.errors import InputError
 from tfm_jax.files import check_new_directory
 from tfm_jax.inputs import read_json
-from tfm_jax.wan import layouts
+from tfm_jax.wan.components import COMPONENTS
 from tfm_jax.wan.saving import find_scheduler, save_model
+from tfm_jax.wan.sources import SIDECAR_SUFFIX, find_source_or_none
 from tfm_jax.wan.tokenizer import find_tokenizer
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     check_new_directory("target", options.target)
     if options.target.resolve().is_relative_to(options.source.resolve()):
         raise InputError(f"target={options.target}: inside of the source {options.source}; expected another place")
-    sources = [source for component in layouts.COMPONENTS if (source := layouts.find_any(options.source, component))]
+    sources = [source for component in COMPONENTS if (source := find_source_or_none(options.source, component))]
     tokenizer, scheduler = find_tokenizer(options.source), find_scheduler(options.source)
     if not sources:
         raise InputError(f"{options.source}: no network of Wan2.1 found; expected a Diffusers or original layout")
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     found = [source.component.name for source in sources]
     found += [name for name, file in (("tokenizer", tokenizer), ("scheduler", scheduler)) if file]
     print(f"{options.target}: {', '.join(found)} ({options.to} layout, {options.dtype})")
-    for file in sorted(options.target.glob(f"*{layouts.SIDE_SUFFIX}")):
+    for file in sorted(options.target.glob(f"*{SIDECAR_SUFFIX}")):
         print(f"{file}: {', '.join(read_json(file))} of this model; other programs do not read it and use Wan2.1's own")
 
 

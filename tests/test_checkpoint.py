@@ -557,9 +557,8 @@ def test_exported_from_the_newest_that_is_undamaged(folder, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"note: {folder / '2'} is damaged and not used: ")
     loras = [read_lora(file) for file in files]
     for lora, step in zip(loras, (2, 1, 1), strict=True):
-        for name, (a, b) in lora.adapters.items():
-            layer = int(name.split(".")[1])
-            ours = [state(step)[f"{FACTORS}/lora_{factor}/value"][layer] for factor in "ab"]
+        for linear, (a, b) in lora.adapters.items():
+            ours = [state(step)[f"{FACTORS}/lora_{factor}/value"][linear.layer] for factor in "ab"]
             np.testing.assert_allclose(lora.alpha / lora.rank * b @ a, np.asarray(ours[0] @ ours[1]).T, atol=1e-5)
     with pytest.raises(InputError, match=r"checkpoints/2: damaged: .*; undamaged steps: 1"):
         export(folder.parent, tmp_path / "none.safetensors", "comfy", np.dtype(np.float32), step=2)

@@ -32,8 +32,10 @@ from tfm_jax.lora.files import read_lora
 from tfm_jax.prompts import read_prompts
 from tfm_jax.sampling.outputs import SampleRun
 from tfm_jax.train.loop import TrainRun
-from tfm_jax.wan import layouts, load_tokenizer
+from tfm_jax.wan import load_tokenizer
+from tfm_jax.wan.components import COMPONENTS, VAE, abstract_parameters
 from tfm_jax.wan.pth import open_pth
+from tfm_jax.wan.sources import find_source
 from tfm_jax.wan.tensors import open_safetensors, safetensors_in
 
 MODEL = WAN_TINY
@@ -229,7 +231,7 @@ def pth(data: st.DataObject, folder: Path) -> None:
 
 def architecture(data: st.DataObject, folder: Path) -> None:
     """A configuration that is accepted describes a network that can be built."""
-    component = data.draw(st.sampled_from(layouts.COMPONENTS))
+    component = data.draw(st.sampled_from(COMPONENTS))
     place = folder / component.name
     place.mkdir(exist_ok=True)
     weights = place / f"{component.files}.safetensors"
@@ -237,9 +239,9 @@ def architecture(data: st.DataObject, folder: Path) -> None:
         weights.symlink_to(MODEL / component.name / weights.name)
     sound = json.loads((MODEL / component.name / "config.json").read_text())
     fresh(place / "config.json", data.draw(damaged_json(sound) | JUNK.map(json.dumps)))
-    source = refused(partial(layouts.find, folder, component))
-    if source and component is not layouts.VAE and source.config.layers < 10:  # seconds, for an autoencoder
-        layouts.parameters(component, source.config, jnp.float32)
+    source = refused(partial(find_source, folder, component))
+    if source and component is not VAE and source.config.layers < 10:  # seconds, for an autoencoder
+        abstract_parameters(component, source.config, jnp.float32)
 
 
 def tokenizer(data: st.DataObject, folder: Path) -> None:

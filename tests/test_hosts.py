@@ -44,8 +44,8 @@ import jax
 from tfm_jax import hosts
 from tfm_jax.config import MeshConfig
 from tfm_jax.sharding import make_mesh
-from tfm_jax.wan import layouts, load_transformer
-reads, open_tensors = {}, layouts.open_tensors
+from tfm_jax.wan import load_transformer, sources
+reads, open_tensors = {}, sources.open_tensors
 
 def counted(files):
     def entry(name, tensor):
@@ -58,7 +58,7 @@ def counted(files):
         return tensor._replace(read=read)
     return {name: entry(name, tensor) for name, tensor in open_tensors(files).items()}
 
-layouts.open_tensors = counted
+sources.open_tensors = counted
 with hosts.distributed():
     load_transformer(sys.argv[1], "float32", make_mesh(MeshConfig(data=1, fsdp=8)))
     Path(f"{sys.argv[2]}/reads{jax.process_index()}.json").write_text(json.dumps(reads))

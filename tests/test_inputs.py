@@ -1,4 +1,4 @@
-"""Files from other people that are no JSON, or not the JSON that they should be."""
+"""Files from other programs that are not JSON, or not the JSON that we expect."""
 
 import pytest
 

@@ -23,7 +23,7 @@ from tfm_jax.sampling.pipeline import guided_velocity
 from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, make_step
-from tfm_jax.wan.layouts import TEXT_ENCODER, TRANSFORMER, VAE, abstract
+from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE, abstract_model
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.transformer import TransformerConfig
 from tfm_jax.wan.vae import VaeConfig
@@ -89,7 +89,7 @@ def integers(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def network(component, dtype="float32"):
-    return abstract(component, CONFIGS[component], jnp.dtype(dtype))
+    return abstract_model(component, CONFIGS[component], jnp.dtype(dtype))
 
 
 def training_step(dtype: str, kind: str = "tfm") -> jax.stages.Traced:

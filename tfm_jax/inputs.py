@@ -1,4 +1,4 @@
-"""Files that other people made: every fault of one becomes an `InputError` of one line."""
+"""Reading files that other programs made: every problem with one becomes an `InputError` of one line."""
 
 import json
 import math
@@ -12,14 +12,14 @@ import pydantic
 
 from tfm_jax.errors import InputError
 
-JSON_BYTES = 8 * 2**20
-"""Far above any configuration, index or header of Wan's; parsed, it takes up to thirty times as much memory."""
+MAX_JSON_BYTES = 8 * 2**20
+"""Far above any configuration, index or header of Wan's. Parsed JSON takes up to thirty times as much memory."""
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
 def check_download(file: Path) -> None:
-    """Raise InputError if a file is missing, empty, or what a failed download leaves behind."""
+    """Raise InputError if a file is missing, empty, or left behind by a failed download."""
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     with open(file, "rb") as stream:
@@ -32,8 +32,8 @@ def check_download(file: Path) -> None:
         raise InputError(f"{file}: an HTML page; download the file itself")
 
 
-def read_json(file: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes.
+def read_json(file: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read the JSON object in a file of at most `limit` bytes.
 
     Raises:
         InputError: as `check_download` and `parse_json`.
@@ -43,12 +43,12 @@ def read_json(file: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
         return parse_json(stream.read(limit + 1), file, limit)
 
 
-def parse_json(text: str | bytes, place: str | Path, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in `text`; `place` is what errors call it.
+def parse_json(text: str | bytes, place: str | Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Parse the JSON object in `text`; error messages start with `place`.
 
     Raises:
-        InputError: the text is longer than `limit`, not UTF-8, not JSON, nested too deep, not an object, repeats a key,
-            or has a number that is not finite.
+        InputError: the text is longer than `limit`, not UTF-8, not JSON, nested too deeply or not an object, or it
+            repeats a key or contains a number that is not finite.
     """
     if len(text) > limit:
         raise InputError(f"{place}: more than {limit} bytes of JSON; expected a small file")
@@ -56,7 +56,7 @@ def parse_json(text: str | bytes, place: str | Path, limit: int = JSON_BYTES) ->
         decoded = text.decode() if isinstance(text, bytes) else text
         values = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite)
     except RecursionError:
-        raise InputError(f"{place}: JSON nested too deep; expected a few levels") from None
+        raise InputError(f"{place}: JSON nested too deeply; expected a few levels") from None
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error}); download it again") from None
     if not isinstance(values, dict):
@@ -68,7 +68,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"key {shown(name)} is given twice")
+            raise ValueError(f"key {short_repr(name)} is given twice")
         values[name] = value
     return values
 
@@ -79,20 +79,21 @@ def _finite(text: str) -> float:
 
 
 def _not_finite(text: str) -> NoReturn:
-    raise ValueError(f"{shown(text)} is not a finite number")
+    raise ValueError(f"{short_repr(text)} is not a finite number")
 
 
-def checked(
+def validate(
     model: type[Model], values: Mapping[str, Any], place: str | Path, names: Mapping[str, str] = MappingProxyType({})
 ) -> Model:
-    """`values`, validated by a pydantic model.
+    """Validate `values` with a pydantic model.
 
     Args:
-        place: what errors call the file.
-        names: field of the model -> what the file calls it, where that differs.
+        place: the file, for error messages.
+        names: field of the model -> its key in the file, where they differ.
 
     Raises:
-        InputError: names the place, the field, its value and what was expected.
+        InputError: a value is missing or invalid. The message names the file, the field, its value and what was
+            expected.
     """
     try:
         return model.model_validate(values)
@@ -103,11 +104,11 @@ def checked(
         if problem["type"] == "missing":
             raise InputError(f"{place}: {name} is missing") from None
         expected = problem["msg"].replace("Input should be", "expected").replace("tuple", "list")
-        raise InputError(f"{place}: {name} is {shown(problem['input'])}; {expected}") from None
+        raise InputError(f"{place}: {name} is {short_repr(problem['input'])}; {expected}") from None
 
 
-def shown(value: Any) -> str:
-    """A value from a file, short enough for an error message."""
+def short_repr(value: Any) -> str:
+    """`repr(value)`, abbreviated so that it fits into an error message."""
     return _repr.repr(value)
 
 

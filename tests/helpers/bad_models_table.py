@@ -1,4 +1,4 @@
-"""The table of bad input: the files of a model, in the Diffusers layout and as PyTorch files."""
+"""The table of bad input: model files in the Diffusers layout and PyTorch files."""
 
 import json
 from collections.abc import Sequence
@@ -38,19 +38,19 @@ def model(wrong: str, broken: Break, *words: str, programs: str = "train") -> li
 
 
 def settings(network: str, program: str, *changes: tuple[str, object]) -> list[Row]:
-    """config.json of a network with another value for a key."""
+    """A config.json with another value for one key, once per change."""
     rows = []
     for key, value in changes:
-        told = "gone" if value is GONE else json.dumps(value)
+        text = "gone" if value is GONE else json.dumps(value)
         broken = edit_json(f"model/{network}/config.json", **{key: value})
-        finite = not any(word in told for word in ("NaN", "Infinity"))  # these are no JSON
-        words = ("config.json", told.strip("[").split(",")[0] if not finite else "class" if "class" in key else key)
-        rows += model(f"{network} whose {key} is {told}", broken, network, *words, programs=program)
+        finite = not any(word in text for word in ("NaN", "Infinity"))  # which are not JSON
+        words = ("config.json", text.strip("[").split(",")[0] if not finite else "class" if "class" in key else key)
+        rows += model(f"{network} whose {key} is {text}", broken, network, *words, programs=program)
     return rows
 
 
 def weights(wrong: str, broken: Break | Sequence[Break], *words: str) -> list[Row]:
-    """A transformer, for training and for conversion."""
+    """Broken weights of a transformer, for training and for conversion."""
     return [
         row("train", f"weights {wrong}", MODEL, words=("$tmp/model/transformer", *words), broken=broken),
         row(
@@ -161,7 +161,7 @@ MODELS = [
     ),
     *model("a config.json that is a list", write("model/transformer/config.json", "[]"), "transformer/config.json"),
     *model(
-        "a config.json that is no text",
+        "a config.json that is not text",
         write("model/transformer/config.json", b"\xff\xfe{}"),
         "transformer/config.json",
     ),
@@ -170,7 +170,7 @@ MODELS = [
     *weights("that are a git-lfs pointer", write(FILE, LFS), "git-lfs pointer"),
     *weights("that are cut off", cut(FILE)),
     *weights("with a header of 2^62 bytes", write(FILE, (2**62).to_bytes(8, "little") + b"{}")),
-    *weights("with a header that is no JSON", write(FILE, safetensors("{" * 100))),
+    *weights("with a header that is not JSON", write(FILE, safetensors("{" * 100))),
     *weights("with a header nested 100,000 deep", write(FILE, safetensors(DEEP))),
     *weights("with a key twice", write(FILE, REPEATED_KEY)),
     *weights("with a NaN", edit_tensors(FILE, poison(BLOCK)), f"{BLOCK} has a NaN"),
@@ -203,7 +203,7 @@ MODELS = [
     *weights(
         "whose index names a file of 300 letters", write(INDEX, json.dumps({"weight_map": {BLOCK: "x" * 300}})), "xxx"
     ),
-    *weights("whose index has no map", write(INDEX, "{}"), "index.json", "weight_map"),
+    *weights("whose index has no weight map", write(INDEX, "{}"), "index.json", "weight_map"),
     *weights("whose index names no file", write(INDEX, '{"weight_map": {}}'), "index.json"),
     *weights("whose index has numbers for files", write(INDEX, '{"weight_map": {"a": 1, "b": "c"}}'), "index.json"),
     *weights("whose index is nested 100,000 deep", write(INDEX, DEEP), "index.json"),

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tfm_jax.moving_shapes.tokenizer import write_tokenizer
-from tfm_jax.wan.layouts import COMPONENTS, Component, Source, parameters
+from tfm_jax.wan.components import COMPONENTS, Component, abstract_parameters
 from tfm_jax.wan.saving import save_model
-from tfm_jax.wan.tensors import Entry
+from tfm_jax.wan.sources import Source
+from tfm_jax.wan.tensors import LazyTensor
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.transformer import TransformerConfig
 from tfm_jax.wan.vae import VaeConfig
@@ -38,12 +39,12 @@ def write_model(directory: Path, captions: list[str], seed: int = 0) -> None:
 def _random(component: Component, config: Any, rng: np.random.Generator) -> Source:
     """A network drawn with NumPy: initialising it in JAX means compiling, which takes longer than the tests."""
     tensors = {}
-    for name, like in parameters(component, config, jnp.float32).items():
+    for name, like in abstract_parameters(component, config, jnp.float32).items():
         kind = name.rpartition(".")[2]
         if kind in ("scale", "gamma", "bias"):
             value = np.full(like.shape, kind != "bias", np.float32)
         else:
             stacked = name.startswith("blocks.")  # the first axis is the layer
             value = rng.standard_normal(like.shape, np.float32) / math.sqrt(math.prod(like.shape[stacked:-1]))
-        tensors[name] = Entry(like.shape, Path("memory"), value.__getitem__)
+        tensors[name] = LazyTensor(like.shape, Path("memory"), value.__getitem__)
     return Source(component, "tfm_jax", config, Path("memory"), tensors)

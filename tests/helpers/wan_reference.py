@@ -1,4 +1,4 @@
-"""diffusers' Wan transformer at random weights, in both public layouts on disk."""
+"""diffusers' Wan transformer with random weights, in both public layouts on disk."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tfm_jax.wan.names import transformer_rows
 from tfm_jax.wan.transformer import TransformerConfig
 
-# Sizes differ in everything that a port can confuse: heads, width of a head (odd splits of the rotary axes), layers.
+# The sizes differ in everything that a port could confuse: heads, head width (uneven rotary splits), layers.
 SIZES = {
     "small": TransformerConfig(dim=48, ffn_dim=80, heads=2, layers=2, text_dim=20),
     "many heads": TransformerConfig(dim=96, ffn_dim=136, heads=6, layers=3, text_dim=36, freq_dim=64),
@@ -20,7 +20,7 @@ SIZES = {
 
 
 def reference_transformer(config: TransformerConfig, seed: int = 0) -> WanTransformer3DModel:
-    """Every tensor random, norms and biases included, so that each leaves its trace in the output."""
+    """A model whose tensors are all random, including norms and biases, so that each affects the output."""
     model = WanTransformer3DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.head_dim,
@@ -46,7 +46,7 @@ def reference_transformer(config: TransformerConfig, seed: int = 0) -> WanTransf
 
 
 def write_original(model: WanTransformer3DModel, config: TransformerConfig, directory: Path) -> None:
-    """The layout of Wan-AI: its names in one safetensors file, its config.json."""
+    """Write the original layout of Wan-AI: one safetensors file with its names, and its config.json."""
     tensors = model.state_dict()
     directory.mkdir(parents=True)
     renamed = {row.original: tensors[row.diffusers].contiguous() for row in transformer_rows(config.layers)}
@@ -79,7 +79,7 @@ def inputs(config: TransformerConfig, batch: int, f: int, h: int, w: int, seed: 
 
 
 def run_reference(model: torch.nn.Module, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """The reference's velocity, as `b f h w c`."""
+    """The velocity of the reference, `b f h w c`."""
     latents = torch.from_numpy(batch["latents"]).permute(0, 4, 1, 2, 3).contiguous()
     with torch.no_grad():
         out = model(latents, torch.from_numpy(batch["timestep"]), torch.from_numpy(batch["text"])).sample
@@ -87,7 +87,7 @@ def run_reference(model: torch.nn.Module, batch: dict[str, np.ndarray]) -> np.nd
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest error over the largest value of the reference."""
+    """The largest absolute error divided by the largest absolute value of the reference."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -21,7 +21,7 @@ from tfm_jax.sampling import sample_latents
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.video import to_uint8
 from tfm_jax.wan import find_base, load_base, load_text_encoder, load_tokenizer, load_vae
-from tfm_jax.wan.names import block_linears
+from tfm_jax.wan.names import BLOCK_LINEARS, BlockLinear
 from tfm_jax.wan.tokenizer import encode_prompts
 
 MODEL = WAN_TINY
@@ -84,12 +84,12 @@ def lora(tmp_path) -> Path:
     config = RUN.model
     adapters = {}
     for layer in range(config.layers):
-        for ours, original, _ in block_linears():
-            width_in = config.ffn_dim if ours == "ffn.down" else config.dim
-            width_out = config.ffn_dim if ours == "ffn.up" else config.dim
+        for name in BLOCK_LINEARS:
+            width_in = config.ffn_dim if name == "ffn.2" else config.dim
+            width_out = config.ffn_dim if name == "ffn.0" else config.dim
             a = rng.normal(size=(rank, width_in)) / np.sqrt(width_in)
             b = 0.1 * rng.normal(size=(width_out, rank))
-            adapters[f"blocks.{layer}.{original}"] = Adapter(np.float32(a), np.float32(b))
+            adapters[BlockLinear(layer, name)] = Adapter(np.float32(a), np.float32(b))
     write_lora(tmp_path / "lora.safetensors", Lora(adapters, rank, float(rank)), dtype=np.dtype(np.float32))
     return tmp_path / "lora.safetensors"
 

@@ -34,8 +34,10 @@ from tfm_jax.sampling.outputs import Samples, digest_weights
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.sampling.solvers import euler, noise_levels
 from tfm_jax.wan import load_transformer
-from tfm_jax.wan.layouts import TEXT_ENCODER, source_of
+from tfm_jax.wan.components import TEXT_ENCODER
+from tfm_jax.wan.names import BlockLinear
 from tfm_jax.wan.saving import save_model
+from tfm_jax.wan.sources import source_from_module
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.transformer import WanTransformer
 
@@ -275,7 +277,8 @@ def test_the_folder_of_another_run_is_refused(finished, model, tmp_path, rounds,
 
 
 def write_adapters(path: Path) -> Path:
-    adapters = {f"blocks.{n}.self_attn.q": Adapter(np.ones((2, 96), "f4"), np.ones((96, 2), "f4")) for n in range(4)}
+    adapter = Adapter(np.ones((2, 96), "f4"), np.ones((96, 2), "f4"))
+    adapters = {BlockLinear(layer, "self_attn.q"): adapter for layer in range(4)}
     write_lora(path, Lora(adapters, 2, 2.0))
     return path
 
@@ -325,7 +328,7 @@ def test_networks_that_do_not_fit_together_are_refused(model, tmp_path):
     copy = shutil.copytree(model, tmp_path / "model")
     shutil.rmtree(copy / "text_encoder")
     config = TextEncoderConfig(vocab_size=256, dim=32, heads=2, head_dim=16, ffn_dim=64, layers=1)
-    encoder = source_of(initialise(TEXT_ENCODER, config, 0), TEXT_ENCODER)
+    encoder = source_from_module(initialise(TEXT_ENCODER, config, 0), TEXT_ENCODER)
     save_model([encoder], None, tmp_path / "other", "diffusers", jnp.float32)
     shutil.move(tmp_path / "other" / "text_encoder", copy / "text_encoder")
     with pytest.raises(InputError, match="text width of the text encoder: 32; expected 64"):

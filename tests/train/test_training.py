@@ -31,7 +31,14 @@ from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.data.records import Record, RecordWriter
 from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly, Terminated, describe
 from tfm_jax.files import lock, replacing
-from tfm_jax.lora.adapters import attach_lora, init_lora, load_adapters, split_lora, target_linears, to_files
+from tfm_jax.lora.adapters import (
+    attach_lora,
+    init_lora,
+    load_adapters,
+    lora_from_checkpoint,
+    split_lora,
+    target_linears,
+)
 from tfm_jax.lora.files import read_lora, write_lora
 from tfm_jax.objective import schedule, temporal_path
 from tfm_jax.sampling.pipeline import SampleRun
@@ -42,7 +49,8 @@ from tfm_jax.train.metrics import Metrics, read_metrics
 from tfm_jax.train.optimizer import learning_rate, make_optimizer
 from tfm_jax.train.step import init_state, make_step, run_keys
 from tfm_jax.wan import load_transformer
-from tfm_jax.wan.layouts import TRANSFORMER, abstract
+from tfm_jax.wan.components import TRANSFORMER, abstract_model
+from tfm_jax.wan.names import BlockLinear
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
 CONFIG = SIZES["many heads"]
@@ -219,8 +227,7 @@ def test_one_step_equals_pytorch(folder):
     noise_key, level_key = jax.random.split(jax.random.fold_in(run_keys(seed).steps, 0))
     noise = jax.random.normal(noise_key, batch.latents.shape, jnp.float32)
     index = np.asarray(schedule.sample_index(level_key, 2))
-    original_to_diffusers = {name: diffusers_name(name) for name in to_files(before, LORA.alpha).adapters}
-    adapters = {original_to_diffusers[n]: a for n, a in to_files(before, LORA.alpha).adapters.items()}
+    adapters = {diffusers_name(n): a for n, a in lora_from_checkpoint(before, LORA.alpha).adapters.items()}
     reference = reference_transformer(CONFIG)
     loss, gradients, after = torch_step(reference, adapters, batch, noise, index, optimizer_config, objective)
 
@@ -230,17 +237,16 @@ def test_one_step_equals_pytorch(folder):
     # Adam's first moment after one step is the gradient times 1 - b1: every gradient, through the step itself.
     moments = {n.removeprefix("1/mu/"): x / 0.1 for n, x in flatten(state.optimizer).items() if n.startswith("1/mu/")}
     for ours, theirs in ((moments, gradients), (flatten(state.lora), after)):
-        ours = {original_to_diffusers[n]: a for n, a in to_files(ours, LORA.alpha).adapters.items()}
+        ours = {diffusers_name(n): a for n, a in lora_from_checkpoint(ours, LORA.alpha).adapters.items()}
         for (module, factor), value in theirs.items():
             assert relative(getattr(ours[module], factor), value) <= 1e-4, (module, factor)
 
 
-def diffusers_name(original: str) -> str:
-    block, layer, name = original.split(".", 2)
+def diffusers_name(linear: BlockLinear) -> str:
     names = {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
     for branch, attention in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         names |= {f"{branch}.{x}": f"{attention}.to_{x}" for x in "qkv"} | {f"{branch}.o": f"{attention}.to_out.0"}
-    return f"{block}.{layer}.{names[name]}"
+    return f"blocks.{linear.layer}.{names[linear.name]}"
 
 
 # --- Adapters --------------------------------------------------------------------------------------------------------
@@ -278,7 +284,7 @@ def test_a_factors_start_as_in_peft(folder):
     ],
 )
 def test_trainable_parameters_of_the_published_models(config, modules, parameters):
-    model = abstract(TRANSFORMER, config, jnp.bfloat16)
+    model = abstract_model(TRANSFORMER, config, jnp.bfloat16)
     attach_lora(model, LoraConfig())
     lora = split_lora(model).lora
     leaves = jax.tree.leaves(lora)
@@ -290,14 +296,14 @@ def test_trainable_parameters_of_the_published_models(config, modules, parameter
 def test_targets_are_found_by_the_end_of_their_name():
     everything = target_linears(LoraConfig().targets)
     assert len(everything) == 10
-    assert everything["ffn.0"] == "ffn.up"
-    assert list(target_linears(("self_attn.q", "o"))) == ["self_attn.q", "self_attn.o", "cross_attn.o"]
-    with pytest.raises(InputError, match=r"lora\.targets: 'attn' names no linear map; expected some of q, k, v, o"):
+    assert everything[-2:] == ["ffn.0", "ffn.2"]
+    assert target_linears(("self_attn.q", "o")) == ["self_attn.q", "self_attn.o", "cross_attn.o"]
+    with pytest.raises(InputError, match=r"lora\.targets: 'attn' names no linear layer; expected some of q, k, v, o"):
         target_linears(("q", "attn"))
 
 
 def test_rank_above_the_width_is_refused(folder):
-    model = abstract(TRANSFORMER, CONFIG, jnp.float32)
+    model = abstract_model(TRANSFORMER, CONFIG, jnp.float32)
     with pytest.raises(InputError, match=r"lora\.rank=97 is above the width of self_attn\.q, 96"):
         attach_lora(model, LoraConfig(rank=97))
 
@@ -314,7 +320,7 @@ def test_exported_adapters_do_in_pytorch_what_they_do_here(folder, tmp_path, dia
     batch = inputs(CONFIG, 1, 3, 4, 6)
     ours = run(model, **batch)
     file = tmp_path / "lora.safetensors"
-    write_lora(file, to_files(flatten(lora), LORA.alpha), dialect, np.dtype(np.float32), {})
+    write_lora(file, lora_from_checkpoint(flatten(lora), LORA.alpha), dialect, np.dtype(np.float32), {})
 
     reference = WanTransformer3DModel.from_pretrained(folder / "transformer").eval()
     plain = run_reference(reference, batch)

@@ -1,4 +1,4 @@
-"""config.json of every network in every layout: there and back, and what is wrong with it."""
+"""config.json of every network in every layout: round trips, and errors for wrong values."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tfm_jax.errors import InputError
-from tfm_jax.wan.config_json import FORMATS, class_name, config_json, read_config
+from tfm_jax.wan.config_json import SCHEMAS, class_name, config_json, read_config
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.transformer import TransformerConfig
 from tfm_jax.wan.vae import VaeConfig
@@ -36,13 +36,13 @@ def write(component, layout):
 
 def read(values, component, layout):
     known = {"text_dim": 20} if (component, layout) == ("transformer", "original") else {}
-    return read_config(values, FILE, FORMATS[component, layout], type(CONFIGS[component]), known)
+    return read_config(values, FILE, SCHEMAS[component, layout], type(CONFIGS[component]), known)
 
 
-@pytest.mark.parametrize(("component", "layout"), FORMATS)
+@pytest.mark.parametrize(("component", "layout"), SCHEMAS)
 def test_there_and_back(component, layout):
     values = write(component, layout)
-    assert class_name(values, FILE) == FORMATS[component, layout].class_name
+    assert class_name(values, FILE) == SCHEMAS[component, layout].class_name
     assert read(values, component, layout) == CONFIGS[component]
     defaults = dataclasses.replace(CONFIGS[component], **({"eps": 1e-6} if component != "vae" else {}))
     if layout == "tfm_jax" and component != "vae":
@@ -58,7 +58,7 @@ OURS = ("vae", "tfm_jax")
 
 
 @pytest.mark.parametrize(
-    ("form", "key", "value", "words"),
+    ("schema", "key", "value", "words"),
     [
         (TRANSFORMER, "num_layers", 8.0, r"num_layers is 8\.0; expected a valid integer"),
         (TRANSFORMER, "num_layers", "8", "num_layers is '8'; expected a valid integer"),
@@ -93,16 +93,16 @@ OURS = ("vae", "tfm_jax")
         (OURS, "shortcut", 1, "unknown field 'shortcut'; expected base_dim, z_dim"),
     ],
 )
-def test_wrong_values(form, key, value, words):
+def test_wrong_values(schema, key, value, words):
     with pytest.raises(InputError, match=f"^{FILE}: .*{words}") as caught:
-        read(write(*form) | {key: value}, *form)
+        read(write(*schema) | {key: value}, *schema)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(("component", "layout"), [TRANSFORMER, ORIGINAL, VAE, TEXT])
 def test_missing_values(component, layout):
-    for key in FORMATS[component, layout].keys.values():
+    for key in SCHEMAS[component, layout].keys.values():
         values = write(component, layout)
         del values[key]
         with pytest.raises(InputError, match=f"{FILE}: {key} is missing; expected it in the config.json of a "):

@@ -14,10 +14,10 @@ import pytest
 from helpers.paths import WAN_TINY
 
 from tfm_jax.errors import InputError
-from tfm_jax.wan import layouts
-from tfm_jax.wan.layouts import COMPONENTS, TEXT_ENCODER, VAE, Source
+from tfm_jax.wan.components import COMPONENTS, TEXT_ENCODER, TRANSFORMER, VAE, abstract_parameters
 from tfm_jax.wan.saving import SCHEDULER_FILE, find_scheduler, save, save_model
-from tfm_jax.wan.tensors import Entry
+from tfm_jax.wan.sources import Source, find_source
+from tfm_jax.wan.tensors import LazyTensor
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.tokenizer import find_tokenizer
 from tfm_jax.wan.vae import VaeConfig
@@ -26,20 +26,20 @@ LAYOUTS = ("diffusers", "original", "tfm_jax")
 
 
 def convert(source, target, layout):
-    sources = [layouts.find(source, component) for component in COMPONENTS]
+    sources = [find_source(source, component) for component in COMPONENTS]
     dtype = ml_dtypes.bfloat16  # of the embedded model
     save_model(sources, find_tokenizer(source), target, layout, dtype, scheduler=find_scheduler(source))
 
 
 def files(directory):
-    """Content by name; JSON by its values."""
+    """Content of all files by name, with JSON parsed."""
     found = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     return {name: json.loads(text) if name.endswith(".json") else text for name, text in found.items()}
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """The embedded model in each layout, whose latents do not have Wan2.1's statistics."""
+    """The embedded model in each layout. The statistics of its latents are not Wan2.1's."""
     directory = tmp_path_factory.mktemp("converted")
     for layout in LAYOUTS:
         convert(WAN_TINY, directory / layout, layout)
@@ -52,16 +52,16 @@ def test_a_copy_is_the_same(converted):
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_every_pair_of_layouts(converted, tmp_path, source, target):
-    """All files equal, so that a program which reads them makes the same video."""
+    """All files are equal, so any program that reads them makes the same video."""
     convert(converted / source, tmp_path / "target", target)
     assert files(tmp_path / "target") == files(converted / target)
 
 
 def test_configurations_are_those_of_the_source(converted):
     for component in COMPONENTS:
-        expected = layouts.find(WAN_TINY, component).config
+        expected = find_source(WAN_TINY, component).config
         for layout in LAYOUTS:
-            assert layouts.find(converted / layout, component).config == expected
+            assert find_source(converted / layout, component).config == expected
 
 
 def test_only_constants_that_are_not_wan2_1s_are_written_beside(converted):
@@ -71,8 +71,8 @@ def test_only_constants_that_are_not_wan2_1s_are_written_beside(converted):
 
 
 def in_memory(component, config) -> Source:
-    shapes = {name: value.shape for name, value in layouts.parameters(component, config, jnp.float32).items()}
-    tensors = {name: Entry(shape, Path("memory"), np.zeros(shape).__getitem__) for name, shape in shapes.items()}
+    shapes = {name: value.shape for name, value in abstract_parameters(component, config, jnp.float32).items()}
+    tensors = {name: LazyTensor(shape, Path("memory"), np.zeros(shape).__getitem__) for name, shape in shapes.items()}
     return Source(component, "tfm_jax", config, Path("memory"), tensors)
 
 
@@ -95,7 +95,7 @@ TEXT = {"vocab_size": 40, "dim": 20, "heads": 2, "head_dim": 6, "ffn_dim": 24, "
 )
 def test_the_original_layout_holds_every_architecture(tmp_path, component, config, beside):
     save(in_memory(component, config), tmp_path, "original", jnp.float32)
-    assert layouts.find(tmp_path, component).config == config
+    assert find_source(tmp_path, component).config == config
     written = list(tmp_path.glob("*.tfm_jax.json"))
     assert {field for path in written for field in json.loads(path.read_text())} == beside
 
@@ -115,7 +115,7 @@ def test_a_damaged_file_beside(converted, tmp_path, content, words):
     beside = tmp_path / "Wan2.1_VAE.tfm_jax.json"
     beside.write_text(content)
     with pytest.raises(InputError, match=f"^{beside}: {words}"):
-        layouts.find(tmp_path, VAE)
+        find_source(tmp_path, VAE)
 
 
 def test_statistics_that_are_nowhere(tmp_path):
@@ -123,7 +123,7 @@ def test_statistics_that_are_nowhere(tmp_path):
     save(in_memory(VAE, config), tmp_path, "original", jnp.float32)
     (tmp_path / "Wan2.1_VAE.tfm_jax.json").unlink()
     with pytest.raises(InputError, match=r"Wan2\.1_VAE\.pth: latents_mean has 16 values; expected z_dim = 2"):
-        layouts.find(tmp_path, VAE)
+        find_source(tmp_path, VAE)
 
 
 @pytest.mark.parametrize("layout", ["original", "tfm_jax"])
@@ -150,8 +150,8 @@ def test_a_scheduler_of_no_class(tmp_path):
 def test_two_transformers(tmp_path):
     shutil.copytree(WAN_TINY / "transformer", tmp_path / "transformer")
     (tmp_path / "transformer_2").mkdir()
-    with pytest.raises(InputError, match=r"has two transformers, as Wan2\.2; expected Wan2\.1"):
-        layouts.find(tmp_path, layouts.TRANSFORMER)
+    with pytest.raises(InputError, match=r"has two transformers, as in Wan2\.2; expected Wan2\.1"):
+        find_source(tmp_path, TRANSFORMER)
 
 
 # --- Nothing is left behind ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Weights on disk: every layout, conversions between them, and what is wrong with files people really have."""
+"""Weights on disk: every layout, conversions between them, and errors for the damage that files really have."""
 
 import json
 import random
@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 from tfm_jax.config import ModelConfig
 from tfm_jax.errors import InputError
 from tfm_jax.wan import load_base, load_text_encoder, load_transformer, load_vae
-from tfm_jax.wan.layouts import COMPONENTS, source_of
+from tfm_jax.wan.components import COMPONENTS
 from tfm_jax.wan.saving import save_model
+from tfm_jax.wan.sources import source_from_module
 from tfm_jax.wan.tensors import open_safetensors
 from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder
 from tfm_jax.wan.transformer import WanTransformer
@@ -40,7 +41,7 @@ def networks():
 
 
 def write(networks, directory, layout, dtype=jnp.float32):
-    sources = [source_of(networks[component.name], component) for component in COMPONENTS]
+    sources = [source_from_module(networks[component.name], component) for component in COMPONENTS]
     save_model(sources, None, directory, layout, dtype)
 
 
@@ -104,7 +105,7 @@ def test_diffusers_and_transformers_load_what_we_write(networks, tmp_path):
 
 
 def test_bfloat16_files_load_as_float32_files_do(networks, tmp_path):
-    """Kernels are rounded once; what the network keeps in float32 is kept in float32 on disk too."""
+    """Kernels are rounded only once, and parameters that the network keeps in float32 are float32 on disk too."""
     write(networks, tmp_path / "float32", "diffusers")
     write(networks, tmp_path / "bfloat16", "diffusers", jnp.bfloat16)
     for load in LOADERS.values():
@@ -145,7 +146,7 @@ print("equal")
     assert done.stdout == "equal\n", done.stderr
 
 
-# --- What is wrong with files ----------------------------------------------------------------------------------------
+# --- Damaged and wrong files -----------------------------------------------------------------------------------------
 
 
 def refused(path, *words):
@@ -211,7 +212,7 @@ def write_safetensors(file, header, data):
 
 
 def test_a_tensor_twice_in_one_header(tmp_path):
-    """safetensors itself takes the last of them."""
+    """safetensors itself accepts this and uses the last one."""
     tensor = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     file = tmp_path / "model.safetensors"
     write_safetensors(file, b'{"a":' + tensor + b"}", b"1234")
@@ -239,7 +240,7 @@ def test_bad_headers(tmp_path, header, words):
 
 
 def test_damaged_headers(weights):
-    """Random bytes in the header: refused, or the same names and shapes."""
+    """With random bytes in the header, a file is refused or has the same shapes."""
     raw, rng = weights.read_bytes(), random.Random(0)
     expected = {name: entry.shape for name, entry in open_safetensors(weights).items()}
     length = int.from_bytes(raw[:8], "little")

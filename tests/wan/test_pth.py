@@ -1,4 +1,4 @@
-"""`.pth` files read without PyTorch: what torch.save writes, and what others put into such a file."""
+"""`.pth` files read without PyTorch: those that torch.save writes, and malicious or damaged ones."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tfm_jax.errors import InputError
-from tfm_jax.wan.pth import DESCRIPTION_BYTES, open_pth
+from tfm_jax.wan.pth import MAX_DESCRIPTION_BYTES, open_pth
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 
@@ -28,7 +28,7 @@ def refused(file, words):
 
 
 def rewritten(file, change, compression=zipfile.ZIP_STORED):
-    """The archive with every record (name without its folder, content) changed; None leaves one out."""
+    """Replace the content of every record by `change(name without folder, content)`; None removes the record."""
     with zipfile.ZipFile(file) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(file, "w", compression) as archive:
@@ -45,7 +45,7 @@ def file(tmp_path):
     return tmp_path / "weights.pth"
 
 
-# --- What is read ----------------------------------------------------------------------------------------------------
+# --- Accepted files ---------------------------------------------------------------------------------------------------
 
 
 def test_every_floating_type(tmp_path):
@@ -85,7 +85,7 @@ def test_needs_no_torch(file, monkeypatch):
     np.testing.assert_array_equal(open_pth(file)["a"].read(...), WEIGHT.numpy())
 
 
-# --- What is not plain tensors ---------------------------------------------------------------------------------------
+# --- Anything but plain tensors ---------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -106,10 +106,10 @@ class Evil:
         (lambda: {"a": WEIGHT.to(torch.float8_e4m3fn)}, "_rebuild_tensor_v3"),
         (lambda: {"a": WEIGHT.to_sparse()}, "_rebuild_sparse_tensor"),
         (lambda: {"a": torch.arange(3)}, "'a' is in a torch.LongStorage; expected"),
-        (lambda: {"a": WEIGHT.T}, "'a' is not stored whole; expected contiguous"),
-        (lambda: {"a": torch.zeros(1).expand(10**9)}, "'a' is not stored whole"),
-        (lambda: {"a": WEIGHT.flatten()[:4], "b": WEIGHT.flatten()[2:]}, "'a' and 'b' share a part of their data"),
-        (lambda: {"a": WEIGHT, "b": WEIGHT[1]}, "'a' and 'b' share a part of their data"),
+        (lambda: {"a": WEIGHT.T}, "'a' is not contiguous; expected contiguous"),
+        (lambda: {"a": torch.zeros(1).expand(10**9)}, "'a' is not contiguous"),
+        (lambda: {"a": WEIGHT.flatten()[:4], "b": WEIGHT.flatten()[2:]}, "'a' and 'b' overlap in the file"),
+        (lambda: {"a": WEIGHT, "b": WEIGHT[1]}, "'a' and 'b' overlap in the file"),
         (lambda: {"state_dict": {"a": WEIGHT}}, "'state_dict' is of type dict; expected a plain tensor"),
         (lambda: {"a": 3}, "'a' is of type int; expected a plain tensor"),
         (lambda: WEIGHT, "the content is of type tensor; expected a dictionary"),
@@ -132,7 +132,7 @@ def test_the_format_before_version_1_6(tmp_path):
     refused(tmp_path / "weights.pth", "not a zip archive, which PyTorch writes since version 1.6; .* torch.save")
 
 
-# --- Archives that are not as PyTorch writes them --------------------------------------------------------------------
+# --- Archives that PyTorch would not write ----------------------------------------------------------------------------
 
 
 def test_another_program_may_pack_it(file):
@@ -152,9 +152,9 @@ def test_another_program_may_pack_it(file):
         ("data.pkl", b"\x80\x02)" + b"\x85" * 20_000 + b".", "the content is of type tuple"),
         ("data.pkl", b"\x80\x02})" + b"\x85" * 20_000 + b"K\1s.", "a key that is of type tuple"),
         ("data.pkl", b"\x80\x02" + b"}" * 20_000 + b".", "data.pkl is damaged"),
-        ("data.pkl", b"\x80\x02" + b"}" * 2**24 + b".", f"{2**24 + 3} bytes; expected at most {DESCRIPTION_BYTES}"),
+        ("data.pkl", b"\x80\x02" + b"}" * 2**24 + b".", f"{2**24 + 3} bytes; expected at most {MAX_DESCRIPTION_BYTES}"),
         ("byteorder", b"big", "byteorder is b'big'; expected little"),
-        ("byteorder", b"l" * 2**24, f"{2**24} bytes; expected at most {DESCRIPTION_BYTES}"),
+        ("byteorder", b"l" * 2**24, f"{2**24} bytes; expected at most {MAX_DESCRIPTION_BYTES}"),
     ],
 )
 def test_records_that_do_not_fit(file, record, content, words):
@@ -162,7 +162,7 @@ def test_records_that_do_not_fit(file, record, content, words):
 
 
 def test_compressed_records(file):
-    """Mapped into memory, their bytes are not the numbers; and 64 kB can become 64 MB."""
+    """Compressed bytes cannot be memory-mapped as numbers, and 64 kB of them can expand to 64 MB."""
 
     def bomb(name, content):
         return b"\x80\x02" + b"}" * 2**26 + b"." if name == "data.pkl" else content
@@ -199,11 +199,11 @@ def test_a_directory_larger_than_any_of_wan(file):
     with zipfile.ZipFile(file, "a") as archive:
         for number in range(20):
             archive.writestr(f"{number}{'x' * 60_000}", b"")
-    refused(file, f"bytes; expected at most {DESCRIPTION_BYTES}")
+    refused(file, f"bytes; expected at most {MAX_DESCRIPTION_BYTES}")
 
 
 def test_damaged_files(file):
-    """Any cut, and random bytes anywhere: refused, or read with all bytes outside the numbers as they were."""
+    """A file cut anywhere or with random bytes is refused, or read with the same names, shapes and dtypes."""
     raw = file.read_bytes()
     rng = random.Random(0)
     cuts = (raw[: rng.randrange(len(raw))] for _ in range(100))

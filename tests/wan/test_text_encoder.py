@@ -30,7 +30,7 @@ def _strict_promotion():
 
 
 def random_tokens(config: TextEncoderConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Three prompts: full, half full, one token. The padding holds random ids: only the mask may tell."""
+    """Three prompts: full, half full, one token. The padding has random ids, so only the mask identifies it."""
     rng = np.random.default_rng(length)
     lengths = np.array([length, (length + 1) // 2, 1])
     ids = rng.integers(0, config.vocab_size, (3, length), dtype=np.int32)
@@ -108,7 +108,7 @@ def test_names(original, diffusers, ours, layer):
 
 
 def test_full_size():
-    """umT5-XXL, abstractly: the parameter count, and the names and shapes of transformers' own model."""
+    """Abstract umT5-XXL has the published parameter count, and the names and shapes of transformers' model."""
     encoder = nnx.eval_shape(lambda: UMT5Encoder(TextEncoderConfig(), rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     leaves = jax.tree.leaves(nnx.state(encoder))
     assert sum(leaf.size for leaf in leaves) == 5_680_910_336

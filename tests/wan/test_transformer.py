@@ -1,4 +1,4 @@
-"""The diffusion transformer against diffusers' WanTransformer3DModel at random weights."""
+"""The diffusion transformer against diffusers' WanTransformer3DModel with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from helpers.wan_reference import SIZES, inputs, reference_transformer, relative
 from tfm_jax.wan import attention as attention_module
 from tfm_jax.wan import load_transformer
 from tfm_jax.wan.attention import attention
-from tfm_jax.wan.layouts import TRANSFORMER, abstract
+from tfm_jax.wan.components import TRANSFORMER, abstract_model, named_parameters
 from tfm_jax.wan.names import transformer_rows
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, rotary_tables
 
 run = jax.jit(WanTransformer.__call__)
 
-# The shapes published for the 14B model, under both names.
+# Original name -> diffusers name and shape, for some tensors of the published 14B model.
 NAMES = {
     "patch_embedding.weight": ("patch_embedding.weight", (5120, 16, 1, 2, 2)),
     "text_embedding.0.weight": ("condition_embedder.text_embedder.linear_1.weight", (5120, 4096)),
@@ -60,7 +60,7 @@ def test_bfloat16_points_the_same_way(tmp_path):
 
 
 def test_gradient_equals_diffusers(tmp_path):
-    """The velocity is differentiated through every block, by scan and recomputation."""
+    """Gradients pass through every block, with scan and rematerialisation."""
     import torch
 
     config = SIZES["small"]
@@ -84,7 +84,7 @@ def test_gradient_equals_diffusers(tmp_path):
     ],
 )
 def test_published_models_are_counted_exactly(config, tensors, parameters):
-    state = nnx.state(abstract(TRANSFORMER, config, jnp.bfloat16))
+    state = nnx.state(abstract_model(TRANSFORMER, config, jnp.bfloat16))
     assert sum(x.size for x in jax.tree.leaves(state)) == parameters
     rows = transformer_rows(config.layers)
     assert len(rows) == len({row.original for row in rows}) == len({row.diffusers for row in rows}) == tensors
@@ -92,15 +92,13 @@ def test_published_models_are_counted_exactly(config, tensors, parameters):
 
 def test_names_are_those_of_the_published_files():
     config = TransformerConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
-    module = abstract(TRANSFORMER, config, jnp.bfloat16)
-    shapes = {".".join(map(str, path)): v.shape for path, v in nnx.to_flat_state(nnx.state(module))}
+    module = abstract_model(TRANSFORMER, config, jnp.bfloat16)
+    shapes = {name: variable.shape for name, variable in named_parameters(module).items()}
     rows = {row.original: row for row in transformer_rows(config.layers)}
     for original, (diffusers, shape) in NAMES.items():
         row = rows[original]
         assert row.diffusers == diffusers
-        ours = shapes[row.ours][0 if row.layer is None else 1 :]
-        before, after = (side.split() for side in row.axes.split("->"))
-        assert tuple(1 if axis == "1" else ours[after.index(axis)] for axis in before) == shape
+        assert row.torch_shape(shapes[row.ours]) == shape
 
 
 @pytest.mark.parametrize("queries", [7, 513, 1024])

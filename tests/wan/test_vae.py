@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan
 from flax import nnx
 
 from tfm_jax.errors import InputError
+from tfm_jax.wan.components import VAE, abstract_model, abstract_parameters, named_parameters
 from tfm_jax.wan.names import vae_rows, vae_sizes
 from tfm_jax.wan.vae import VaeConfig, WanVae
 
@@ -25,7 +26,7 @@ OTHER = VaeConfig(
 )
 CONFIGS = {"small": SMALL, "other": OTHER}
 
-# Rows of the published name table, and shapes of the published model.
+# Names and shapes of some tensors of the published model.
 ORIGINAL_NAMES = {
     "conv1.weight": ("quant_conv.weight", (32, 32, 1, 1, 1)),
     "conv2.bias": ("post_quant_conv.bias", (16,)),
@@ -50,7 +51,7 @@ ORIGINAL_NAMES = {
 
 
 def make_reference(config: VaeConfig) -> AutoencoderKLWan:
-    """diffusers' autoencoder with every tensor random: norm scales near 1, biases small."""
+    """diffusers' autoencoder with random tensors: norm scales near 1 and small biases."""
     model = AutoencoderKLWan(
         base_dim=config.base_dim,
         z_dim=config.z_dim,
@@ -79,18 +80,17 @@ def original_names(state: dict[str, torch.Tensor], config: VaeConfig) -> dict[st
 
 
 def fill(config: VaeConfig, state: dict[str, torch.Tensor], layout: str, dtype=jnp.float32) -> WanVae:
-    """Our autoencoder with the weights of a torch state dict; every tensor and every parameter is used once."""
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0), dtype=dtype)))
-    params = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(abstract)}
+    """Our autoencoder with the weights of a torch state dict. Checks that each tensor matches one parameter."""
+    vae = abstract_model(VAE, config, dtype)
+    params = named_parameters(vae)
     rows = vae_rows(config)
     assert sorted(row.ours for row in rows) == sorted(params)
     assert sorted(getattr(row, layout) for row in rows) == sorted(state)
-    flat = dict(nnx.to_flat_state(abstract))
     for row in rows:
         value = jnp.asarray(einops.rearrange(state[getattr(row, layout)].float().numpy(), row.axes), dtype)
-        assert value.shape == flat[params[row.ours]].shape, row
-        flat[params[row.ours]] = flat[params[row.ours]].replace(value)
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+        assert value.shape == params[row.ours].shape, row
+        params[row.ours].set_value(value)
+    return vae
 
 
 def random_video(batch: int, frames: int, height: int, width: int) -> np.ndarray:
@@ -228,8 +228,7 @@ def test_full_size_has_the_published_tensors():
     for original, (diffusers, shape) in ORIGINAL_NAMES.items():
         assert by_original[original].diffusers == diffusers
         assert tuple(state[diffusers].shape) == shape
-    abstract = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: WanVae(VaeConfig(), rngs=nnx.Rngs(0)))))
-    shapes = {".".join(map(str, path)): leaf.shape for path, leaf in abstract}
+    shapes = {name: value.shape for name, value in abstract_parameters(VAE, VaeConfig(), jnp.float32).items()}
     assert sorted(row.ours for row in rows) == sorted(shapes)
     assert sum(np.prod(shape) for shape in shapes.values()) == 126_892_531
     for row in rows:

@@ -1,4 +1,4 @@
-"""Adapters on the linear maps of the transformer: attach, start, split off, and name them as the public files do."""
+"""LoRA adapters on the linear layers of the transformer: attach, initialise, split off, convert to and from files."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -16,50 +16,48 @@ from tfm_jax.errors import InputError
 from tfm_jax.lora.files import Adapter, Lora
 from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan.layers import Linear
-from tfm_jax.wan.names import block_linears
+from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear
 from tfm_jax.wan.transformer import WanTransformer
 
 
 class LoraSplit(NamedTuple):
-    """A transformer in three: what it is, the adapters, everything else."""
+    """A transformer split into its structure, its adapters and all other parameters."""
 
     graph: nnx.GraphDef
     lora: nnx.State
     frozen: nnx.State
 
 
-def target_linears(targets: tuple[str, ...]) -> dict[str, str]:
-    """The linear maps of a block that `targets` name, as original name -> ours, in the order of the block.
+def target_linears(targets: tuple[str, ...]) -> list[str]:
+    """The linear layers of a block that `targets` select, by original name (`BlockLinear.name`), in order.
 
-    A target is the end of an original name: `q` is `self_attn.q` and `cross_attn.q`, `ffn.0` is itself.
+    A target is an original name or the end of one: `q` selects `self_attn.q` and `cross_attn.q`, `ffn.0` itself.
 
     Raises:
-        InputError: a target names none.
+        InputError: a target selects nothing.
     """
-    linears = {original: ours for ours, original, _ in block_linears()}
     found = set()
     for target in targets:
-        matches = {name for name in linears if name == target or name.endswith(f".{target}")}
+        matches = {name for name in BLOCK_LINEARS if name == target or name.endswith(f".{target}")}
         if not matches:
-            ends = dict.fromkeys(name.removeprefix("self_attn.").removeprefix("cross_attn.") for name in linears)
-            raise InputError(f"lora.targets: {target!r} names no linear map; expected some of {', '.join(ends)}")
+            raise InputError(
+                f"lora.targets: {target!r} names no linear layer; expected some of {', '.join(LORA_TARGETS)}"
+            )
         found |= matches
-    return {name: ours for name, ours in linears.items() if name in found}
+    return [name for name in BLOCK_LINEARS if name in found]
 
 
 def attach_lora(model: WanTransformer, config: LoraConfig) -> None:
-    """Give every targeted linear map of `model` an adapter without values yet, A `[in, rank]`, B `[rank, out]`.
+    """Give every targeted linear layer of `model` an abstract adapter, A `[in, rank]` and B `[rank, out]`.
 
     Raises:
-        InputError: an unknown target, or a rank above the narrowest map.
+        InputError: a target is unknown, or the rank exceeds the width of a targeted layer.
     """
-    for original, ours in target_linears(config.targets).items():
-        linear = _linear(model, ours)
+    for name in target_linears(config.targets):
+        linear = _linear(model, name)
         layers, features_in, features_out = linear.kernel.shape
         if config.rank > min(features_in, features_out):
-            raise InputError(
-                f"lora.rank={config.rank} is above the width of {original}, {min(features_in, features_out)}"
-            )
+            raise InputError(f"lora.rank={config.rank} is above the width of {name}, {min(features_in, features_out)}")
         stack, axis_in, axis_out = linear.kernel.get_metadata()["axes"]
         linear.lora_a = nnx.LoRAParam(
             jax.ShapeDtypeStruct((layers, features_in, config.rank), jnp.float32), axes=(stack, axis_in, "rank")
@@ -71,7 +69,7 @@ def attach_lora(model: WanTransformer, config: LoraConfig) -> None:
 
 
 def init_lora(model: WanTransformer, key: jax.Array, mesh: Mesh | None = None) -> None:
-    """Start the attached adapters: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero."""
+    """Initialise the attached adapters: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero."""
     lora = split_lora(model).lora
 
     def init(key: jax.Array) -> nnx.State:
@@ -91,54 +89,53 @@ def init_lora(model: WanTransformer, key: jax.Array, mesh: Mesh | None = None) -
 
 
 def split_lora(model: WanTransformer) -> LoraSplit:
-    """The adapters apart from all else; `nnx.merge(*split)` is the model again."""
+    """Separate the adapters from everything else. `nnx.merge(*split)` is the model again."""
     return LoraSplit(*nnx.split(model, nnx.LoRAParam, ...))
 
 
-def to_files(arrays: Mapping[str, np.ndarray | Array], alpha: float) -> Lora:
-    """Trained adapters as the files hold them: one pair per layer, torch's axes, original names.
+def lora_from_checkpoint(arrays: Mapping[str, np.ndarray | Array], alpha: float) -> Lora:
+    """Convert trained adapters to what LoRA files hold: one pair of factors per linear layer, in torch's layout.
 
     Args:
-        arrays: stacked factors by path, `blocks/self_attn/q/lora_a/value` and so on.
+        arrays: stacked factors by path, such as `blocks/self_attn/q/lora_a/value`.
     """
     adapters = {}
-    for ours, original, _ in block_linears():
-        paths = [f"blocks/{ours.replace('.', '/')}/lora_{factor}/value" for factor in "ab"]
+    for name, names in BLOCK_LINEARS.items():
+        paths = [f"blocks/{names.ours.replace('.', '/')}/lora_{factor}/value" for factor in "ab"]
         if paths[0] in arrays:
             for layer, (a, b) in enumerate(zip(*(np.asarray(arrays[path]) for path in paths), strict=True)):
-                adapters[f"blocks.{layer}.{original}"] = Adapter(a.T, b.T)
+                adapters[BlockLinear(layer, name)] = Adapter(a.T, b.T)
     return Lora(adapters, next(iter(adapters.values())).a.shape[0], alpha)
 
 
 def load_adapters(model: WanTransformer, lora: Lora, mesh: Mesh | None = None) -> None:
-    """Attach the adapters of a file to `model`.
+    """Attach the adapters of a LoRA file to `model`.
 
     Raises:
-        InputError: they are not those of all layers of this model.
+        InputError: the adapters do not match the linear layers of this model.
     """
     layers = model.config.layers
-    linears = {original: ours for ours, original, _ in block_linears()}
-    named = dict.fromkeys(name.split(".", 2)[2] for name in lora.adapters)
-    wanted = {f"blocks.{n}.{name}" for n in range(layers) for name in named}
-    for name in sorted(wanted ^ lora.adapters.keys()):
-        problem = "has no adapter for" if name in wanted else "has an adapter for a layer that the model lacks:"
-        raise InputError(f"LoRA {problem} {name}; expected the same maps in each of {layers} layers")
-    attach_lora(model, LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=tuple(named)))
-    state = split_lora(model).lora
-    for name in named:
-        linear = _linear(model, linears[name])
+    names = tuple(dict.fromkeys(linear.name for linear in lora.adapters))
+    expected = {BlockLinear(layer, name) for layer in range(layers) for name in names}
+    for linear in sorted(expected ^ lora.adapters.keys()):
+        problem = "has no adapter for" if linear in expected else "has an adapter for a layer that the model lacks:"
+        raise InputError(f"LoRA {problem} {linear}; expected the same linear layers in each of {layers} blocks")
+    attach_lora(model, LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=names))
+    for name in names:
+        adapters = [lora.adapters[BlockLinear(layer, name)] for layer in range(layers)]
         for factor in ("a", "b"):
-            value = np.stack([getattr(lora.adapters[f"blocks.{n}.{name}"], factor).T for n in range(layers)])
-            variable = getattr(linear, f"lora_{factor}")
+            value = np.stack([getattr(adapter, factor).T for adapter in adapters])
+            variable = getattr(_linear(model, name), f"lora_{factor}")
             if value.shape != variable.shape:
                 raise InputError(
                     f"LoRA {factor.upper()} of {name} is {list(value.shape[:0:-1])}; "
                     f"expected {list(variable.shape[:0:-1])}"
                 )
             variable.set_value(jnp.asarray(value, jnp.float32))
-    where = shardings(state, mesh or one_device_mesh())
-    nnx.update(model, jax.device_put(split_lora(model).lora, where))
+    state = split_lora(model).lora
+    nnx.update(model, jax.device_put(state, shardings(state, mesh or one_device_mesh())))
 
 
-def _linear(model: WanTransformer, ours: str) -> Linear:
-    return attrgetter(ours)(model.blocks)
+def _linear(model: WanTransformer, name: str) -> Linear:
+    """The stacked linear layer of `model` with this original name."""
+    return attrgetter(BLOCK_LINEARS[name].ours)(model.blocks)

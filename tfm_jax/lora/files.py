@@ -1,6 +1,6 @@
-"""LoRA files for Wan2.1: write the four dialects that other programs load, read them all.
+"""LoRA files for Wan2.1: writes the four dialects that other programs load, and reads all of them.
 
-What loads what, found by running the loaders (all modules, or none; "none" often goes with a warning at most):
+Which program loads which dialect, found by running the loaders (all modules or none; "none" is often only a warning):
 
     dialect      key of an A factor                                          DiffSynth  diffusers  ComfyUI
     comfy        diffusion_model.blocks.0.self_attn.q.lora_A.weight          all        all        all
@@ -8,9 +8,9 @@ What loads what, found by running the loaders (all modules, or none; "none" ofte
     diffusers    transformer.blocks.0.attn1.to_q.lora_A.weight               none       all        none
     kohya        lora_unet_blocks_0_self_attn_q.lora_down.weight             none       all        all
 
-The weights become W + alpha / rank * B A. Where alpha is kept differs too: DiffSynth may ignore it, so `comfy` and
-`diffsynth` files have alpha = rank and the scale inside the factors; `kohya` has a tensor `.alpha` in every module;
-`diffusers` has it in the file's metadata.
+A loader changes each weight W to W + alpha / rank * B A. The dialects also differ in where they store alpha. Some
+loaders ignore alpha, so `comfy` and `diffsynth` files have alpha = rank and the scale multiplied into the factors.
+`kohya` has a tensor `.alpha` in every module, and `diffusers` has alpha in the metadata of the file.
 """
 
 import json
@@ -30,9 +30,9 @@ from safetensors.numpy import save_file
 
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
-from tfm_jax.inputs import checked, parse_json, read_json, shown
-from tfm_jax.wan.names import block_linears
-from tfm_jax.wan.tensors import Entry, open_safetensors, safetensors_metadata
+from tfm_jax.inputs import parse_json, read_json, short_repr, validate
+from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear
+from tfm_jax.wan.tensors import LazyTensor, open_safetensors, safetensors_metadata
 
 Dialect = Literal["comfy", "diffsynth", "diffusers", "kohya"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
@@ -41,7 +41,7 @@ Number = TypeVar("Number", int, float)
 
 
 class Adapter(NamedTuple):
-    """The two factors on one linear map, with torch's axes: the weight `[out, in]` gets alpha / rank * B A."""
+    """The two factors of one linear layer, in torch's layout: its weight `[out, in]` changes by alpha / rank * B A."""
 
     a: Float32[np.ndarray, "rank in"]
     b: Float32[np.ndarray, "out rank"]
@@ -50,16 +50,15 @@ class Adapter(NamedTuple):
 class Lora(NamedTuple):
     """All adapters of a model."""
 
-    adapters: dict[str, Adapter]
-    """By the original name of the linear map: `blocks.0.self_attn.q`, `blocks.7.ffn.2`."""
+    adapters: dict[BlockLinear, Adapter]
     rank: int
     alpha: float
     metadata: Mapping[str, str] = MappingProxyType({})
-    """What the file that this was read from says of itself: base model, steps and the like."""
+    """The metadata of the file it was read from, such as base model and steps."""
 
 
 class _Keys(NamedTuple):
-    """How a dialect spells a module and its two factors."""
+    """How a dialect spells the module of a `BlockLinear` (a format string) and its two factors."""
 
     module: str
     a: str
@@ -67,16 +66,13 @@ class _Keys(NamedTuple):
 
 
 _DIALECT_KEYS: dict[Dialect, _Keys] = {
-    "comfy": _Keys("diffusion_model.blocks.{layer}.{original}", "lora_A.weight", "lora_B.weight"),
-    "diffsynth": _Keys("blocks.{layer}.{original}", "lora_A.default.weight", "lora_B.default.weight"),
-    "diffusers": _Keys("transformer.blocks.{layer}.{diffusers}", "lora_A.weight", "lora_B.weight"),
-    "kohya": _Keys("lora_unet_blocks_{layer}_{kohya}", "lora_down.weight", "lora_up.weight"),
+    "comfy": _Keys("diffusion_model.{0.original}", "lora_A.weight", "lora_B.weight"),
+    "diffsynth": _Keys("{0.original}", "lora_A.default.weight", "lora_B.default.weight"),
+    "diffusers": _Keys("transformer.{0.diffusers}", "lora_A.weight", "lora_B.weight"),
+    "kohya": _Keys("lora_unet_{0.kohya}", "lora_down.weight", "lora_up.weight"),
 }
 
-_DIFFUSERS_NAMES = {original: diffusers for _, original, diffusers in block_linears()}
-_KOHYA_NAMES = {original: original.replace(".", "_") for original in _DIFFUSERS_NAMES}
-
-_METADATA = "lora_adapter_metadata"
+_PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -90,47 +86,54 @@ def write_lora(
     dtype: DTypeLike = ml_dtypes.bfloat16,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write `lora` to `path`, whole or not at all.
+    """Write `lora` to `path`. On failure, an existing file stays as it was.
 
-    `comfy` (ComfyUI, diffusers, DiffSynth) is the one to share. `diffsynth` is for DiffSynth alone and is what the TFM
-    release writes; `diffusers` for diffusers alone; `kohya` for musubi-tuner, ComfyUI and diffusers. `metadata` goes
-    into the file as it is: how the LoRA came to be.
+    `comfy` is the dialect to share, since ComfyUI, diffusers and DiffSynth all load it. `diffsynth` is what the TFM
+    release writes, for DiffSynth alone; `diffusers` is for diffusers alone; `kohya` is for musubi-tuner, ComfyUI and
+    diffusers.
+
+    Args:
+        metadata: how the LoRA was made; written into the file unchanged.
 
     Raises:
-        InputError: `path` is a directory; `kohya` and not all ten linear maps of every block have an adapter; a factor
-            that is not finite in `dtype`.
+        InputError: `path` is a directory, a factor would not be finite in `dtype`, or the dialect is `kohya` and some
+            linear layer of a block has no adapter.
     """
     if path.is_dir():
         raise InputError(f"{path}: a directory; expected the name of a file")
     if dialect == "kohya":
-        _require_every_map(path, lora)
-    scale = lora.alpha / lora.rank
-    factor = math.sqrt(scale) if dialect in ("comfy", "diffsynth") else 1.0
-    keys = _DIALECT_KEYS[dialect]
-    tensors: dict[str, np.ndarray] = {}
-    for name, adapter in lora.adapters.items():
-        module = _spell(keys.module, name)
-        for key, value in ((keys.a, adapter.a), (keys.b, adapter.b)):
-            # The writer takes bytes as they lie in memory, so a transposed view has to be copied.
-            with np.errstate(over="ignore"):
-                tensors[f"{module}.{key}"] = np.array(value * np.float32(factor), dtype, order="C")
-        if dialect == "kohya":
-            tensors[f"{module}.alpha"] = np.array(lora.alpha, np.float32)
+        _require_every_linear(path, lora)
+    tensors = _tensors(lora, dialect, dtype)
     for key, value in tensors.items():
         if not np.isfinite(value).all():
             raise InputError(f"{path}: {key} would not be finite in {value.dtype}; nothing is written")
-
-    facts = {**metadata, "format": "pt"}
-    if dialect == "diffusers" and scale != 1:
-        facts[_METADATA] = json.dumps(_diffusers_config(lora))
+    metadata = {**metadata, "format": "pt"}
+    if dialect == "diffusers" and lora.alpha != lora.rank:
+        metadata[_PEFT_METADATA] = json.dumps(_diffusers_config(lora))
     with replacing(path) as scratch:
-        save_file(tensors, scratch, facts)
+        save_file(tensors, scratch, metadata)
         _sort_metadata(scratch)
-        scratch.chmod(0o644)  # safetensors lets nobody else read it
+        scratch.chmod(0o644)  # safetensors makes the file readable by its owner only
+
+
+def _tensors(lora: Lora, dialect: Dialect, dtype: DTypeLike) -> dict[str, np.ndarray]:
+    """The tensors of a file by key. They may be infinite where `dtype` cannot hold a value."""
+    factor = math.sqrt(lora.alpha / lora.rank) if dialect in ("comfy", "diffsynth") else 1.0
+    keys = _DIALECT_KEYS[dialect]
+    tensors: dict[str, np.ndarray] = {}
+    for linear, adapter in lora.adapters.items():
+        module = keys.module.format(linear)
+        for key, value in ((keys.a, adapter.a), (keys.b, adapter.b)):
+            with np.errstate(over="ignore"):
+                # safetensors writes the memory without regard to strides, so a transposed view must be copied.
+                tensors[f"{module}.{key}"] = np.array(value * np.float32(factor), dtype, order="C")
+        if dialect == "kohya":
+            tensors[f"{module}.alpha"] = np.array(lora.alpha, np.float32)
+    return tensors
 
 
 def _sort_metadata(file: Path) -> None:
-    """Put the metadata into the order of its names: safetensors writes it in a random order, other bytes each time."""
+    """Sort the metadata by name. safetensors writes it in random order, so equal content would give unequal files."""
     with open(file, "r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -141,30 +144,21 @@ def _sort_metadata(file: Path) -> None:
         stream.write(text.ljust(size))
 
 
-def _spell(pattern: str, name: str) -> str:
-    _, layer, original = name.split(".", 2)
-    return pattern.format(
-        layer=layer, original=original, diffusers=_DIFFUSERS_NAMES[original], kohya=_KOHYA_NAMES[original]
-    )
-
-
-def _require_every_map(path: Path, lora: Lora) -> None:
-    """The readers of `kohya` count the blocks, and then ask for the ten maps of each."""
-    layers = {int(name.split(".")[1]) for name in lora.adapters}
-    for layer in range(max(layers) + 1):
-        for original in _DIFFUSERS_NAMES:
-            if f"blocks.{layer}.{original}" not in lora.adapters:
-                targets = ", ".join(dict.fromkeys(re.sub(r"^\w+_attn\.", "", name) for name in _DIFFUSERS_NAMES))
+def _require_every_linear(path: Path, lora: Lora) -> None:
+    """Check what readers of `kohya` assume: they count the blocks, then expect all ten linear layers of each."""
+    for layer in range(max(linear.layer for linear in lora.adapters) + 1):
+        for linear in (BlockLinear(layer, name) for name in BLOCK_LINEARS):
+            if linear not in lora.adapters:
                 raise InputError(
-                    f"{path}: dialect kohya needs an adapter on every linear map, blocks.{layer}.{original} has none; "
-                    f"train with lora.targets: [{targets}], or choose another dialect"
+                    f"{path}: dialect kohya needs an adapter on every linear layer, {linear} has none; "
+                    f"train with lora.targets: [{', '.join(LORA_TARGETS)}], or choose another dialect"
                 )
 
 
 def _diffusers_config(lora: Lora) -> dict[str, object]:
-    """Metadata that `diffusers.loaders.WanLoraLoaderMixin` hands to `peft.LoraConfig`, less the prefix."""
+    """The metadata that `diffusers.loaders.WanLoraLoaderMixin` passes to `peft.LoraConfig`, without the prefix."""
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
-    modules = [_spell("blocks.{layer}.{diffusers}", name) for name in lora.adapters]
+    modules = [linear.diffusers for linear in lora.adapters]
     config = {"r": lora.rank, "lora_alpha": alpha, "target_modules": modules}
     return {f"transformer.{field}": value for field, value in config.items()}
 
@@ -179,169 +173,177 @@ _KEY = re.compile(
     re.VERBOSE,
 )
 
-_NAMES = {name: original for original, diffusers in _DIFFUSERS_NAMES.items() for name in (original, diffusers)}
-_NAMES_OF_KOHYA = {kohya: original for original, kohya in _KOHYA_NAMES.items()}
+_NAMES = {spelling: name for name, names in BLOCK_LINEARS.items() for spelling in (name, names.diffusers)}
+_KOHYA_NAMES = {names.kohya: name for name, names in BLOCK_LINEARS.items()}
 _PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
 
-_Parts = dict[str, Entry]
-"""Of one module, by A, B, alpha."""
+_Parts = dict[str, LazyTensor]
+"""The tensors of one module: A, B, and alpha if the file has it."""
 
 
 def read_lora(path: Path) -> Lora:
-    """Read a LoRA file of any dialect; it is used as a whole or refused.
+    """Read a LoRA file of any dialect. The file is used as a whole or refused.
 
-    Read are the four dialects, with `.default` or not, with `lora_A`, `lora_B` or `lora_down`, `lora_up`, and with the
-    prefixes `diffusion_model.`, `pipe.dit.`, `transformer.`, `base_model.model.` or none. alpha is that of the `.alpha`
-    tensors, of the metadata that diffusers writes, or of PEFT's `adapter_config.json` beside the file; failing all,
-    alpha = rank, which is what the loaders of such files take it for.
+    The four dialects are read with or without `.default`, with `lora_A`, `lora_B` or `lora_down`, `lora_up`, and with
+    the prefix `diffusion_model.`, `pipe.dit.`, `transformer.`, `base_model.model.` or none. alpha comes from the
+    `.alpha` tensors, from the metadata that diffusers writes, or from PEFT's `adapter_config.json` beside the file. If
+    there is none of these, alpha is the rank, as the loaders of such files assume.
 
     Raises:
-        InputError: not a safetensors file, a key left over (I2V's maps too), an A without its B, ranks or alphas that
-            differ, `lora_unet_` without `.alpha`, a value that is not finite.
+        InputError: the file is not safetensors, or it has a key that does not belong to a Wan2.1-T2V LoRA (such as
+            those of layers that only I2V has), an A without its B, unequal ranks or alphas, `lora_unet_` keys without
+            `.alpha`, or a value that is not finite.
     """
-    entries = open_safetensors(path)
+    tensors = open_safetensors(path)
     metadata = safetensors_metadata(path)
-    modules = _modules(path, entries)
-    adapters = {name: _adapter(path, name, parts) for name, parts in modules.items()}
-    rank = _common(path, "rank", {name: adapter.a.shape[0] for name, adapter in adapters.items()})
+    modules = _modules(path, tensors)
+    adapters = {linear: _adapter(path, linear, parts) for linear, parts in modules.items()}
+    rank = _common(path, "rank", {linear: adapter.a.shape[0] for linear, adapter in adapters.items()})
     for factor in ("a", "b"):
         _check_same_shapes(path, factor, adapters)
-    alpha = _configured_alpha(path, entries, metadata, rank)
-    facts = {key: value for key, value in metadata.items() if key not in ("format", _METADATA)}
-    return Lora(adapters, rank, _alpha(path, entries, modules, rank, alpha), facts)
+    configured = _configured_alpha(path, tensors, metadata, rank)
+    alpha = _alpha(path, tensors, modules, rank, configured)
+    kept = {key: value for key, value in metadata.items() if key not in ("format", _PEFT_METADATA)}
+    return Lora(adapters, rank, alpha, kept)
 
 
-def _modules(path: Path, entries: Mapping[str, Entry]) -> dict[str, _Parts]:
-    """The tensors by module and part, blocks in order; every key has a place."""
-    places: dict[tuple[int, str, str], str] = {}
-    left_over = []
-    for key in entries:
-        place = _place(key)
-        if place is None:
-            left_over.append(key)
-        elif place in places:
+def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[BlockLinear, _Parts]:
+    """The tensors by linear layer, in the order of the network, and part. Every key must be recognised."""
+    found: dict[BlockLinear, dict[str, str]] = {}
+    unknown = []
+    for key in tensors:
+        parsed = _parse_key(key)
+        if parsed is None:
+            unknown.append(key)
+            continue
+        linear, part = parsed
+        keys = found.setdefault(linear, {})
+        if part in keys:
             raise InputError(
-                f"{path}: {shown(key)} and {shown(places[place])} are the same factor; expected one of them"
+                f"{path}: {short_repr(key)} and {short_repr(keys[part])} are the same factor; expected one of them"
             )
-        else:
-            places[place] = key
-    if left_over or not places:
+        keys[part] = key
+    if unknown or not found:
         raise InputError(
-            f"{path}: matched {len(places)} of {len(entries)} keys, not {shown(left_over[0]) if left_over else 'one'}; "
-            f"expected lora_A and lora_B on {', '.join(_DIFFUSERS_NAMES)} of Wan2.1-T2V blocks"
+            f"{path}: matched {len(tensors) - len(unknown)} of {len(tensors)} keys, "
+            f"not {short_repr(unknown[0]) if unknown else 'one'}; "
+            f"expected lora_A and lora_B on {', '.join(BLOCK_LINEARS)} of Wan2.1-T2V blocks"
         )
-    order = {original: number for number, original in enumerate(_DIFFUSERS_NAMES)}
-    modules: dict[str, _Parts] = {}
-    for layer, original, part in sorted(places, key=lambda place: (place[0], order[place[1]], place[2])):
-        modules.setdefault(f"blocks.{layer}.{original}", {})[part] = entries[places[layer, original, part]]
-    whole = sum(parts.keys() >= {"A", "B"} for parts in modules.values())
-    for name, parts in modules.items():
+    whole = sum(keys.keys() >= {"A", "B"} for keys in found.values())
+    ordered = sorted(found, key=lambda linear: (linear.layer, list(BLOCK_LINEARS).index(linear.name)))
+    for linear in ordered:
         for part in ("A", "B"):
-            if part not in parts:
+            if part not in found[linear]:
                 raise InputError(
-                    f"{path}: {name} has no {part} factor, matched {whole} of {len(modules)} modules; "
+                    f"{path}: {linear} has no {part} factor, matched {whole} of {len(found)} modules; "
                     "expected lora_A and lora_B (or lora_down and lora_up) for each"
                 )
-    return modules
+    return {linear: {part: tensors[key] for part, key in found[linear].items()} for linear in ordered}
 
 
-def _place(key: str) -> tuple[int, str, str] | None:
-    """Block, original name and part of a key; None if it is none of a Wan2.1-T2V LoRA."""
+def _parse_key(key: str) -> tuple[BlockLinear, str] | None:
+    """The linear layer and part (A, B or alpha) that a key names; None if it is not a key of a Wan2.1-T2V LoRA."""
     match = _KEY.fullmatch(key)
     if not match:
         return None
-    part = _PARTS[match["part"].split(".")[0]]
     if match["kohya_name"]:
-        layer, original = match["kohya_layer"], _NAMES_OF_KOHYA.get(match["kohya_name"])
+        layer, name = match["kohya_layer"], _KOHYA_NAMES.get(match["kohya_name"])
     else:
-        layer, original = match["layer"], _NAMES.get(match["name"])
-    return (int(layer), original, part) if original else None
+        layer, name = match["layer"], _NAMES.get(match["name"])
+    return (BlockLinear(int(layer), name), _PARTS[match["part"].split(".")[0]]) if name else None
 
 
-def _adapter(path: Path, name: str, parts: _Parts) -> Adapter:
+def _adapter(path: Path, linear: BlockLinear, parts: _Parts) -> Adapter:
     a, b = parts["A"].shape, parts["B"].shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
-        raise InputError(f"{path}: {name} has A {list(a)} and B {list(b)}; expected [rank, in] and [out, rank]")
+        raise InputError(f"{path}: {linear} has A {list(a)} and B {list(b)}; expected [rank, in] and [out, rank]")
     factors = []
     for part in ("A", "B"):
         value = np.asarray(parts[part].read(...), np.float32)
         if not np.isfinite(value).all():
-            raise InputError(f"{path}: {part} factor of {name} has values that are not finite; expected finite ones")
+            raise InputError(f"{path}: {part} factor of {linear} is not finite; expected finite numbers")
         factors.append(value)
     return Adapter(*factors)
 
 
-def _check_same_shapes(path: Path, factor: Literal["a", "b"], adapters: Mapping[str, Adapter]) -> None:
-    """All blocks of a transformer are alike."""
-    first: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, adapter in adapters.items():
+def _check_same_shapes(path: Path, factor: Literal["a", "b"], adapters: Mapping[BlockLinear, Adapter]) -> None:
+    """Check that a factor has the same shape in every block."""
+    first: dict[str, BlockLinear] = {}
+    for linear, adapter in adapters.items():
         shape = getattr(adapter, factor).shape
-        other, expected = first.setdefault(name.split(".", 2)[2], (name, shape))
+        other = first.setdefault(linear.name, linear)
+        expected = getattr(adapters[other], factor).shape
         if shape != expected:
             raise InputError(
-                f"{path}: {factor.upper()} of {name} is {list(shape)}; expected {list(expected)}, as in {other}"
+                f"{path}: {factor.upper()} of {linear} is {list(shape)}; expected {list(expected)}, as in {other}"
             )
 
 
 def _alpha(
-    path: Path, entries: Mapping[str, Entry], modules: Mapping[str, _Parts], rank: int, configured: float | None
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    modules: Mapping[BlockLinear, _Parts],
+    rank: int,
+    configured: float | None,
 ) -> float:
-    """The one alpha of a file: of its `.alpha` tensors, else as configured, else its rank."""
+    """The alpha of a file: that of its `.alpha` tensors, else `configured`, else its rank."""
     if not any("alpha" in parts for parts in modules.values()):
-        if any(key.startswith("lora_unet_") for key in entries):
+        if any(key.startswith("lora_unet_") for key in tensors):
             raise InputError(
-                f"{path}: no .alpha beside lora_unet_ keys, readers disagree on what that means; expected it"
+                f"{path}: no .alpha beside lora_unet_ keys, and readers disagree on its default; expected .alpha"
             )
         return float(rank) if configured is None else configured
     if configured is not None:
         raise InputError(f"{path}: has .alpha tensors, and alpha {configured:g} in its metadata; expected one of them")
 
     alphas = {}
-    for name, parts in modules.items():
+    for linear, parts in modules.items():
         if "alpha" not in parts:
-            raise InputError(f"{path}: {name} has no .alpha, other modules do; expected it in all or in none")
+            raise InputError(f"{path}: {linear} has no .alpha, other modules do; expected it in all or in none")
         if math.prod(parts["alpha"].shape) != 1:
-            raise InputError(f"{path}: .alpha of {name} is {list(parts['alpha'].shape)}; expected one number")
-        alphas[name] = float(parts["alpha"].read(...).item())
-        if not 0 < alphas[name] < math.inf:
-            raise InputError(f"{path}: .alpha of {name} is {alphas[name]:g}; expected a positive number")
+            raise InputError(f"{path}: .alpha of {linear} is {list(parts['alpha'].shape)}; expected one number")
+        alphas[linear] = float(parts["alpha"].read(...).item())
+        if not 0 < alphas[linear] < math.inf:
+            raise InputError(f"{path}: .alpha of {linear} is {alphas[linear]:g}; expected a positive number")
     return _common(path, "alpha", alphas)
 
 
-def _common(path: Path, what: str, values: Mapping[str, Number]) -> Number:
-    """The value that all modules have."""
+def _common(path: Path, what: str, values: Mapping[BlockLinear, Number]) -> Number:
+    """The one value that all modules share."""
     first, value = next(iter(values.items()))
-    for name, other in values.items():
+    for linear, other in values.items():
         if other != value:
-            raise InputError(f"{path}: {first} has {what} {value:g}, {name} has {other:g}; expected the same in all")
+            raise InputError(f"{path}: {first} has {what} {value:g}, {linear} has {other:g}; expected the same in all")
     return value
 
 
-def _configured_alpha(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], rank: int) -> float | None:
-    """alpha of the `peft.LoraConfig` that diffusers puts into the metadata, PEFT beside the file; None without one.
+def _configured_alpha(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], rank: int
+) -> float | None:
+    """The alpha of the `peft.LoraConfig` that diffusers writes into the metadata and PEFT beside the file, or None.
 
-    diffusers' pipelines write its fields with `transformer.` in front, its models without.
+    diffusers' pipelines write its fields with the prefix `transformer.`, its models without.
     """
     config_file = path.with_name("adapter_config.json")
-    if _METADATA in metadata:
-        place = f"{path}: metadata {_METADATA}"
-        values = parse_json(metadata[_METADATA], place)
-    elif all(key.startswith(_PEFT_PREFIX) for key in entries) and config_file.is_file():
+    if _PEFT_METADATA in metadata:
+        place = f"{path}: metadata {_PEFT_METADATA}"
+        values = parse_json(metadata[_PEFT_METADATA], place)
+    elif all(key.startswith(_PEFT_PREFIX) for key in tensors) and config_file.is_file():
         place, values = str(config_file), read_json(config_file)
     else:
         return None
     fields = {key.removeprefix("transformer."): value for key, value in values.items()}
     for field in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         if fields.get(field):
-            raise InputError(f"{place}: {field} is {shown(fields[field])}; expected a plain LoRA without it")
-    config = checked(_PeftConfig, fields, place)
+            raise InputError(f"{place}: {field} is {short_repr(fields[field])}; expected a plain LoRA without it")
+    config = validate(_PeftConfig, fields, place)
     if config.r != rank:
         raise InputError(f"{place}: r is {config.r}; expected {rank}, the rank of the tensors")
     return config.lora_alpha
 
 
 class _PeftConfig(pydantic.BaseModel):
-    """What a `peft.LoraConfig` says of the scale of its adapters."""
+    """The fields of a `peft.LoraConfig` that set the scale of its adapters."""
 
     model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 

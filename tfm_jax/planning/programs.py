@@ -20,7 +20,8 @@ from tfm_jax.sampling.pipeline import guided_velocity
 from tfm_jax.sharding import batch_sharding, check_batch, check_split, num_shards, replicated, shardings
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, init_state, make_step
-from tfm_jax.wan import layouts
+from tfm_jax.wan.components import TRANSFORMER, abstract_model
+from tfm_jax.wan.sources import find_source_or_none
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, token_grid
 
 
@@ -51,7 +52,7 @@ class SamplePlan:
 @functools.cache
 def transformer_config(model: configs.ModelConfig) -> TransformerConfig:
     """The transformer of a configuration. Its text width is read from the weights; without them it is Wan2.1-T2V's."""
-    found = layouts.find_any(model.path, layouts.TRANSFORMER) if model.path.is_dir() else None
+    found = find_source_or_none(model.path, TRANSFORMER) if model.path.is_dir() else None
     config = TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
     return dataclasses.replace(config, text_dim=found.config.text_dim) if found else config
 
@@ -121,7 +122,7 @@ def _sampling_step(run: SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int
 
 
 def _abstract_model(model: configs.ModelConfig) -> WanTransformer:
-    return layouts.abstract(layouts.TRANSFORMER, transformer_config(model), jnp.dtype(model.dtype))  # pyright: ignore
+    return abstract_model(TRANSFORMER, transformer_config(model), jnp.dtype(model.dtype))  # pyright: ignore
 
 
 def _initial_state(

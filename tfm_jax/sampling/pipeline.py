@@ -26,7 +26,10 @@ from tfm_jax.prompts import read_prompts
 from tfm_jax.sampling.outputs import SampleRun, Samples, digest_file, digest_weights
 from tfm_jax.sampling.solvers import euler, noise_levels
 from tfm_jax.sharding import batch_sharding, check_split, constrain, make_mesh, num_shards
-from tfm_jax.wan import find_base, layouts, load_base, load_text_encoder, load_tokenizer, load_vae
+from tfm_jax.wan import find_base, load_base, load_text_encoder, load_tokenizer, load_vae
+from tfm_jax.wan.checks import check_source
+from tfm_jax.wan.components import TEXT_ENCODER, VAE, abstract_parameters
+from tfm_jax.wan.sources import find_source
 from tfm_jax.wan.tokenizer import encode_prompts, find_tokenizer
 from tfm_jax.wan.transformer import WanTransformer, token_grid
 from tfm_jax.wan.vae import WanVae
@@ -224,13 +227,10 @@ def check_model(model: configs.ModelConfig) -> list[Path]:
     """
     load_tokenizer(model.path)
     paths = [Path(find_tokenizer(model.path) or "", "tokenizer.json")]
-    sources = [find_base(model), *(layouts.find(model.path, part) for part in (layouts.VAE, layouts.TEXT_ENCODER))]
+    sources = [find_base(model), *(find_source(model.path, component) for component in (VAE, TEXT_ENCODER))]
     for source in sources:
-        values = layouts.parameters(source.component, source.config, model.dtype)
-        shapes = {name: value.shape for name, value in values.items()}
-        expected = layouts.expected_tensors(source.layout, source.component.rows(source.config), shapes)
-        layouts.check_tensors(source.place, source.tensors, expected)
-        paths += sorted({source.place, *(entry.file for entry in source.tensors.values())})
+        check_source(source, abstract_parameters(source.component, source.config, model.dtype))
+        paths += sorted({source.file, *(tensor.file for tensor in source.tensors.values())})
     transformer, vae, encoder = (source.config for source in sources)
     _require_equal(model.path, "latent channels", transformer.channels, "autoencoder", vae.z_dim)
     _require_equal(model.path, "text width", transformer.text_dim, "text encoder", encoder.dim)

@@ -7,7 +7,7 @@ import numpy as np
 
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.errors import InputError
-from tfm_jax.lora.adapters import to_files
+from tfm_jax.lora.adapters import lora_from_checkpoint
 from tfm_jax.lora.files import Dialect, write_lora
 
 
@@ -17,7 +17,7 @@ def export(run: Path, file: Path, dialect: Dialect, dtype: np.dtype, step: int |
     Takes the newest checkpoint that is not damaged, or that of `step`. The run may still be training.
 
     Returns:
-        The step of the checkpoint and the number of adapted linear maps.
+        The step of the checkpoint and the number of adapted linear layers.
 
     Raises:
         InputError: the run has no (such) checkpoint, that of `step` is damaged, or `file` is not a new file.
@@ -31,7 +31,7 @@ def export(run: Path, file: Path, dialect: Dialect, dtype: np.dtype, step: int |
         raise InputError(f"{run}: no usable checkpoint in it; expected at least one")
     config = restored.metadata["config"]
     factors = {n.removeprefix("lora/"): np.asarray(a) for n, a in restored.arrays.items() if n.startswith("lora/")}
-    lora = to_files(factors, config["lora"]["alpha"])
+    lora = lora_from_checkpoint(factors, config["lora"]["alpha"])
     facts = {
         "base_model": config["model"]["path"],
         "rank": config["lora"]["rank"],

@@ -1,47 +1,46 @@
 """The config.json of every network in every layout <-> our architecture dataclasses, as tables.
 
-A file says some of our fields under its own keys (`keys`), some of them twice (`copies`), and some things that have one
-value in every Wan2.1 text-to-video model (`fixed`). Values are validated here, so that what a network is built from has
-the right kind and a sensible size.
+A file has our fields under its own keys (`keys`), repeats some of them (`copies`), and has keys whose value is the same
+in every Wan2.1 text-to-video model (`fixed`). Types and ranges of all values are validated here.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pydantic
 from pydantic import Field, Strict
 
 from tfm_jax.errors import InputError
-from tfm_jax.inputs import checked, shown
+from tfm_jax.inputs import short_repr, validate
+from tfm_jax.wan.names import Layout
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.transformer import PATCH, TransformerConfig
 from tfm_jax.wan.vae import VaeConfig
 
-Layout = Literal["diffusers", "original", "tfm_jax"]
 Config = TypeVar("Config", TransformerConfig, VaeConfig, TextEncoderConfig)
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class Format(NamedTuple):
-    """How a config.json says what an architecture is."""
+class Schema(NamedTuple):
+    """How the config.json of a network in one layout describes its architecture."""
 
     class_name: str
     keys: Mapping[str, str]
-    """Our field, or property -> key in the file; all of them are required."""
+    """Our field or property -> key in the file. All of these keys are required."""
     copies: Mapping[str, str] = _NOTHING
-    """Key -> our field that it must agree with, if it is there."""
+    """Optional key -> our field, which it must equal."""
     fixed: Mapping[str, Any] = _NOTHING
-    """Key -> the value it must have, if it is there."""
+    """Optional key -> the value it must have."""
     written: Mapping[str, Any] = _NOTHING
-    """Key -> value that other programs want to find, in addition to the above."""
+    """Further keys and values to write, for the programs that read the layout."""
 
 
-def _own(name: str, config: type) -> Format:
-    return Format(f"tfm_jax.{name}", {field.name: field.name for field in dataclasses.fields(config)})
+def _tfm_jax(name: str, config: type) -> Schema:
+    return Schema(f"tfm_jax.{name}", {field.name: field.name for field in dataclasses.fields(config)})
 
 
 _T2V = {
@@ -53,8 +52,8 @@ _T2V = {
     "pos_embed_seq_len": None,
 }
 
-FORMATS: dict[tuple[str, Layout], Format] = {
-    ("transformer", "diffusers"): Format(
+SCHEMAS: dict[tuple[str, Layout], Schema] = {
+    ("transformer", "diffusers"): Schema(
         "WanTransformer3DModel",
         {
             "heads": "num_attention_heads",
@@ -70,7 +69,7 @@ FORMATS: dict[tuple[str, Layout], Format] = {
         fixed=_T2V,
         written=_T2V,
     ),
-    ("transformer", "original"): Format(
+    ("transformer", "original"): Schema(
         "WanModel",
         {
             "dim": "dim",
@@ -85,7 +84,7 @@ FORMATS: dict[tuple[str, Layout], Format] = {
         fixed={"model_type": "t2v", "text_len": 512},
         written={"model_type": "t2v", "text_len": 512},
     ),
-    ("vae", "diffusers"): Format(
+    ("vae", "diffusers"): Schema(
         "AutoencoderKLWan",
         {
             "base_dim": "base_dim",
@@ -99,7 +98,7 @@ FORMATS: dict[tuple[str, Layout], Format] = {
         fixed={"attn_scales": [], "is_residual": False, "patch_size": None, "decoder_base_dim": None},
         written={"attn_scales": [], "dropout": 0.0},
     ),
-    ("text_encoder", "diffusers"): Format(
+    ("text_encoder", "diffusers"): Schema(
         "UMT5EncoderModel",
         {
             "vocab_size": "vocab_size",
@@ -124,22 +123,22 @@ FORMATS: dict[tuple[str, Layout], Format] = {
             "tie_word_embeddings": False,
         },
     ),
-    ("transformer", "tfm_jax"): _own("transformer", TransformerConfig),
-    ("vae", "tfm_jax"): _own("vae", VaeConfig),
-    ("text_encoder", "tfm_jax"): _own("text_encoder", TextEncoderConfig),
+    ("transformer", "tfm_jax"): _tfm_jax("transformer", TransformerConfig),
+    ("vae", "tfm_jax"): _tfm_jax("vae", VaeConfig),
+    ("text_encoder", "tfm_jax"): _tfm_jax("text_encoder", TextEncoderConfig),
 }
 
-MOST = 2**20
-"""Four times the vocabulary of umT5, which is the largest size of Wan2.1."""
+MAX_SIZE = 2**20
+"""Four times the largest size in Wan2.1, the vocabulary of umT5."""
 
-Size = Annotated[int, Field(ge=1, le=MOST)]
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Layers = Annotated[int, Field(ge=1, le=1000)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 PositiveReal = Annotated[Real, Field(gt=0)]
 
 
 def _list(item: Any, at_most: int) -> Any:
-    """A list in JSON, a tuple in our dataclasses."""
+    """A list in JSON that becomes a tuple in our dataclasses."""
     return Annotated[tuple[item, ...], Strict(False), Field(min_length=1, max_length=at_most)]
 
 
@@ -153,12 +152,12 @@ _FIELDS: dict[str, Any] = {
     "num_res_blocks": Annotated[int, Field(ge=1, le=100)],
     "dim_mult": _list(Annotated[int, Field(ge=1, le=1000)], 10),
     "temporal_downsample": _list(bool, 10),
-    "latents_mean": _list(Real, MOST),
-    "latents_std": _list(PositiveReal, MOST),
+    "latents_mean": _list(Real, MAX_SIZE),
+    "latents_std": _list(PositiveReal, MAX_SIZE),
 }
 
 _optional: dict[str, Any] = {name: (kind, None) for name, kind in _FIELDS.items()}
-# Strict: 8.0, "8" and true are not whole numbers.
+# Strict mode does not accept 8.0, "8" or true as integers.
 _Fields = pydantic.create_model("_Fields", __config__=pydantic.ConfigDict(strict=True, extra="forbid"), **_optional)
 
 
@@ -166,70 +165,77 @@ _Fields = pydantic.create_model("_Fields", __config__=pydantic.ConfigDict(strict
 
 
 def class_name(values: Mapping[str, Any], file: Path) -> str:
-    """The class of the model that a config.json is for, as diffusers or transformers name it.
+    """The class of model that a config.json is for, under the name that diffusers or transformers give it.
 
     Raises:
-        InputError: it names none.
+        InputError: the file names no class.
     """
     architectures = values.get("architectures")
     found = values.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "")
     if not isinstance(found, str) or not found:
         raise InputError(
-            f"{file}: model class is {shown(found)}; expected _class_name or architectures, such as WanModel"
+            f"{file}: model class is {short_repr(found)}; expected _class_name or architectures, such as WanModel"
         )
     return found
 
 
 def read_config(
-    values: Mapping[str, Any], file: Path, form: Format, architecture: type[Config], known: Mapping[str, Any] = _NOTHING
+    values: Mapping[str, Any],
+    file: Path,
+    schema: Schema,
+    architecture: type[Config],
+    inferred: Mapping[str, Any] = _NOTHING,
 ) -> Config:
-    """The architecture that a config.json describes.
+    """Build the architecture that a config.json describes.
 
     Args:
         values: the content of `file`.
-        known: fields that the layout keeps elsewhere, such as in the shapes of tensors.
+        inferred: fields that are not in the file but follow from the shapes of tensors.
 
     Raises:
-        InputError: a key is missing, its value is of the wrong kind or size, or not that of Wan2.1 text-to-video.
+        InputError: a key is missing, or its value has the wrong type, is out of range, or is not that of a Wan2.1
+            text-to-video model.
     """
-    own = form.class_name.startswith("tfm_jax.")
-    for key in form.keys.values():
-        if key not in values and not own:
-            raise InputError(f"{file}: {key} is missing; expected it in the config.json of a {form.class_name}")
-    unknown = values.keys() - form.keys.values() - {"_class_name"}
-    if own and unknown:
-        raise InputError(f"{file}: unknown field {shown(min(unknown))}; expected {', '.join(form.keys)}")
-    named = {ours: values[key] for ours, key in form.keys.items() if key in values}
-    config = build_config({**known, **named}, file, architecture, form.keys)
-    _check_fixed(values, file, form)
+    ours = schema.class_name.startswith("tfm_jax.")
+    for key in schema.keys.values():
+        if key not in values and not ours:
+            raise InputError(f"{file}: {key} is missing; expected it in the config.json of a {schema.class_name}")
+    unknown = values.keys() - schema.keys.values() - {"_class_name"}
+    if ours and unknown:
+        raise InputError(f"{file}: unknown field {short_repr(min(unknown))}; expected {', '.join(schema.keys)}")
+    named = {field: values[key] for field, key in schema.keys.items() if key in values}
+    config = build_config({**inferred, **named}, file, architecture, schema.keys)
+    _check_fixed(values, file, schema)
     return config
 
 
-def _check_fixed(values: Mapping[str, Any], file: Path, form: Format) -> None:
-    copied = {key: values[form.keys[ours]] for key, ours in form.copies.items()}
-    for key, expected in {**form.fixed, **copied}.items():
+def _check_fixed(values: Mapping[str, Any], file: Path, schema: Schema) -> None:
+    copied = {key: values[schema.keys[ours]] for key, ours in schema.copies.items()}
+    for key, expected in {**schema.fixed, **copied}.items():
         value = values.get(key, expected)
         if value != expected or type(value) is not type(expected):
-            raise InputError(f"{file}: {key} is {shown(value)}; expected {shown(expected)}, as in Wan2.1 text-to-video")
+            raise InputError(
+                f"{file}: {key} is {short_repr(value)}; expected {short_repr(expected)}, as in Wan2.1 text-to-video"
+            )
 
 
 def build_config(
     fields: Mapping[str, Any], file: Path, architecture: type[Config], names: Mapping[str, str] = _NOTHING
 ) -> Config:
-    """An architecture from its fields, validated; `names` is what the file calls them.
+    """Build an architecture from its fields and validate them; `names` maps our fields to their keys in the file.
 
     Raises:
-        InputError: a value is of the wrong kind or size, or two of them do not fit together.
+        InputError: a value has the wrong type or is out of range, or two values are inconsistent.
     """
-    valid = checked(_Fields, fields, file, names).model_dump(exclude_unset=True)
+    valid = validate(_Fields, fields, file, names).model_dump(exclude_unset=True)
     if architecture is TransformerConfig:
         _fit_heads(valid, file, names)
-    own = dataclasses.fields(architecture)
-    missing = {field.name for field in own if field.default is dataclasses.MISSING} - valid.keys()
-    unknown = valid.keys() - {field.name for field in own}
+    allowed = dataclasses.fields(architecture)
+    missing = {field.name for field in allowed if field.default is dataclasses.MISSING} - valid.keys()
+    unknown = valid.keys() - {field.name for field in allowed}
     if missing or unknown:
         problem = f"{min(missing)} is missing" if missing else f"unknown field {min(unknown)}"
-        raise InputError(f"{file}: {problem}; expected {', '.join(field.name for field in own)}")
+        raise InputError(f"{file}: {problem}; expected {', '.join(field.name for field in allowed)}")
     try:
         config = architecture(**valid)
     except InputError as error:
@@ -242,18 +248,17 @@ def build_config(
 
 
 def _fit_heads(fields: dict[str, Any], file: Path, names: Mapping[str, str]) -> None:
-    """Set dim where the file has the width of a head instead, and check one against the other."""
+    """Check that the width is a multiple of the heads; compute it where the file has the width of a head instead."""
     if "head_dim" in fields:
         fields["dim"] = fields["heads"] * fields.pop("head_dim")
     if not {"dim", "heads"} <= fields.keys():
         return
     width, rest = divmod(fields["dim"], fields["heads"])
-    if (
-        rest or width < 6 or width % 2 or fields["dim"] > MOST
-    ):  # rotary positions turn pairs of channels along three axes
+    # Rotary positions rotate pairs of channels along three axes, so a head needs at least six.
+    if rest or width < 6 or width % 2 or fields["dim"] > MAX_SIZE:
         raise InputError(
             f"{file}: {names.get('heads', 'heads')} is {fields['heads']} and the width {fields['dim']}; expected heads "
-            f"of an even width, 6 or more, and at most {MOST} in all"
+            f"of an even width, 6 or more, and at most {MAX_SIZE} in all"
         )
 
 
@@ -261,14 +266,14 @@ def _fit_heads(fields: dict[str, Any], file: Path, names: Mapping[str, str]) -> 
 
 
 def config_json(component: str, layout: Layout, config: Any) -> dict[str, Any]:
-    """The config.json of a network: what `read_config` reads back, and what the layout's own programs expect."""
-    form = FORMATS[component, layout]
-    values: dict[str, Any] = {"_class_name": form.class_name}
-    if form.class_name == "UMT5EncoderModel":  # transformers names classes in its own way
-        values = {"architectures": [form.class_name], "num_decoder_layers": config.layers}
+    """The content of a network's config.json, for `read_config` and for the other programs that use the layout."""
+    schema = SCHEMAS[component, layout]
+    values: dict[str, Any] = {"_class_name": schema.class_name}
+    if schema.class_name == "UMT5EncoderModel":  # transformers has a key of its own for the class
+        values = {"architectures": [schema.class_name], "num_decoder_layers": config.layers}
     return {
         **values,
-        **{key: getattr(config, ours) for ours, key in form.keys.items()},
-        **{key: getattr(config, ours) for key, ours in form.copies.items()},
-        **form.written,
+        **{key: getattr(config, ours) for ours, key in schema.keys.items()},
+        **{key: getattr(config, ours) for key, ours in schema.copies.items()},
+        **schema.written,
     }

@@ -1,7 +1,7 @@
-"""The pieces that the three Wan networks share: parameters with named axes, linear maps, norms.
+"""The building blocks that the three Wan networks share: parameters with named axes, linear layers, norms.
 
-A module may be built as a stack of equal layers: `stack=(30,)` puts a leading axis on every parameter, and
-`jax.lax.scan` over the module itself hands its body one layer at a time.
+A module can be built as a stack of identical layers: `stack=(30,)` adds a leading axis to every parameter, and
+`jax.lax.scan` over the module passes one layer at a time to its body.
 """
 
 import math
@@ -27,9 +27,11 @@ def param(
     bound: float | None = None,
     kind: type[nnx.Variable] = nnx.Param,
 ) -> nnx.Variable:
-    """A parameter drawn from uniform(-bound, bound), by default 1 / sqrt(product of all axes but the last).
+    """A parameter drawn from uniform(-bound, bound). The default bound is 1 / sqrt(product of all axes but the last).
 
-    `axes` names its axes: `tfm_jax.sharding.RULES` says which mesh axis each one is split over.
+    Args:
+        axes: logical names of the axes in `shape`; `tfm_jax.sharding.RULES` maps them to mesh axes.
+        stack: lengths of leading axes for stacked layers.
     """
     assert len(shape) == len(axes), (shape, axes)
     if bound is None:
@@ -41,22 +43,22 @@ def param(
 def constant(
     value: float, shape: Sequence[int], axes: Axes, *, stack: tuple[int, ...] = (), dtype: DTypeLike = jnp.float32
 ) -> nnx.Param:
-    """A parameter that starts as one value everywhere (norm scales, biases)."""
+    """A parameter initialised to one value everywhere, for norm scales and biases. Arguments as in `param`."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(jnp.full((*stack, *shape), value, dtype), axes=("layers",) * len(stack) + tuple(axes))
 
 
 def gathered(variable: nnx.Variable, dtype: DTypeLike) -> Array:
-    """One layer's parameter in the dtype of the computation, gathered from the devices that share it by `embed`."""
+    """One layer's parameter in `dtype`, all-gathered along its `embed` axis."""
     value = variable[...]
     return gather(value.astype(dtype), variable.get_metadata()["axes"][-value.ndim :])
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, with an optional low-rank adapter on the side.
+    """`x @ kernel + bias`, plus a low-rank adapter if one is attached.
 
-    kernel is `[in, out]` in the dtype of the base. `tfm_jax.lora.adapters` fills `lora_a` `[in, rank]`, `lora_b`
-    `[rank, out]` (float32 masters, used in the dtype of the input) and `lora_scale` = alpha / rank.
+    `kernel` is `[in, out]` in the dtype of the base. `tfm_jax.lora.adapters` sets `lora_a` `[in, rank]`, `lora_b`
+    `[rank, out]` (stored in float32, used in the dtype of the input) and `lora_scale` = alpha / rank.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Linear(nnx.Module):
         y = _matmul(x, gathered(self.kernel, x.dtype))
         if self.bias is not None:
             y = y + gathered(self.bias, x.dtype)
-        # Round here: XLA may carry more bits than bfloat16 has into what follows, and not the same with an adapter.
+        # Round here. Otherwise XLA may keep excess precision, and not to the same extent with and without an adapter.
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is not None and self.lora_b is not None:
@@ -96,7 +98,7 @@ def _matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Arra
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, computed in float32, returned in the dtype of its input."""
+    """Root-mean-square norm over the last axis, computed in float32 and returned in the dtype of the input."""
 
     def __init__(self, features: int, *, stack: tuple[int, ...] = (), eps: float = 1e-6):
         self.scale = constant(1.0, (features,), (None,), stack=stack)
@@ -109,7 +111,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm over the last axis in float32, with its affine part or without. Returns float32."""
+    """Layer norm over the last axis, with or without scale and bias. Computes in and returns float32."""
 
     def __init__(self, features: int, *, affine: bool, stack: tuple[int, ...] = (), eps: float = 1e-6):
         self.scale = nnx.data(constant(1.0, (features,), (None,), stack=stack) if affine else None)

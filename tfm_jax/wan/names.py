@@ -1,24 +1,28 @@
-"""Torch names and shapes <-> ours, as tables. Nothing outside this file knows torch's names.
+"""Torch names and shapes <-> ours, as tables. Only this module knows torch's names.
 
-Every tensor of a network is one `Row`. `axes` is an einops pattern from torch's tensor to ours: a permutation, with
-axes of length 1 dropped. Layers that we stack (`blocks`) have one row per layer, with the layer's index.
+Every tensor of a network is one `Row`. `axes` is an einops pattern from torch's tensor to ours: a permutation that
+also drops axes of length 1. Layers that we stack (`blocks`) have one row per layer, with the layer's index.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tfm_jax.errors import InputError
+from tfm_jax.wan.tensors import Shape
 from tfm_jax.wan.vae import Stage, VaeConfig
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of tensors, by name."""
+Layout = Literal["diffusers", "original", "tfm_jax"]
+"""How a directory of weights is organised (`tfm_jax.wan.sources`)."""
+
+Shapes = Mapping[str, Shape]
+"""Tensor name -> shape."""
 
 
 class Row(NamedTuple):
     """One tensor of a public checkpoint."""
 
     ours: str
-    """Path of the parameter in our module, list indices included."""
+    """Dotted path of the parameter in our module, list indices included."""
     layer: int | None
     """Index along our leading axis of stacked layers; None if the parameter is not stacked."""
     original: str
@@ -27,6 +31,25 @@ class Row(NamedTuple):
     """Name in the Diffusers layout."""
     axes: str
     """einops pattern, torch's axes -> ours."""
+
+    def name(self, layout: Layout) -> str:
+        """The name of the tensor in files of `layout`."""
+        return self.ours if layout == "tfm_jax" else getattr(self, layout)
+
+    @property
+    def torch_axes(self) -> list[str]:
+        """Names of torch's axes in order; "1" is an axis of length 1 that we drop."""
+        return self.axes.split("->")[0].split()
+
+    @property
+    def our_axes(self) -> list[str]:
+        """Names of our axes in order, without the axis of stacked layers."""
+        return self.axes.split("->")[1].split()
+
+    def torch_shape(self, shape: Shape) -> Shape:
+        """Torch's shape of the tensor, given the shape of our parameter (stacked, if it is)."""
+        lengths = dict(zip(self.our_axes, shape if self.layer is None else shape[1:], strict=True))
+        return tuple(lengths.get(axis, 1) for axis in self.torch_axes)
 
 
 LINEAR = "o i -> i o"
@@ -79,9 +102,51 @@ def _linear(layer: int | None, ours: str, original: str, diffusers: str) -> list
     ]
 
 
-def block_linears() -> list[tuple[str, str, str]]:
-    """The ten linear maps of a block, those that may carry a LoRA: (ours, original, diffusers), without the block."""
-    return [(ours, original, diffusers) for ours, original, diffusers in _table(_BLOCK_LINEARS)]
+class LinearNames(NamedTuple):
+    """The names of a linear layer within its transformer block."""
+
+    ours: str
+    original: str
+    diffusers: str
+
+    @property
+    def kohya(self) -> str:
+        """The name in LoRA files of the kohya dialect."""
+        return self.original.replace(".", "_")
+
+
+BLOCK_LINEARS = {names.original: names for names in (LinearNames(*row) for row in _table(_BLOCK_LINEARS))}
+"""The ten linear layers of a block by original name, in the order of the block."""
+
+LORA_TARGETS = tuple(dict.fromkeys(n.removeprefix("self_attn.").removeprefix("cross_attn.") for n in BLOCK_LINEARS))
+"""The shortest `lora.targets` that select every linear layer of a block."""
+
+
+class BlockLinear(NamedTuple):
+    """One linear layer of one transformer block. These are the layers that can carry a LoRA adapter.
+
+    As text it is the original name, which users know from `lora.targets`.
+    """
+
+    layer: int
+    """Index of the block."""
+    name: str
+    """Original name within the block, such as `self_attn.q` or `ffn.2`: a key of `BLOCK_LINEARS`."""
+
+    @property
+    def original(self) -> str:
+        return f"blocks.{self.layer}.{self.name}"
+
+    @property
+    def diffusers(self) -> str:
+        return f"blocks.{self.layer}.{BLOCK_LINEARS[self.name].diffusers}"
+
+    @property
+    def kohya(self) -> str:
+        return f"blocks_{self.layer}_{BLOCK_LINEARS[self.name].kohya}"
+
+    def __str__(self) -> str:
+        return self.original
 
 
 def transformer_rows(layers: int) -> list[Row]:
@@ -95,18 +160,19 @@ def transformer_rows(layers: int) -> list[Row]:
         rows += _linear(None, *names)
     for n in range(layers):
         rows.append(Row("blocks.modulation", n, f"blocks.{n}.modulation", f"blocks.{n}.scale_shift_table", TABLE))
-        for ours, original, diffusers in block_linears():
-            rows += _linear(n, f"blocks.{ours}", f"blocks.{n}.{original}", f"blocks.{n}.{diffusers}")
+        for name, names in BLOCK_LINEARS.items():
+            linear = BlockLinear(n, name)
+            rows += _linear(n, f"blocks.{names.ours}", linear.original, linear.diffusers)
         for ours, original, diffusers in _table(_BLOCK_VECTORS):
             rows.append(Row(f"blocks.{ours}", n, f"blocks.{n}.{original}", f"blocks.{n}.{diffusers}", VECTOR))
     return rows
 
 
 def transformer_sizes(shapes: Shapes) -> dict[str, Any]:
-    """What the config.json of an original transformer does not say: the width of the text embeddings.
+    """The width of the text embeddings, which the config.json of an original transformer lacks.
 
     Raises:
-        InputError: these are not the tensors of a transformer.
+        InputError: the tensors are not those of a transformer.
     """
     shape = shapes.get("text_embedding.0.weight", ())
     if len(shape) != 2:
@@ -124,7 +190,7 @@ GAMMA3D = "c 1 1 1 -> c"
 GAMMA2D = "c 1 1 -> c"
 
 
-def _map(ours: str, original: str, diffusers: str, axes: str) -> list[Row]:
+def _conv(ours: str, original: str, diffusers: str, axes: str) -> list[Row]:
     return [
         Row(f"{ours}.kernel", None, f"{original}.weight", f"{diffusers}.weight", axes),
         Row(f"{ours}.bias", None, f"{original}.bias", f"{diffusers}.bias", VECTOR),
@@ -138,36 +204,36 @@ def _gamma(ours: str, original: str, diffusers: str, axes: str) -> list[Row]:
 def _residual_block(ours: str, original: str, diffusers: str, *, shortcut: bool) -> list[Row]:
     rows = [
         *_gamma(f"{ours}.norm1", f"{original}.residual.0", f"{diffusers}.norm1", GAMMA3D),
-        *_map(f"{ours}.conv1", f"{original}.residual.2", f"{diffusers}.conv1", CONV3D),
+        *_conv(f"{ours}.conv1", f"{original}.residual.2", f"{diffusers}.conv1", CONV3D),
         *_gamma(f"{ours}.norm2", f"{original}.residual.3", f"{diffusers}.norm2", GAMMA3D),
-        *_map(f"{ours}.conv2", f"{original}.residual.6", f"{diffusers}.conv2", CONV3D),
+        *_conv(f"{ours}.conv2", f"{original}.residual.6", f"{diffusers}.conv2", CONV3D),
     ]
     if shortcut:
-        rows += _map(f"{ours}.shortcut", f"{original}.shortcut", f"{diffusers}.conv_shortcut", POINT3D)
+        rows += _conv(f"{ours}.shortcut", f"{original}.shortcut", f"{diffusers}.conv_shortcut", POINT3D)
     return rows
 
 
 def _stage(ours: str, original: str, diffusers: str, stage: Stage) -> list[Row]:
     if not stage.resample:
         return _residual_block(ours, original, diffusers, shortcut=stage.features_in != stage.features_out)
-    rows = _map(f"{ours}.resample", f"{original}.resample.1", f"{diffusers}.resample.1", CONV2D)
+    rows = _conv(f"{ours}.resample", f"{original}.resample.1", f"{diffusers}.resample.1", CONV2D)
     if stage.time:
-        rows += _map(f"{ours}.time_conv", f"{original}.time_conv", f"{diffusers}.time_conv", CONV3D)
+        rows += _conv(f"{ours}.time_conv", f"{original}.time_conv", f"{diffusers}.time_conv", CONV3D)
     return rows
 
 
 def _coder_ends(side: str) -> list[Row]:
-    """First convolution, middle and head of the encoder or the decoder."""
+    """The first convolution, middle and head of the encoder or the decoder."""
     middle = f"{side}.mid_block"
     return [
-        *_map(f"{side}.conv_in", f"{side}.conv1", f"{side}.conv_in", CONV3D),
+        *_conv(f"{side}.conv_in", f"{side}.conv1", f"{side}.conv_in", CONV3D),
         *_residual_block(f"{side}.mid.0", f"{side}.middle.0", f"{middle}.resnets.0", shortcut=False),
         *_gamma(f"{side}.mid.1.norm", f"{side}.middle.1.norm", f"{middle}.attentions.0.norm", GAMMA2D),
-        *_map(f"{side}.mid.1.to_qkv", f"{side}.middle.1.to_qkv", f"{middle}.attentions.0.to_qkv", POINT2D),
-        *_map(f"{side}.mid.1.proj", f"{side}.middle.1.proj", f"{middle}.attentions.0.proj", POINT2D),
+        *_conv(f"{side}.mid.1.to_qkv", f"{side}.middle.1.to_qkv", f"{middle}.attentions.0.to_qkv", POINT2D),
+        *_conv(f"{side}.mid.1.proj", f"{side}.middle.1.proj", f"{middle}.attentions.0.proj", POINT2D),
         *_residual_block(f"{side}.mid.2", f"{side}.middle.2", f"{middle}.resnets.1", shortcut=False),
         *_gamma(f"{side}.norm_out", f"{side}.head.0", f"{side}.norm_out", GAMMA3D),
-        *_map(f"{side}.conv_out", f"{side}.head.2", f"{side}.conv_out", CONV3D),
+        *_conv(f"{side}.conv_out", f"{side}.head.2", f"{side}.conv_out", CONV3D),
     ]
 
 
@@ -176,8 +242,8 @@ def vae_rows(config: VaeConfig) -> list[Row]:
     rows = [
         *_coder_ends("encoder"),
         *_coder_ends("decoder"),
-        *_map("quant_conv", "conv1", "quant_conv", POINT3D),
-        *_map("post_quant_conv", "conv2", "post_quant_conv", POINT3D),
+        *_conv("quant_conv", "conv1", "quant_conv", POINT3D),
+        *_conv("post_quant_conv", "conv2", "post_quant_conv", POINT3D),
     ]
     for i, stage in enumerate(config.encoder_stages()):
         rows += _stage(f"encoder.down.{i}", f"encoder.downsamples.{i}", f"encoder.down_blocks.{i}", stage)
@@ -189,7 +255,7 @@ def vae_rows(config: VaeConfig) -> list[Row]:
 
 
 def vae_sizes(shapes: Shapes) -> dict[str, Any]:
-    """The sizes of an autoencoder in the original layout, which has no config file, from its tensors' shapes.
+    """Reads the sizes of an autoencoder off its tensors' shapes: the original layout has no config.json for it.
 
     Raises:
         InputError: the tensors are not those of a Wan2.1 autoencoder.
@@ -243,7 +309,7 @@ _TEXT_BLOCK_TABLES = """
 """
 
 TEXT_ENCODER_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
-"""The embedding has two names in transformers: a file holds the second (as Wan-AI's and ours do), the first or both."""
+"""transformers has two names for the embedding, and a file may hold either or both. Ours hold the second."""
 
 
 def text_encoder_rows(layers: int) -> list[Row]:
@@ -261,12 +327,12 @@ def text_encoder_rows(layers: int) -> list[Row]:
 
 
 def text_encoder_sizes(shapes: Shapes) -> dict[str, Any]:
-    """The sizes of the umT5 encoder whose tensors these are, by name in either layout.
+    """Reads the sizes of a umT5 encoder off its tensors' shapes, named as in either public layout.
 
-    The distance beyond which positions share a bucket and the epsilon of the norms leave no trace in the tensors.
+    `max_distance` and `eps` do not affect any shape, so they are not in the result.
 
     Raises:
-        InputError: these are not the tensors of a umT5 encoder.
+        InputError: the tensors are not those of a umT5 encoder.
     """
     shapes = {TEXT_ENCODER_ALIASES.get(name, name): shape for name, shape in shapes.items()}
     layout = "original" if "token_embedding.weight" in shapes else "diffusers"
@@ -282,8 +348,8 @@ def text_encoder_sizes(shapes: Shapes) -> dict[str, Any]:
 
     vocab_size, dim = matrix("embedding")
     buckets, heads = matrix("blocks.attention.position_bias")
-    of_first_layer, of_any_layer = names["blocks.attention.position_bias"].split(".0.", 1)
-    layers = sum(name.startswith(f"{of_first_layer}.") and name.endswith(f".{of_any_layer}") for name in shapes)
+    prefix, suffix = names["blocks.attention.position_bias"].split(".0.", 1)
+    layers = sum(name.startswith(f"{prefix}.") and name.endswith(f".{suffix}") for name in shapes)
     return {
         "vocab_size": vocab_size,
         "dim": dim,

@@ -1,9 +1,9 @@
-"""Tensors in PyTorch's `.pth` files, read without PyTorch.
+"""Reads the tensors of PyTorch's `.pth` files without PyTorch.
 
 Such a file is a zip archive: `data.pkl` describes the tensors, and each record `data/<key>` is one storage, raw and
-uncompressed. A general unpickler runs what the file tells it to. Here the description is evaluated by a machine that
-knows two dozen opcodes and calls nothing: whatever the file wants called becomes a `_Call`, which is an error unless it
-is one of the few that describe a plain tensor. Memory stays within a small multiple of the size of `data.pkl`.
+uncompressed. A general unpickler executes whatever code the file names. Here a stack machine with two dozen opcodes
+evaluates the description and calls nothing. Every call that the file asks for becomes a `_Call`, which is an error
+unless it describes a plain tensor. Memory stays within a small multiple of the size of `data.pkl`.
 """
 
 import io
@@ -20,11 +20,11 @@ import ml_dtypes
 import numpy as np
 
 from tfm_jax.errors import InputError
-from tfm_jax.inputs import check_download, shown
-from tfm_jax.wan.tensors import Entry, Shape, Tensors
+from tfm_jax.inputs import check_download, short_repr
+from tfm_jax.wan.tensors import LazyTensor, Shape, Tensors
 
-DESCRIPTION_BYTES = 2**20
-"""Limit of `data.pkl` and of the zip archive's directory; those of Wan's files have less than 100 kB."""
+MAX_DESCRIPTION_BYTES = 2**20
+"""Limit for `data.pkl` and for the directory of the zip archive. In Wan's files both are below 100 kB."""
 
 _DTYPES = {
     "torch.DoubleStorage": np.float64,
@@ -35,7 +35,7 @@ _DTYPES = {
 
 
 _DAMAGED = (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError, ValueError, ArithmeticError, OSError)
-"""What zipfile raises for an archive that it cannot read."""
+"""The exceptions that zipfile raises for a damaged archive."""
 
 
 class _Global(NamedTuple):
@@ -65,7 +65,7 @@ class _Tensor(NamedTuple):
 
 
 class _Region(NamedTuple):
-    """The bytes of the file that are a tensor."""
+    """The byte range of a tensor in the file."""
 
     start: int
     stop: int
@@ -74,10 +74,10 @@ class _Region(NamedTuple):
 
 
 def open_pth(file: Path) -> Tensors:
-    """The tensors of a PyTorch checkpoint, which must be a plain dictionary of whole, dense, floating tensors.
+    """The tensors of a PyTorch checkpoint, which must be a plain dictionary of contiguous floating-point tensors.
 
     Raises:
-        InputError: it is anything else, or the archive does not hold its records uncompressed, apart and whole.
+        InputError: the checkpoint is anything else, or its records are compressed, overlapping or incomplete.
     """
     check_download(file)
     try:
@@ -88,7 +88,7 @@ def open_pth(file: Path) -> Tensors:
         raise InputError(f"{file}: {error}") from None
     data = np.memmap(file, np.uint8, "r")
     return {
-        name: Entry(shape, file, data[start:stop].view(dtype).reshape(shape).__getitem__)
+        name: LazyTensor(shape, file, data[start:stop].view(dtype).reshape(shape).__getitem__)
         for name, (start, stop, dtype, shape) in regions.items()
     }
 
@@ -97,21 +97,21 @@ def open_pth(file: Path) -> Tensors:
 
 
 class _BoundedFile(io.FileIO):
-    """A file without large reads: zipfile reads the directory of an archive at once, however large it claims to be."""
+    """A file that refuses large reads. zipfile reads the directory of an archive at once, whatever its claimed size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > DESCRIPTION_BYTES:
-            raise InputError(f"a record or the directory has {size} bytes; expected at most {DESCRIPTION_BYTES}")
-        return super().read(DESCRIPTION_BYTES if size is None or size < 0 else size) or b""
+        if size is not None and size > MAX_DESCRIPTION_BYTES:
+            raise InputError(f"a record or the directory has {size} bytes; expected at most {MAX_DESCRIPTION_BYTES}")
+        return super().read(MAX_DESCRIPTION_BYTES if size is None or size < 0 else size) or b""
 
 
 def _read_archive(file: Path) -> tuple[bytes, dict[str, range]]:
-    """The pickled description, and by key where in the file each storage is."""
+    """The pickled description, and the byte range of each storage by key."""
     with _BoundedFile(file) as stream:
         if stream.read(4) != b"PK\3\4":
             raise InputError(
-                "not a zip archive, which PyTorch writes since version 1.6; for an older file, load and save it again "
-                "with torch.load and torch.save"
+                "not a zip archive, which PyTorch writes since version 1.6; convert an older file with torch.load and "
+                "torch.save"
             )
         try:
             with zipfile.ZipFile(stream) as archive:
@@ -127,30 +127,32 @@ def _read_archive(file: Path) -> tuple[bytes, dict[str, range]]:
         except _DAMAGED as error:
             raise InputError(f"not a whole zip archive ({error}); download it again") from None
     if order != b"little":
-        raise InputError(f"byteorder is {shown(order)}; expected little")
+        raise InputError(f"byteorder is {short_repr(order)}; expected little")
     start = f"{root}data/"
     return description, {name.removeprefix(start): where for name, where in records.items() if name.startswith(start)}
 
 
 def _records(archive: zipfile.ZipFile, stream: io.FileIO) -> dict[str, range]:
-    """By name where in the file the bytes of every record are; all are uncompressed and none overlaps another."""
+    """The byte range of every record by name. All records are uncompressed and none overlaps another."""
     records: dict[str, range] = {}
     end = 0
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         name = info.filename
         if name in records:
-            raise InputError(f"record {shown(name)} is in the archive twice; expected it once")
+            raise InputError(f"record {short_repr(name)} is in the archive twice; expected it once")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
             raise InputError(
-                f"record {shown(name)} is compressed or encrypted; expected it stored as it is, as PyTorch does"
+                f"record {short_repr(name)} is compressed or encrypted; expected it stored as PyTorch does"
             )
         stream.seek(info.header_offset)
         header = stream.read(30)
         if len(header) < 30 or not header.startswith(b"PK\3\4"):
-            raise InputError(f"record {shown(name)} is not where the archive says; download the file again")
+            raise InputError(f"record {short_repr(name)} is not where the archive says; download the file again")
         start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))  # lengths of name and extra field
         if info.header_offset < end or start + info.file_size > archive.start_dir:
-            raise InputError(f"record {shown(name)} overlaps another or the end of the archive; expected records apart")
+            raise InputError(
+                f"record {short_repr(name)} overlaps another or the end of the archive; expected separate records"
+            )
         end = start + info.file_size
         records[name] = range(start, end)
     return records
@@ -165,7 +167,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _evaluate(pickled: bytes) -> Any:
-    """What a pickle describes, made of numbers, texts, tuples, dictionaries with texts as keys, and the types above."""
+    """Evaluate a pickle to numbers, strings, tuples, dictionaries with string keys, and the types above."""
     machine = _Machine()
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
@@ -179,7 +181,7 @@ def _evaluate(pickled: bytes) -> Any:
 
 
 class _Machine:
-    """The stack machine of pickle, as far as PyTorch uses it for a dictionary of tensors."""
+    """The stack machine of pickle, with the opcodes that PyTorch uses for a dictionary of tensors."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -225,7 +227,7 @@ class _Machine:
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_called(function.name, tuple(arguments)))
+                stack.append(_result(function.name, tuple(arguments)))
             case "BUILD":  # attributes of the dictionary, such as the versions of modules
                 stack.pop()
                 if not isinstance(stack[-1], dict):
@@ -246,7 +248,7 @@ def _set(target: Any, key: Any, value: Any) -> None:
     if not isinstance(key, str):
         raise InputError(f"a dictionary has a key that is {_kind(key)}; expected names of tensors")
     if key in target:
-        raise InputError(f"{shown(key)} is given twice; expected it once")
+        raise InputError(f"{short_repr(key)} is given twice; expected it once")
     target[key] = value
 
 
@@ -257,11 +259,11 @@ def _storage(identifier: Any) -> _Storage:
     raise InputError("refers to something that is not a storage; expected plain tensors")
 
 
-def _called(name: str, arguments: tuple) -> Any:
+def _result(name: str, arguments: tuple) -> Any:
     match name, arguments:
         case "collections.OrderedDict", ():
             return {}
-        # The last two are requires_grad and hooks; a further argument turns the sign or the phase of the numbers.
+        # The last two are requires_grad and hooks. A further argument would change the numbers.
         case "torch._utils._rebuild_tensor_v2", (
             _Storage() as storage,
             int(offset),
@@ -279,9 +281,9 @@ def _called(name: str, arguments: tuple) -> Any:
 def _kind(value: Any) -> str:
     match value:
         case _Call(name, _):
-            return f"the result of {shown(name)}"
+            return f"the result of {short_repr(name)}"
         case _Global(name):
-            return shown(name)
+            return short_repr(name)
     return f"of type {type(value).__name__.lstrip('_').lower()}"
 
 
@@ -293,30 +295,34 @@ def _regions(state: Any, storages: Mapping[str, range]) -> Iterator[tuple[str, _
         raise InputError(f"the content is {_kind(state)}; expected a dictionary of tensors")
     for name, tensor in state.items():
         if not isinstance(tensor, _Tensor):
-            raise InputError(f"{shown(name)} is {_kind(tensor)}; expected a plain tensor")
+            raise InputError(f"{short_repr(name)} is {_kind(tensor)}; expected a plain tensor")
         yield name, _region(name, tensor, storages)
 
 
 def _region(name: str, tensor: _Tensor, storages: Mapping[str, range]) -> _Region:
     storage, offset, shape, strides = tensor
     if storage.kind not in _DTYPES:
-        raise InputError(f"tensor {shown(name)} is in a {storage.kind}; expected one of {', '.join(_DTYPES)}")
+        raise InputError(f"tensor {short_repr(name)} is in a {storage.kind}; expected one of {', '.join(_DTYPES)}")
     if not all(type(number) is int and number >= 0 for number in (storage.length, offset, *shape, *strides)):
-        raise InputError(f"tensor {shown(name)} has a shape, strides or offset that are not whole numbers from 0")
+        raise InputError(
+            f"tensor {short_repr(name)} has a shape, strides or offset that are not all non-negative integers"
+        )
     dtype = np.dtype(_DTYPES[storage.kind])
     record = storages.get(storage.key)
     if record is None or len(record) != storage.length * dtype.itemsize:
         has = "no record" if record is None else f"a record of {len(record)} bytes"
-        raise InputError(f"tensor {shown(name)} has {has}; expected one of {storage.length * dtype.itemsize} bytes")
+        raise InputError(
+            f"tensor {short_repr(name)} has {has}; expected one of {storage.length * dtype.itemsize} bytes"
+        )
     length = math.prod(shape)
     if len(shape) != len(strides) or offset + length > storage.length or not _contiguous(shape, strides):
-        raise InputError(f"tensor {shown(name)} is not stored whole; expected contiguous data")
+        raise InputError(f"tensor {short_repr(name)} is not contiguous; expected contiguous data")
     start = record.start + offset * dtype.itemsize
     return _Region(start, start + length * dtype.itemsize, dtype, shape)
 
 
 def _contiguous(shape: Shape, strides: Shape) -> bool:
-    """Whether the last axis varies fastest; the stride of an axis of length 1, or of no elements, says nothing."""
+    """Whether a tensor is in C order. Strides do not matter for axes of length 1 or empty tensors."""
     expected = 1
     for length, stride in zip(reversed(shape), reversed(strides), strict=True):
         if length != 1 and stride != expected:
@@ -326,11 +332,11 @@ def _contiguous(shape: Shape, strides: Shape) -> bool:
 
 
 def _check_apart(regions: Mapping[str, _Region]) -> None:
-    """Two tensors may be one (tied weights), but they may not share a part of their numbers."""
+    """Check that tensors do not overlap. Two tensors may be identical (tied weights)."""
     filled = [(name, region) for name, region in regions.items() if region.start < region.stop]
     ordered = sorted(filled, key=lambda item: item[1][:2])
     for (first, one), (second, other) in itertools.pairwise(ordered):
         if other.start < one.stop and other[:3] != one[:3]:
             raise InputError(
-                f"tensors {shown(first)} and {shown(second)} share a part of their data; expected them apart"
+                f"tensors {short_repr(first)} and {short_repr(second)} overlap in the file; expected separate tensors"
             )

@@ -1,6 +1,6 @@
-"""Rematerialisation: which values of a block the forward pass keeps for the backward pass, by name.
+"""Rematerialisation policies: which activations of a block are saved for the backward pass.
 
-What is not kept is computed again. Per block, beside its input:
+The input of a block is always saved. What a policy does not save in addition, the backward pass recomputes.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from tfm_jax.wan.attention import ATTENTION_OUTPUT
 _policies = jax.checkpoint_policies
 
 POLICIES: dict[Remat, Callable[..., Any]] = {
-    # Nothing: the whole block runs twice.
+    # Saves nothing, so the whole block runs twice.
     "full": _policies.nothing_saveable,
-    # What both attentions put out, two activations: they are the part that grows with the square of the tokens.
+    # Saves the outputs of both attentions, the part whose cost grows with the square of the number of tokens.
     "attention": _policies.save_only_these_names(ATTENTION_OUTPUT),
-    # The same, in the memory of the host: nothing of it stays on the device, and it travels there and back.
+    # Saves the same in host memory: this takes no device memory, but a transfer in each direction.
     "attention_offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[ATTENTION_OUTPUT],
         offload_src="device",
         offload_dst="pinned_host",
     ),
-    # Everything that a gradient needs: nothing runs twice.
+    # Saves everything that a gradient needs, so nothing runs twice.
     "none": _policies.everything_saveable,
 }

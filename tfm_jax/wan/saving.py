@@ -1,4 +1,4 @@
-"""Networks -> directories of weights in any layout, one layer of one tensor at a time."""
+"""Writes networks to directories of weights in any layout, one layer of one tensor at a time."""
 
 import json
 import shutil
@@ -14,20 +14,21 @@ from jax.typing import DTypeLike
 
 from tfm_jax.errors import InputError
 from tfm_jax.files import check_new_directory
-from tfm_jax.inputs import read_json, shown
-from tfm_jax.wan import layouts
-from tfm_jax.wan.config_json import FORMATS, Layout, config_json
-from tfm_jax.wan.layouts import ORIGINAL_FILES, VAE, Source
-from tfm_jax.wan.names import Row
-from tfm_jax.wan.tensors import TensorWriter, copy_into, take_space
+from tfm_jax.inputs import read_json, short_repr
+from tfm_jax.wan.checks import check_source, expected_shapes
+from tfm_jax.wan.components import COMPONENTS, VAE, abstract_parameters
+from tfm_jax.wan.config_json import SCHEMAS, config_json
+from tfm_jax.wan.names import Layout, Row
+from tfm_jax.wan.sources import ORIGINAL_FILES, Source, sidecar_fields, sidecar_file
+from tfm_jax.wan.tensors import TensorWriter, allocate, copy_into
 
 PTH_OVERHEAD = 2**12
-"""Bytes, more than a .pth file has for each tensor beside its numbers, and in all."""
+"""Upper bound, in bytes, on what a .pth file stores per tensor beside its numbers, and per file."""
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
-# The first order of this solver is the Euler method on the noise levels that Wan's own sampling has; diffusers' Euler
-# scheduler takes others, whose last level does not depend on the number of steps.
+# This solver at first order is the Euler method on the noise levels of Wan's own sampling. diffusers' Euler scheduler
+# uses other noise levels, the last of which does not depend on the number of steps.
 _SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "solver_order": 1,
@@ -37,56 +38,53 @@ _SCHEDULER = {
 }
 
 Progress = Callable[[str, int], None]
-"""Called with the name of a tensor and the bytes written for it."""
+"""Called with the name of a tensor and the number of bytes just written for it."""
 
 
 def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, progress: Progress | None = None) -> None:
-    """Write one network into the model directory `directory`, as `layout` has it.
+    """Write one network in `layout` into the model directory `directory`.
 
-    Kernels become `dtype`; what the network keeps in float32 (norms, modulation, time embedding) stays float32, so that
-    loading the result equals loading the source in `dtype`.
+    Kernels become `dtype`. Parameters that the network keeps in float32 (norms, modulation, time embedding) stay
+    float32, so that loading the result equals loading the source in `dtype`.
 
     Raises:
-        InputError: the tensors of the source are not those of its configuration, or not finite.
+        InputError: the tensors of the source do not match its configuration, or are not finite.
     """
     component = source.component
     rows = component.rows(source.config)
-    ours = layouts.parameters(component, source.config, dtype)
-    shapes = {name: value.shape for name, value in ours.items()}
-    layouts.check_tensors(source.place, source.tensors, layouts.expected_tensors(source.layout, rows, shapes))
+    parameters = abstract_parameters(component, source.config, dtype)
+    check_source(source, parameters)
+    dtypes = {row.name(layout): parameters[row.ours].dtype for row in rows}
+    shapes = expected_shapes(layout, rows, {name: value.shape for name, value in parameters.items()})
+    content = {name: (shape, dtypes[name]) for name, shape in shapes.items()}
 
-    dtypes = {row.ours if layout == "tfm_jax" else getattr(row, layout): ours[row.ours].dtype for row in rows}
-    content = {name: (shape, dtypes[name]) for name, shape in layouts.expected_tensors(layout, rows, shapes).items()}
-    pth = ORIGINAL_FILES.get(component.name) if layout == "original" else None
     folder = directory if layout == "original" else directory / component.name
     folder.mkdir(parents=True, exist_ok=True)
-    if pth:
+    if layout == "original" and component.name in ORIGINAL_FILES:
+        pth = folder / ORIGINAL_FILES[component.name]
         with tempfile.TemporaryDirectory(dir=folder) as scratch, TensorWriter(Path(scratch), "all", content) as writer:
             _fill(writer, source, rows, layout, progress)
-            _save_pth(folder / pth, {name: writer[name] for name in content})
-        fields = layouts.unsaid(component, source.config, {name: shape for name, (shape, _) in content.items()})
-        if fields:
-            _write_json(layouts.side_file(folder / pth), fields)
+            _save_pth(pth, {name: writer[name] for name in content})
+        if fields := sidecar_fields(component, source.config, shapes):
+            _write_json(sidecar_file(pth), fields)
         return
-    stem = "model" if layout == "tfm_jax" else component.files
-    with TensorWriter(folder, stem, content) as writer:
+    with TensorWriter(folder, "model" if layout == "tfm_jax" else component.stem, content) as writer:
         _fill(writer, source, rows, layout, progress)
     _write_json(folder / "config.json", config_json(component.name, layout, source.config))
 
 
 def _fill(writer: TensorWriter, source: Source, rows: list[Row], layout: Layout, progress: Progress | None) -> None:
+    """Copy every tensor of `source` into the files of `writer`."""
     for row in rows:
         array = source.read(row)
         if not np.isfinite(array).all():
             raise InputError(source.not_finite(row))
-        if layout == "tfm_jax":
-            name = row.ours
-            target = writer[name] if row.layer is None else writer[name][row.layer]
-        else:
-            name = getattr(row, layout)
-            target = writer[name]
-            after, before = row.axes.split("->")
-            array = rearrange(array, f"{before} -> {after}")
+        name = row.name(layout)
+        target = writer[name]
+        if layout != "tfm_jax":
+            array = rearrange(array, f"{' '.join(row.our_axes)} -> {' '.join(row.torch_axes)}")
+        elif row.layer is not None:
+            target = target[row.layer]
         copy_into(target, array)
         if progress:
             progress(name, target.nbytes)
@@ -104,10 +102,10 @@ def _save_pth(file: Path, arrays: dict[str, np.ndarray]) -> None:
             return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    # On a full disk torch.save raises an error that does not say so.
+    # On a full disk torch.save raises an error that does not mention the disk, so the space is allocated first.
     size = sum(array.nbytes + PTH_OVERHEAD for array in arrays.values()) + PTH_OVERHEAD
     with open(file, "wb") as stream:
-        take_space(stream, size)
+        allocate(stream, size)
         stream.seek(0)
         torch.save({name: tensor(array) for name, array in arrays.items()}, stream)
         stream.truncate()
@@ -131,17 +129,17 @@ def save_model(
     scheduler: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write the networks of a model, its tokenizer files and what names them as one, whole or not at all.
+    """Write the networks of a model, its tokenizer and its index files. On failure, nothing is left behind.
 
-    The autoencoder stays float32 whatever `dtype` is, as it is run in float32.
+    The autoencoder stays float32 whatever `dtype` is, because it runs in float32.
 
     Args:
         tokenizer: a folder to copy.
-        scheduler: a scheduler_config.json of diffusers to copy, which every layout holds in the same place. Without
-            one, the Diffusers layout gets a scheduler that samples as this package does.
+        scheduler: a scheduler_config.json of diffusers to copy, to the same place in every layout. Without one, the
+            Diffusers layout gets a scheduler that samples as this package does.
 
     Raises:
-        InputError: `directory` exists and is not empty, or a network is not what its configuration says.
+        InputError: `directory` exists and is not empty, or a network does not match its configuration.
     """
     check_new_directory("target", directory)
     for source in sources:
@@ -155,7 +153,7 @@ def save_model(
             save(source, scratch, layout, jnp.float32 if source.component is VAE else dtype, progress)
         if tokenizer:
             shutil.copytree(tokenizer, scratch / ("google/umt5-xxl" if layout == "original" else "tokenizer"))
-        whole = layout == "diffusers" and len(sources) == len(layouts.COMPONENTS)
+        whole = layout == "diffusers" and len(sources) == len(COMPONENTS)
         if scheduler or whole:
             (scratch / SCHEDULER_FILE).parent.mkdir()
             _write_json(scratch / SCHEDULER_FILE, schedule)
@@ -168,27 +166,27 @@ def save_model(
 
 
 def find_scheduler(model: Path) -> Path | None:
-    """The configuration of diffusers' scheduler in `model`; None where there is none.
+    """The configuration file of diffusers' scheduler in `model`, or None if there is none.
 
     Raises:
-        InputError: it does not say which scheduler it is for.
+        InputError: the file does not name a scheduler class.
     """
     file = model / SCHEDULER_FILE
     if not file.is_file():
         return None
     kind = read_json(file).get("_class_name")
     if not isinstance(kind, str):
-        raise InputError(f"{file}: _class_name is {shown(kind)}; expected a scheduler of diffusers")
+        raise InputError(f"{file}: _class_name is {short_repr(kind)}; expected a scheduler of diffusers")
     return file
 
 
 def _pipeline(scheduler: str) -> dict[str, Any]:
-    """model_index.json, with which `diffusers.WanPipeline` loads the directory."""
+    """The content of model_index.json, which `diffusers.WanPipeline` needs to load the directory."""
     return {
         "_class_name": "WanPipeline",
         "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", FORMATS["text_encoder", "diffusers"].class_name],
+        "text_encoder": ["transformers", SCHEMAS["text_encoder", "diffusers"].class_name],
         "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", FORMATS["transformer", "diffusers"].class_name],
-        "vae": ["diffusers", FORMATS["vae", "diffusers"].class_name],
+        "transformer": ["diffusers", SCHEMAS["transformer", "diffusers"].class_name],
+        "vae": ["diffusers", SCHEMAS["vae", "diffusers"].class_name],
     }

@@ -1,4 +1,4 @@
-"""Named tensors in files, read and written piece by piece: no file is ever held in memory."""
+"""Named tensors in files, read and written in parts, so that no file is ever held in memory as a whole."""
 
 import json
 import os
@@ -13,54 +13,55 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from tfm_jax.errors import InputError
-from tfm_jax.inputs import JSON_BYTES, check_download, parse_json, read_json, shown
+from tfm_jax.inputs import MAX_JSON_BYTES, check_download, parse_json, read_json, short_repr
 
 Index = tuple[slice | int, ...] | EllipsisType
 Shape = tuple[int, ...]
 
-SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000
 STRIP = 256
-CHUNK = 2**20
+"""Elements that `copy_into` copies at a time along the last axis."""
+FILL_BYTES = 2**20
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "model.")
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 
 
-class Entry(NamedTuple):
-    """One tensor that can be read in part."""
+class LazyTensor(NamedTuple):
+    """A tensor in a file, not yet read. `read(index)` returns the part that `index` selects."""
 
     shape: Shape
     file: Path
     read: Callable[[Index], np.ndarray]
 
 
-Tensors = Mapping[str, Entry]
+Tensors = Mapping[str, LazyTensor]
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def open_tensors(files: Sequence[Path]) -> Tensors:
-    """The tensors of safetensors files, by name; a prefix around the whole model is taken off.
+    """The tensors of safetensors files by name. A prefix that all names share, such as `model.`, is removed.
 
     Raises:
-        InputError: a file is missing, is not what its name says, or repeats a tensor.
+        InputError: a file is missing or not safetensors, or a tensor is in two files.
     """
-    entries: dict[str, Entry] = {}
+    tensors: dict[str, LazyTensor] = {}
     for file in files:
-        for name, entry in open_safetensors(file).items():
-            if name in entries:
-                raise InputError(f"{file}: tensor {shown(name)} is also in {entries[name].file}")
-            entries[name] = entry
-    for prefix in _WRAPPERS:
-        if entries and all(name.startswith(prefix) for name in entries):
-            return {name.removeprefix(prefix): entry for name, entry in entries.items()}
-    return entries
+        for name, tensor in open_safetensors(file).items():
+            if name in tensors:
+                raise InputError(f"{file}: tensor {short_repr(name)} is also in {tensors[name].file}")
+            tensors[name] = tensor
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def safetensors_in(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: those that its index names, or all of them.
+    """The safetensors files of a directory: those that its index names, or all of them if it has no index.
 
     Raises:
         InputError: the index is damaged, or names a file that is not in the directory.
@@ -74,10 +75,12 @@ def safetensors_in(directory: Path) -> list[Path]:
     index = indices[0]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map is {shown(weight_map)}; expected a file for every tensor")
+        raise InputError(f"{index}: weight_map is {short_repr(weight_map)}; expected a file for every tensor")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise InputError(f"{index}: {shown(name)} is in {shown(shard)}; expected a file of the same directory")
+            raise InputError(
+                f"{index}: {short_repr(name)} is in {short_repr(shard)}; expected a file of the same directory"
+            )
     files = [directory / shard for shard in sorted(set(weight_map.values()))]
     for file in files:
         if not os.path.isfile(file):  # Path.is_file raises OSError for a name that is too long
@@ -86,11 +89,10 @@ def safetensors_in(directory: Path) -> list[Path]:
 
 
 def open_safetensors(file: Path) -> Tensors:
-    """The tensors of one safetensors file, by the names that are in it.
+    """The tensors of one safetensors file, by their names in the file.
 
     Raises:
-        InputError: the file is missing, is not what its name says, repeats a tensor, or holds a type that we do not
-            read.
+        InputError: the file is missing or not safetensors, repeats a tensor, or has a tensor of an unsupported type.
     """
     check_download(file)
     try:
@@ -99,35 +101,39 @@ def open_safetensors(file: Path) -> Tensors:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
     _header(file)
-    entries = {}
+    tensors = {}
     for name, piece in slices.items():
         if piece.get_dtype() not in _DTYPES:
             raise InputError(
-                f"{file}: tensor {shown(name)} is {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}"
+                f"{file}: tensor {short_repr(name)} is {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}"
             )
-        entries[name] = Entry(tuple(piece.get_shape()), file, piece.__getitem__)
-    return entries
+        tensors[name] = LazyTensor(tuple(piece.get_shape()), file, piece.__getitem__)
+    return tensors
 
 
 def safetensors_metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file that `open_safetensors` accepts says of itself."""
+    """The metadata of a safetensors file that `open_safetensors` accepts."""
     return _header(file).get("__metadata__") or {}
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """The header, which safetensors itself reads too, except that it takes the last of several equal keys."""
+    """The header, parsed strictly: safetensors itself accepts repeated keys and uses the last."""
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        return parse_json(stream.read(min(length, JSON_BYTES + 1)), f"{file}: header")
+        return parse_json(stream.read(min(length, MAX_JSON_BYTES + 1)), f"{file}: header")
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
 class TensorWriter:
-    """Safetensors files of known content, to be filled in any order, in part or whole: `writer[name][...] = values`.
+    """Creates safetensors files for tensors of known shapes, to be filled in any order: `writer[name][...] = values`.
 
-    The files are mapped, so what is written goes to the disk and not to memory. Used as a context manager.
+    The files are memory-mapped, so values go to disk and do not stay in memory. Use it as a context manager.
+
+    Args:
+        stem: start of the file names, which end as usual: `stem-00001-of-00002.safetensors`.
+        tensors: name -> shape and dtype.
     """
 
     def __init__(self, directory: Path, stem: str, tensors: Mapping[str, tuple[Shape, DTypeLike]]):
@@ -157,7 +163,7 @@ class TensorWriter:
         start = 8 + len(text)
         with open(file, "wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
-            take_space(stream, offset)
+            allocate(stream, offset)
         data = np.memmap(file, np.uint8, "r+", offset=0)
         self._maps.append(data)
         for name, (shape, dtype) in tensors.items():
@@ -178,24 +184,27 @@ class TensorWriter:
 
 
 def copy_into(target: np.ndarray, values: np.ndarray) -> None:
-    """`target[...] = values`, four times as fast where the axes of `values` are turned.
+    """`target[...] = values`, but four times as fast for transposed `values`.
 
-    Cast as the values lie in memory, then copied a strip at a time, so that both ends of a strip stay in the cache.
+    It casts in the memory order of `values`, then copies strips so narrow that source and target stay in the cache.
     """
     values = values.astype(target.dtype, copy=False)
     for start in range(0, target.shape[-1], STRIP):
         target[..., start : start + STRIP] = values[..., start : start + STRIP]
 
 
-def take_space(stream: BinaryIO, size: int) -> None:
-    """Fill `size` bytes from the position of `stream` on: a full disk is an error here, in a mapped file a crash."""
+def allocate(stream: BinaryIO, size: int) -> None:
+    """Allocate `size` bytes on disk from the position of `stream` on.
+
+    A full disk raises OSError here, whereas writing to a mapped file would crash the program.
+    """
     try:
         stream.flush()
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(stream.fileno(), 0, stream.tell() + size)
             return
-        for start in range(0, size, CHUNK):  # macOS has no posix_fallocate, and truncate takes no space
-            stream.write(bytes(min(CHUNK, size - start)))
+        for start in range(0, size, FILL_BYTES):  # macOS has no posix_fallocate, and truncate allocates nothing
+            stream.write(bytes(min(FILL_BYTES, size - start)))
     except OSError as error:
         raise OSError(error.errno, error.strerror, stream.name) from None
 
@@ -205,12 +214,12 @@ def _nbytes(shape: Shape, dtype: DTypeLike) -> int:
 
 
 def _shards(tensors: Mapping[str, tuple[Shape, DTypeLike]]) -> list[list[str]]:
-    """Names in order, in groups of at most SHARD_BYTES (a larger tensor is alone)."""
+    """The names in order, in groups of at most MAX_SHARD_BYTES; a tensor larger than that is alone in its group."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, (shape, dtype) in tensors.items():
         nbytes = _nbytes(shape, dtype)
-        if shards[-1] and size + nbytes > SHARD_BYTES:
+        if shards[-1] and size + nbytes > MAX_SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)

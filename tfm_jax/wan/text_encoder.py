@@ -1,7 +1,7 @@
 """The text encoder of Wan: the encoder half of umT5 (transformers' `UMT5EncoderModel`, Wan's `modules/t5.py`).
 
-Unlike T5, every layer owns its table of relative position biases. As in T5, the scores are not scaled by the width of a
-head, there are no biases, and every norm divides by the root mean square only.
+Unlike in T5, every layer has its own table of relative position biases. As in T5, attention scores are not divided by
+the square root of the head width, linear layers have no bias, and the norms are RMS norms.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from tfm_jax.wan.layers import Linear, RMSNorm, param
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """Sizes of a umT5 encoder; the defaults are umT5-XXL, which all of Wan2.1 uses."""
+    """Sizes of a umT5 encoder. The defaults are those of umT5-XXL, which all Wan2.1 models use."""
 
     vocab_size: int = 256384
     dim: int = 4096
@@ -38,16 +38,16 @@ class TextEncoderConfig:
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[Array, "q s"]:
-    """Row of the bias table for every pair of query and source position (T5's bidirectional rule).
+    """The row of the bias table for every pair of query and source position (T5's bidirectional rule).
 
-    Half of the buckets serve sources after the query. Of each half, the first half holds one distance each and the
-    rest grow logarithmically up to `max_distance`, beyond which all share the last.
+    One half of the buckets is for sources after the query, the other for the rest. In each half, the first half of the
+    buckets cover one distance each. The others grow logarithmically up to `max_distance`, and the last covers the rest.
     """
     side = buckets // 2
     exact = side // 2
     offset = np.arange(1 - length, length)  # source minus query
     distance = np.abs(offset)
-    # The reference takes this logarithm in float32, and the bucket edges fall where its rounding puts them.
+    # In float32 like the reference, because rounding decides on which side of a bucket edge a distance falls.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     steps = ratio / np.float32(math.log(max_distance / exact)) * np.float32(side - exact)
     far = np.minimum(exact + steps.astype(np.int32), side - 1)
@@ -57,7 +57,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[Array,
 
 
 class Attention(nnx.Module):
-    """Self-attention with a learnt bias per head and distance; the softmax runs in float32."""
+    """Self-attention with a learnt bias per head and distance. The softmax runs in float32."""
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
         linear = functools.partial(Linear, rngs=rngs, bias=False, stack=stack, dtype=dtype)
@@ -96,7 +96,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One encoder layer: attention and feed-forward, each behind its norm and added to the residual stream."""
+    """One encoder layer: attention and feed-forward network, each after a norm and added to the residual stream."""
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
         self.norm1 = RMSNorm(config.dim, stack=stack, eps=config.eps)
@@ -112,8 +112,8 @@ class Block(nnx.Module):
 class UMT5Encoder(nnx.Module):
     """`(ids, mask) -> embeddings`, equal to the `last_hidden_state` of transformers' `UMT5EncoderModel`.
 
-    Weights and activations are in `dtype`, norms and softmax in float32. Raises InputError for float16, whose range
-    the residual stream of umT5 leaves.
+    Weights and activations are in `dtype`, norms and softmax in float32. Raises InputError for float16, because umT5's
+    residual stream overflows it.
     """
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -127,10 +127,10 @@ class UMT5Encoder(nnx.Module):
 
     @jax.jit
     def __call__(self, ids: TokenIds, mask: TokenMask) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Embeddings `[b, l, dim]` of the tokens; `mask` is 1 on tokens and 0 on padding, which nothing attends to.
+        """Embeddings `[b, l, dim]` of the tokens. `mask` is 1 on tokens and 0 on padding, which nothing attends to.
 
-        Rows of padding come out as whatever a padding token sees in the prompt: zero them before they reach the video
-        transformer, as `tfm_jax.wan.tokenizer.encode_prompts` does.
+        The embeddings of padding are not zero. Set them to zero before they reach the video transformer, as
+        `tfm_jax.wan.tokenizer.encode_prompts` does.
         """
         buckets = relative_buckets(ids.shape[1], self.config.buckets, self.config.max_distance)
 

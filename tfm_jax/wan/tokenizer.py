@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tfm_jax.arrays import TEXT_LENGTH, Text
 from tfm_jax.errors import InputError
-from tfm_jax.inputs import JSON_BYTES, read_json, shown
+from tfm_jax.inputs import MAX_JSON_BYTES, read_json, short_repr
 from tfm_jax.wan.text_encoder import UMT5Encoder
 
 PLACES = ("tokenizer", "google/umt5-xxl")
@@ -22,9 +22,9 @@ PLACES = ("tokenizer", "google/umt5-xxl")
 
 _FILES = {
     "tokenizer.json": 2**25,
-    "tokenizer_config.json": JSON_BYTES,
-    "special_tokens_map.json": JSON_BYTES,
-    "added_tokens.json": JSON_BYTES,
+    "tokenizer_config.json": MAX_JSON_BYTES,
+    "special_tokens_map.json": MAX_JSON_BYTES,
+    "added_tokens.json": MAX_JSON_BYTES,
 }
 """What transformers reads, each with a limit of its size; umT5's vocabulary takes 17 MB."""
 
@@ -54,12 +54,14 @@ def _read(folder: Path) -> PreTrainedTokenizerFast:
         if not unnamed:
             empty = tokenizer("", padding="max_length", max_length=3).input_ids
     except Exception as error:  # of any type, from two libraries
-        raise InputError(f"{folder}: not the files of a tokenizer ({shown(str(error))}); download them again") from None
+        raise InputError(
+            f"{folder}: not the files of a tokenizer ({short_repr(str(error))}); download them again"
+        ) from None
     if unnamed:
         raise InputError(f"{folder / 'tokenizer_config.json'}: {unnamed[0]} is missing; expected <pad> and </s> in it")
     if empty != [1, 0, 0]:
         raise InputError(
-            f"{folder}: an empty prompt, padded to three tokens, becomes {shown(empty)}; expected </s> = 1 and "
+            f"{folder}: an empty prompt, padded to three tokens, becomes {short_repr(empty)}; expected </s> = 1 and "
             "<pad> = 0 behind it, as in umT5 (see tokenizer.json and tokenizer_config.json)"
         )
     return tokenizer

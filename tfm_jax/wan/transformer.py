@@ -1,11 +1,11 @@
 """The Wan2.1-T2V diffusion transformer (`wan/modules/model.py` of Wan-Video/Wan2.1).
 
 A block is self-attention over the video's tokens with 3-D rotary positions, cross-attention to the text, and a
-feed-forward network, each branch modulated by the time embedding. All blocks have one shape, so they are built as one
-stack and run by `jax.lax.scan`; what the backward pass finds saved of each, `remat` says.
+feed-forward network. The time embedding modulates self-attention and feed-forward network. All blocks have the same
+shapes, so they are built as one stack and run by `jax.lax.scan`. `remat` selects which activations are saved.
 
-On a mesh every activation `[b s d]` is split over batch and tokens, and every map of a block over heads or feed-forward
-channels: only attention and the sums behind `o` and `down` communicate, beside the weights.
+On a mesh every activation `[b s d]` is sharded over batch and tokens, and every linear layer of a block over heads or
+feed-forward channels. Apart from gathering weights, only attention and the sums after `o` and `down` communicate.
 """
 
 import math
@@ -38,7 +38,7 @@ Rotary = Float[Array, "s k"]
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The architecture, in Wan's own terms. The defaults are those that all Wan2.1-T2V models share."""
+    """The architecture, in Wan's own terms. All Wan2.1-T2V models share the defaults."""
 
     dim: int
     ffn_dim: int
@@ -55,16 +55,16 @@ class TransformerConfig:
 
 
 def token_grid(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Tokens along time, height and width of latents `[f h w c]`."""
+    """The number of tokens along time, height and width for latents of shape `[f h w c]`."""
     f, h, w = (length // step for length, step in zip(shape, PATCH, strict=False))
     return f, h, w
 
 
 def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Rotary, Rotary]:
-    """cos and sin, `[f h w, head_dim / 2]`, of the rotary angles of a grid of tokens.
+    """cos and sin, each `[f h w, head_dim / 2]`, of the rotary angles for a grid of tokens.
 
-    Height and width take `2 (head_dim // 6)` channels each and time the rest; positions are integers from 0.
-    Angles are computed in float64: rounding them any lower drifts over long clips.
+    Height and width use `2 (head_dim // 6)` channels each, and time the rest. Positions are integers from 0.
+    Angles are computed in float64 because rounding errors would grow with the position in long clips.
     """
     side = 2 * (head_dim // 6)
     angles = []
@@ -85,15 +85,15 @@ def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Rotary, Ro
     return jnp.asarray(np.cos(table), jnp.float32), jnp.asarray(np.sin(table), jnp.float32)
 
 
-def rotate(x: Float[Array, "b s n d"], rotary: tuple[Rotary, Rotary]) -> Float[Array, "b s n d"]:
-    """Turn the pairs of channels (0, 1), (2, 3), ... of every head by the angles of their token."""
+def apply_rotary(x: Float[Array, "b s n d"], rotary: tuple[Rotary, Rotary]) -> Float[Array, "b s n d"]:
+    """Rotate the channel pairs (0, 1), (2, 3), ... of every head by the angles of their token."""
     cos, sin = (table[None, :, None, :] for table in rotary)
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rearrange(turned, "b s n k two -> b s n (k two)").astype(x.dtype)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rearrange(rotated, "b s n k two -> b s n (k two)").astype(x.dtype)
 
 
-def time_features(timestep: PerVideo, width: int) -> Float[Array, "b d"]:
+def sinusoidal_embedding(timestep: PerVideo, width: int) -> Float[Array, "b d"]:
     """`[cos, sin]` of the timestep (0..1000) at `width / 2` frequencies."""
     half = width // 2
     frequencies = jnp.asarray(10_000.0 ** -(np.arange(half, dtype=np.float64) / half), jnp.float32)
@@ -102,7 +102,7 @@ def time_features(timestep: PerVideo, width: int) -> Float[Array, "b d"]:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with an RMS norm over all heads jointly on queries and keys."""
+    """Multi-head attention whose queries and keys pass an RMS norm over all heads jointly."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
         self.heads = config.heads
@@ -116,16 +116,18 @@ class Attention(nnx.Module):
         self.norm_k = RMSNorm(config.dim, stack=stack, eps=config.eps)
 
     def __call__(self, x: Tokens, context: Float[Array, "b t d"], rotary: tuple[Rotary, Rotary] | None) -> Tokens:
-        """`x` attends to `context` (itself in self-attention); only self-attention has rotary positions."""
+        """Let `x` attend to `context`, which is `x` in self-attention. Only self-attention has `rotary` positions."""
         query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         query, key, value = (rearrange(y, "b s (n k) -> b s n k", n=self.heads) for y in (query, key, value))
         if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         out = self_attention(query, key, value) if rotary is not None else cross_attention(query, key, value)
         return self.o(rearrange(out, "b s n k -> b s (n k)"))
 
 
 class FeedForward(nnx.Module):
+    """`down(gelu(up(x)))` with the tanh form of GELU."""
+
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
         self.up = Linear(config.dim, config.ffn_dim, rngs=rngs, axes=("embed", "mlp"), stack=stack, dtype=dtype)
         self.down = Linear(config.ffn_dim, config.dim, rngs=rngs, axes=("mlp", "embed"), stack=stack, dtype=dtype)
@@ -135,6 +137,8 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
+    """One transformer block. `time` holds the modulation for this timestep, to which the block adds its own."""
+
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
         self.modulation = param(rngs.params(), (6, config.dim), (None, None), stack=stack, dtype=jnp.float32)
         self.norm_self = LayerNorm(config.dim, affine=False, eps=config.eps)
@@ -148,7 +152,7 @@ class Block(nnx.Module):
         self, x: Tokens, time: Float[Array, "b six d"], text: Float[Array, "b l d"], rotary: tuple[Rotary, Rotary]
     ) -> Tokens:
         x = constrain(x, ACTIVATION)
-        modulation = self.modulation[...][None] + time  # float32, as are the norms and the gated sums
+        modulation = self.modulation[...][None] + time  # float32, like the norms and the gated sums
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
 
         y = (self.norm_self(x) * (1 + scale1) + shift1).astype(x.dtype)
@@ -164,8 +168,8 @@ class Block(nnx.Module):
 class WanTransformer(nnx.Module):
     """Predicts the velocity `noise - clean` of noisy latents.
 
-    Kernels and computation are in `dtype`; time embedding, modulation, norms and softmax stay in float32. `remat` is a
-    name in `tfm_jax.wan.remat.POLICIES`.
+    Kernels and computation are in `dtype`; time embedding, modulation, norms and softmax stay in float32. `remat`
+    names a policy in `tfm_jax.wan.remat.POLICIES`.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.bfloat16):
@@ -177,7 +181,7 @@ class WanTransformer(nnx.Module):
         def linear(features_in: int, features_out: int, dtype: DTypeLike, axes: tuple = (None, "embed")) -> Linear:
             return Linear(features_in, features_out, rngs=rngs, axes=axes, dtype=dtype)
 
-        self.patch_in = PatchIn(config, rngs=rngs, dtype=dtype)
+        self.patch_in = PatchEmbedding(config, rngs=rngs, dtype=dtype)
         self.text_in = linear(config.text_dim, dim, dtype)
         self.text_out = linear(dim, dim, dtype)
         self.time_in = linear(config.freq_dim, dim, jnp.float32)
@@ -190,41 +194,41 @@ class WanTransformer(nnx.Module):
 
     @jax.jit
     def __call__(self, latents: Latents, timestep: PerVideo, text: Text) -> Latents:  # pyright: ignore
-        """Velocity of `latents` `[b f h w c]` (h, w even), float32.
+        """The float32 velocity of `latents`, with their shape.
 
         Args:
-            latents: noisy normalised latents.
+            latents: noisy normalised latents `[b f h w c]`, h and w even.
             timestep: `[b]` in 0..1000, 1000 times the noise level.
-            text: `[b l d]` embeddings of the prompts, zero-padded to 512 tokens: padding takes part in attention.
+            text: embeddings of the prompts `[b l d]`, zero-padded to 512 tokens. Attention includes the padding.
 
         Raises:
-            InputError: the mesh of `jax.set_mesh` cannot split the heads or the tokens.
+            InputError: the mesh of `jax.set_mesh` cannot split the heads or the tokens evenly.
         """
         grid = token_grid(latents.shape[1:])
         check_split(self.config.heads, math.prod(grid))
         x = self.patch_in(constrain(latents.astype(self.dtype), ("batch",)))
         context = self.text_out(jax.nn.gelu(self.text_in(text.astype(self.dtype)), approximate=True))
-        time = self.time_out(jax.nn.silu(self.time_in(time_features(timestep, self.config.freq_dim))))
+        time = self.time_out(jax.nn.silu(self.time_in(sinusoidal_embedding(timestep, self.config.freq_dim))))
         block_time = rearrange(self.time_projection(jax.nn.silu(time)), "b (six d) -> b six d", six=6)
         rotary = rotary_tables(grid, self.config.head_dim)
 
         def body(x: Tokens, block: Block) -> tuple[Tokens, None]:
             return block(x, block_time, context, rotary), None
 
-        # Forward and backward pass are loops of their own: nothing that is computed again can be merged with the first.
+        # Forward and backward pass are separate loops, so CSE cannot merge recomputed values with the originals anyway.
         body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
         x, _ = jax.lax.scan(body, x, self.blocks)
 
         shift, scale = jnp.split(self.head_modulation[...][None] + time[:, None], 2, axis=1)
         x = self.head((self.norm_head(x) * (1 + scale) + shift).astype(self.dtype))
-        x = constrain(x, ACTIVATION)  # gathered after the head, which leaves little of it
+        x = constrain(x, ACTIVATION)  # gathered after the head, whose output is small
         (gf, gh, gw), (p, q, r) = grid, PATCH
         x = rearrange(x, "b (f h w) (p q r c) -> b (f p) (h q) (w r) c", f=gf, h=gh, w=gw, p=p, q=q, r=r)
         return constrain(x.astype(jnp.float32), ("batch",))
 
 
-class PatchIn(nnx.Module):
-    """The patch embedding: a 3-D convolution whose stride is its kernel, that is, one linear map per patch."""
+class PatchEmbedding(nnx.Module):
+    """A 3-D convolution whose stride equals its kernel size, that is, one linear layer applied to every patch."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         shape = (*PATCH, config.channels, config.dim)

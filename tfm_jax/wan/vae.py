@@ -1,7 +1,8 @@
-"""The video autoencoder of Wan2.1: pixels in -1..1 to normalised latents and back, 4 x 8 x 8 times fewer positions.
+"""The video autoencoder of Wan2.1: pixels in -1..1 to normalised latents and back.
 
-A video of 4 (f - 1) + 1 frames becomes f latent frames. Both directions go through the video in chunks that
-correspond to one latent frame, so that the memory they need beside input and output does not depend on its length.
+Latents have a quarter of the frames and an eighth of the height and width: 4 (f - 1) + 1 frames become f latent frames.
+Both directions process the video in chunks of one latent frame, so that their memory use, apart from input and output,
+does not depend on its length.
 """
 
 from collections.abc import Callable
@@ -31,18 +32,18 @@ from tfm_jax.wan.vae_layers import (
 
 
 class Stage(NamedTuple):
-    """One entry of the flat list of layers of the encoder or the decoder: a residual block or a resampler."""
+    """One layer in the flat list of the encoder or the decoder: a residual block or a resampler."""
 
     features_in: int
     features_out: int
     resample: bool
     time: bool
-    """A resampler that also halves or doubles the number of frames."""
+    """The resampler also halves or doubles the number of frames."""
 
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Sizes of the autoencoder and the statistics of its latents; the defaults are those of Wan2.1."""
+    """Sizes of the autoencoder and statistics of its latents. The defaults are those of Wan2.1."""
 
     base_dim: int = 96
     z_dim: int = 16
@@ -102,7 +103,7 @@ class VaeConfig:
         return stages
 
 
-def _resampling(
+def _stage_layers(
     stages: list[Stage], resampler: type[Downsample | Upsample], rngs: nnx.Rngs, dtype: DTypeLike
 ) -> list[nnx.Module]:
     return [
@@ -122,13 +123,13 @@ def _middle(features: int, rngs: nnx.Rngs, dtype: DTypeLike) -> list[nnx.Module]
 
 
 class Encoder(nnx.Module):
-    """Pixels to the 2 z channels from which mean and log-variance are mapped."""
+    """Maps pixels to `2 z_dim` channels, from which `quant_conv` computes mean and log-variance."""
 
     def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         stages = config.encoder_stages()
         width = stages[-1].features_out
         self.conv_in = CausalConv3d(3, config.base_dim, rngs=rngs, dtype=dtype)
-        self.down = nnx.List(_resampling(stages, Downsample, rngs, dtype))
+        self.down = nnx.List(_stage_layers(stages, Downsample, rngs, dtype))
         self.mid = nnx.List(_middle(width, rngs, dtype))
         self.norm_out = ChannelNorm(width, dtype=dtype)
         self.conv_out = CausalConv3d(width, 2 * config.z_dim, rngs=rngs, dtype=dtype)
@@ -141,14 +142,14 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents (after the 1x1x1 map) to pixels, not yet clipped."""
+    """Maps latents (after `post_quant_conv`) to pixels that are not yet clipped."""
 
     def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         stages = config.decoder_stages()
         width = stages[-1].features_out
         self.conv_in = CausalConv3d(config.z_dim, stages[0].features_in, rngs=rngs, dtype=dtype)
         self.mid = nnx.List(_middle(stages[0].features_in, rngs, dtype))
-        self.up = nnx.List(_resampling(stages, Upsample, rngs, dtype))
+        self.up = nnx.List(_stage_layers(stages, Upsample, rngs, dtype))
         self.norm_out = ChannelNorm(width, dtype=dtype)
         self.conv_out = CausalConv3d(width, 3, rngs=rngs, dtype=dtype)
 
@@ -159,7 +160,7 @@ class Decoder(nnx.Module):
         return x, (after, last)
 
 
-def by_chunks(
+def run_in_chunks(
     step: Callable[[Chunk, Cache], tuple[Output, Cache]],
     x: Chunk,
     *,
@@ -167,9 +168,14 @@ def by_chunks(
     frames_out: int,
     unroll: bool = False,
 ) -> Output:
-    """Run `step` on the first frame of x, then on `frames_in` frames at a time, and join its outputs along time.
+    """Run `step` on the first frame of `x`, then on `frames_in` frames at a time, and concatenate its outputs in time.
 
-    `unroll` compiles every chunk by itself: more code, but XLA has no fast convolution inside loops on CPU.
+    Args:
+        step: maps a chunk and a cache (None for the first chunk) to an output and the next cache.
+        frames_in: frames per chunk after the first.
+        frames_out: frames of output per chunk after the first.
+        unroll: compile each chunk separately instead of a loop. Compiling takes longer, but on CPU XLA has no fast
+            convolution inside loops.
     """
     first, cache = step(x[:, :1], None)
     chunks = (x.shape[1] - 1) // frames_in
@@ -181,7 +187,7 @@ def by_chunks(
             out, cache = step(x[:, 1 + index * frames_in : 1 + (index + 1) * frames_in], cache)
             outs.append(out)
         return jnp.concatenate(outs, axis=1)
-    # The outputs go into a carried buffer: stacking them would make another copy of the whole video to transpose it.
+    # The outputs go into a carried buffer. Stacking them would need a second copy of the whole video to transpose it.
     joined = jnp.zeros((first.shape[0], 1 + chunks * frames_out, *first.shape[2:]), first.dtype)
 
     def body(carry: tuple[Output, Cache], index: jax.Array) -> tuple[tuple[Output, Cache], None]:
@@ -198,7 +204,7 @@ def by_chunks(
 class WanVae(nnx.Module):
     """Encoder and decoder with the normalisation of the latents (Wan2.1 `wan/modules/vae.py`).
 
-    Weights and computation are in `dtype`; what `encode` and `decode` return has the dtype of their input.
+    Weights and computation are in `dtype`. `encode` and `decode` return the dtype of their input.
     """
 
     def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -210,7 +216,7 @@ class WanVae(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of the weights."""
+        """The dtype of the weights."""
         return self.quant_conv.kernel.dtype
 
     def _statistics(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
@@ -218,9 +224,9 @@ class WanVae(nnx.Module):
 
     @jax.jit
     def encode(self, video: Video) -> Latents:
-        """Latents of a video with values in -1..1: the mean of the posterior, (mu - mean) / std per channel.
+        """Encode a video with values in -1..1 to the mean of the posterior, normalised per channel: (mu - mean) / std.
 
-        Raises InputError where the number of frames is not 4n + 1 or a side is not a multiple of 8.
+        Raises InputError if the number of frames is not 4n + 1, or height or width is not a multiple of 8.
         """
         time, space = self.config.time_stride, self.config.space_stride
         if (video.shape[1] - 1) % time:
@@ -234,11 +240,11 @@ class WanVae(nnx.Module):
             mu, _ = jnp.split(self.quant_conv(features), 2, axis=-1)
             return (mu.astype(video.dtype) - mean) / std, cache
 
-        return by_chunks(step, video, frames_in=time, frames_out=1)
+        return run_in_chunks(step, video, frames_in=time, frames_out=1)
 
     @jax.jit
     def decode(self, latents: Latents) -> Video:
-        """Video of normalised latents, clipped to -1..1."""
+        """Decode normalised latents to a video, clipped to -1..1."""
         mean, std = self._statistics(latents.dtype)
 
         def step(chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
@@ -246,4 +252,4 @@ class WanVae(nnx.Module):
             pixels, cache = self.decoder(mapped, cache)
             return jnp.clip(pixels, -1, 1).astype(latents.dtype), cache
 
-        return by_chunks(step, latents, frames_in=1, frames_out=self.config.time_stride)
+        return run_in_chunks(step, latents, frames_in=1, frames_out=self.config.time_stride)

@@ -1,9 +1,8 @@
-"""The layers of the Wan2.1 video autoencoder, each of which works through a video chunk by chunk.
+"""The layers of the Wan2.1 video autoencoder. They process a video chunk by chunk.
 
-Every layer is called as `y, cache = layer(x, cache)` on a chunk `b t h w c`. The cache is what the layer must remember
-of the frames before the chunk: the last input frames of its causal convolutions. `None` stands for the first chunk,
-before which there is nothing; layers without memory hand `None` back. A chunk sequence is computed exactly as the
-whole video would be.
+Every layer is called as `y, cache = layer(x, cache)` on a chunk `b t h w c`. The cache holds what the layer needs from
+the frames before the chunk: the last input frames of its causal convolutions. It is `None` for the first chunk, and
+layers that need no earlier frames return `None`. The result equals that of the whole video in one piece.
 """
 
 import math
@@ -22,13 +21,13 @@ from tfm_jax.wan.layers import Linear, constant, param
 
 Chunk = Float[Array, "b t h w c"]
 Output = Float[Array, "b t2 h2 w2 o"]
-"""A chunk after a layer that may change everything but the number of videos."""
+"""A chunk after a layer that may change every axis but the batch."""
 Cache = Any
 """A pytree: None, an array of frames, or a tuple of caches."""
 
 
 def run_layers(layers: Sequence[nnx.Module], x: Chunk, cache: Cache) -> tuple[Output, Cache]:
-    """Apply the layers one after another; their caches form a tuple."""
+    """Apply the layers one after another. The cache is the tuple of their caches."""
     caches = (None,) * len(layers) if cache is None else cache
     kept = []
     for layer, old in zip(layers, caches, strict=True):
@@ -38,7 +37,7 @@ def run_layers(layers: Sequence[nnx.Module], x: Chunk, cache: Cache) -> tuple[Ou
 
 
 class ChannelNorm(nnx.Module):
-    """Scales the channel vector of every pixel to length sqrt(c), then by gamma; the length is taken in float32."""
+    """Scales the channel vector of every pixel to length sqrt(c), then by gamma. It computes the length in float32."""
 
     def __init__(self, features: int, *, dtype: DTypeLike):
         self.gamma = constant(1.0, (features,), (None,), dtype=dtype)
@@ -53,7 +52,7 @@ class ChannelNorm(nnx.Module):
 def convolve_frames(
     x: Float[Array, "n h w i"], kernel: Float[Array, "p q i o"], stride: int, padding: tuple[int, int]
 ) -> Float[Array, "n h2 w2 o"]:
-    """2-D convolution of every frame, the same padding (before, after) for height and width."""
+    """2-D convolution of every frame, with the same `padding` (before, after) for height and width."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -89,9 +88,9 @@ class Conv2d(nnx.Module):
 
 
 class CausalConv3d(nnx.Module):
-    """A convolution over time, height and width whose output at a frame depends on that and earlier frames only.
+    """A convolution over time, height and width whose output at a frame depends only on that and earlier frames.
 
-    The cache holds the frames that come before the chunk: `taps - stride` of them, zeros before the first chunk.
+    The cache holds the `size[0] - time_stride` frames before the chunk. Before the first chunk these are zeros.
     """
 
     def __init__(
@@ -108,27 +107,27 @@ class CausalConv3d(nnx.Module):
         self.bias = constant(0.0, (features_out,), (None,), dtype=dtype)
         self.space_padding = (size[1] // 2, size[1] // 2)
         self.time_stride = time_stride
-        self.memory = size[0] - time_stride
+        self.cache_frames = size[0] - time_stride
 
     def empty_cache(self, x: Chunk) -> Float[Array, "b t2 h w c"]:
-        """The zeros before a first chunk of this shape and dtype."""
-        return jnp.zeros((x.shape[0], self.memory, *x.shape[2:]), x.dtype)
+        """Zeros in place of the frames before a first chunk `x`."""
+        return jnp.zeros((x.shape[0], self.cache_frames, *x.shape[2:]), x.dtype)
 
     def __call__(self, x: Chunk, cache: Cache) -> tuple[Output, Cache]:
         x = jnp.concatenate([self.empty_cache(x) if cache is None else cache, x], axis=1)
         kernel = self.kernel[...]
         frames_out = (x.shape[1] - kernel.shape[0]) // self.time_stride + 1
         span = (frames_out - 1) * self.time_stride + 1
-        # One 2-D convolution per time tap: 1.5 to 5 times as fast as XLA's 3-D convolution on CPU.
+        # One 2-D convolution per time step of the kernel: 1.5 to 5 times as fast as XLA's 3-D convolution on CPU.
         y = self.bias[...]
         for tap in range(kernel.shape[0]):
             frames = rearrange(x[:, tap : tap + span : self.time_stride], "b t h w c -> (b t) h w c")
             y = y + convolve_frames(frames, kernel[tap], 1, self.space_padding)
-        return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0]), x[:, -self.memory :]
+        return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0]), x[:, -self.cache_frames :]
 
 
 class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU and causal convolution, beside a shortcut (1x1x1 where the number of channels changes)."""
+    """Norm, SiLU and causal convolution, twice, plus a shortcut (a linear layer if the number of channels changes)."""
 
     def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.norm1 = ChannelNorm(features_in, dtype=dtype)
@@ -147,7 +146,7 @@ class ResidualBlock(nnx.Module):
 
 
 class AttentionBlock(nnx.Module):
-    """Self-attention with one head among the pixels of a frame, one frame at a time to bound the memory."""
+    """Single-head self-attention among the pixels of a frame, one frame at a time to limit memory use."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.norm = ChannelNorm(features, dtype=dtype)
@@ -170,7 +169,7 @@ class AttentionBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves height and width, and with `time` also the number of frames; the first frame of the video stays alone."""
+    """Halves height and width, and with `time` also the number of frames, except for the first frame of the video."""
 
     def __init__(self, features: int, *, time: bool, rngs: nnx.Rngs, dtype: DTypeLike):
         self.resample = Conv2d(features, features, stride=2, padding=(0, 1), rngs=rngs, dtype=dtype)
@@ -190,7 +189,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles height and width (nearest) and halves the channels; with `time` also doubles all frames but the first.
 
-    The time convolution never sees the first frame of the video: its memory still is zeros when the second one comes.
+    The time convolution never sees the first frame of the video: its cache is still zero when it gets the second.
     """
 
     def __init__(self, features: int, *, time: bool, rngs: nnx.Rngs, dtype: DTypeLike):

@@ -23,8 +23,8 @@ from tfm_jax import video
 from tfm_jax.arrays import Scalar, Video
 from tfm_jax.moving_shapes.pretraining.network import initialise, make_optimizer
 from tfm_jax.train.metrics import Metrics
-from tfm_jax.wan.layouts import VAE
-from tfm_jax.wan.vae import VaeConfig, WanVae, by_chunks
+from tfm_jax.wan.components import VAE
+from tfm_jax.wan.vae import VaeConfig, WanVae, run_in_chunks
 from tfm_jax.wan.vae_layers import Cache, Chunk, Output
 
 Clips = UInt8[np.ndarray, "n t y x 3"]
@@ -114,7 +114,7 @@ def _posterior(vae: WanVae, pixels: Video) -> Float[Array, "b f h w two_z"]:
         mean, log_variance = jnp.split(vae.quant_conv(features), 2, axis=-1)
         return jnp.concatenate([mean, jnp.clip(log_variance, -30, 20)], axis=-1), cache
 
-    return by_chunks(step, pixels, frames_in=vae.config.time_stride, frames_out=1, unroll=True)
+    return run_in_chunks(step, pixels, frames_in=vae.config.time_stride, frames_out=1, unroll=True)
 
 
 def _reconstruct(vae: WanVae, latents: Float[Array, "b f h w z"]) -> Video:
@@ -123,7 +123,7 @@ def _reconstruct(vae: WanVae, latents: Float[Array, "b f h w z"]) -> Video:
     def step(chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
         return vae.decoder(vae.post_quant_conv(chunk), cache)
 
-    return by_chunks(step, latents, frames_in=1, frames_out=vae.config.time_stride, unroll=True)
+    return run_in_chunks(step, latents, frames_in=1, frames_out=vae.config.time_stride, unroll=True)
 
 
 def _normalise(vae: WanVae, clips: Clips, count: int = 256) -> WanVae:

@@ -18,7 +18,7 @@ from tfm_jax.objective import timestep
 from tfm_jax.objective.losses import flow_matching
 from tfm_jax.objective.schedule import shift_sigma
 from tfm_jax.train.metrics import Metrics
-from tfm_jax.wan.layouts import TEXT_ENCODER, TRANSFORMER
+from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER
 from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 

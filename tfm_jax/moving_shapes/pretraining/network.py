@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from optax import contrib
 
-from tfm_jax.wan.layouts import Component
+from tfm_jax.wan.components import Component
 
 
 def initialise(component: Component, config: Any, seed: int) -> Any:

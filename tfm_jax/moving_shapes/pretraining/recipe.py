@@ -21,8 +21,9 @@ from tfm_jax.moving_shapes.scene import LAWS, ClipSpec
 from tfm_jax.moving_shapes.tokenizer import write_tokenizer
 from tfm_jax.moving_shapes.world import has_clips, write_clips
 from tfm_jax.wan import load_vae
-from tfm_jax.wan.layouts import TEXT_ENCODER, TRANSFORMER, VAE, find, source_of
+from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE
 from tfm_jax.wan.saving import save, save_model
+from tfm_jax.wan.sources import find_source, source_from_module
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.tokenizer import Tokenizer
 from tfm_jax.wan.transformer import TransformerConfig
@@ -86,7 +87,7 @@ def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
     if not (output / "vae").exists():
         clips, _ = read_clips(output / "clips" / "all")
         vae = train_vae(clips, recipe.vae, recipe.train_vae, seed, output / "vae.jsonl")
-        save(source_of(vae, VAE), output, "diffusers", jnp.float32)
+        save(source_from_module(vae, VAE), output, "diffusers", jnp.float32)
     vae = load_vae(output)
     quality = psnr(vae, read_clips(output / "clips" / "held_out")[0])
     print(f"autoencoder: {quality:.2f} dB on clips at held-out speeds", flush=True)
@@ -97,7 +98,11 @@ def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
             encode_clips(vae, clips), _tokenise(output, captions), (recipe.transformer, recipe.text_encoder),
             recipe.train_base, seed, output / "base.jsonl",
         )  # fmt: skip
-        networks = (source_of(transformer, TRANSFORMER), find(output, VAE), source_of(text_encoder, TEXT_ENCODER))
+        networks = (
+            source_from_module(transformer, TRANSFORMER),
+            find_source(output, VAE),
+            source_from_module(text_encoder, TEXT_ENCODER),
+        )
         save_model(list(networks), output / "tokenizer", model, "diffusers", jnp.bfloat16)
     print(evaluate_model(model, recipe.transformer, BASE_LAWS, output, recipe.samples), flush=True)
 
