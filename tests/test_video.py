@@ -338,7 +338,7 @@ def test_no_file_and_unknown_kind(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     refused(tmp_path / "folder.mp4", "no such file")
     (tmp_path / "a.avi").write_bytes(b"RIFF")
-    refused(tmp_path / "a.avi", r"unknown kind of file; expected one of \.mp4")
+    refused(tmp_path / "a.avi", r"unknown file type; expected one of \.mp4")
 
 
 @pytest.mark.parametrize(

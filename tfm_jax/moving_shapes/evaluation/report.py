@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tfm_jax import video
-from tfm_jax.data.metadata import NAME, read_metadata
+from tfm_jax.data.metadata import METADATA_FILE, read_metadata
 from tfm_jax.errors import InputError
 from tfm_jax.moving_shapes.evaluation import thresholds
 from tfm_jax.moving_shapes.evaluation.metrics import count_changes, frechet, measure_motion, variation, wasserstein
@@ -232,7 +232,7 @@ def list_clips(folder: Path, prompts: Path | None, least: int) -> list[Captioned
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a folder of mp4 files")
     captions: list[str] | list[None]
-    if prompts is None and (folder / NAME).exists():
+    if prompts is None and (folder / METADATA_FILE).exists():
         rows = read_metadata(folder)
         files, captions = [row.path for row in rows], [row.prompt for row in rows]
     else:
