@@ -48,7 +48,7 @@ mbtree_propagate_list_internal). With cpu-independent, x264 uses its C code for 
 def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int) -> UInt8[np.ndarray, "t y x 3"]:
     """Read the frames shown at 0, 1 / fps, 2 / fps, ... seconds, upright, scaled and cropped to `height` x `width`.
 
-    The crop keeps the centre. The scaling keeps the aspect ratio of the picture as displayed; pixels need not be square.
+    The crop keeps the centre. Scaling keeps the aspect ratio of the displayed picture; pixels need not be square.
 
     Raises:
         InputError: the file does not exist, is not a video, is damaged, is too short for `frames`, or has frames of an

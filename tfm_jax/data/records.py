@@ -74,9 +74,7 @@ class RecordWriter:
             raise InputError(f"{self.partial}: not made by this version of prepare_data.py; remove or rename it")
         with contextlib.ExitStack() as held:
             if not held.enter_context(lock(self.partial / LOCK)):
-                raise InputError(
-                    f"{self.folder}: another run is writing it; wait for it to finish, or use another data.path"
-                )
+                raise InputError(f"{self.folder}: in use by another run; wait for it to finish")
             if self._remove_files():
                 print(f"note: {self.partial}: removed the files of an unfinished run", flush=True)
             self._lock = held.pop_all()
@@ -96,9 +94,7 @@ class RecordWriter:
             InputError: a value is not finite.
         """
         if not (np.isfinite(record.latents).all() and np.isfinite(record.text).all()):
-            raise InputError(
-                f"{record.video}: the latents or the text embedding are not finite; check the weights of the model"
-            )
+            raise InputError(f"{record.video}: its latents or text are not finite; check the weights of the model")
         if len(record.text) > TEXT_LENGTH:
             raise ValueError(f"{record.video}: {len(record.text)} text tokens; expected at most {TEXT_LENGTH}")
         if self._writer is None:
@@ -146,9 +142,8 @@ class RecordWriter:
         if self._writer is None:
             raise InputError(f"{self.folder}: no clips were written; expected at least one")
         self._writer.close_all()
-        (self.partial / FINGERPRINTS).write_text(
-            "".join(f"{fingerprint}\n" for fingerprint in self._fingerprints), encoding="ascii"
-        )
+        lines = "".join(f"{fingerprint}\n" for fingerprint in self._fingerprints)
+        (self.partial / FINGERPRINTS).write_text(lines, encoding="ascii")
         (self.partial / LOCK).unlink()
         self.partial.rename(self._target)
 
@@ -203,9 +198,7 @@ def open_records(folder: Path) -> Records:
     if not (folder / INFO).is_file():
         raise InputError(f"{folder}: no {INFO} in it; {expected}")
     if not (folder / FINGERPRINTS).is_file():
-        raise InputError(
-            f"{folder}: no {FINGERPRINTS} in it, so it was written by an earlier version; prepare the data again"
-        )
+        raise InputError(f"{folder}: no {FINGERPRINTS}: written by an earlier version; prepare the data again")
     try:
         builder: Any = tfds.builder_from_directory(folder)
         features = builder.info.features

@@ -95,18 +95,15 @@ class Samples:
             raise self._other_run("sampling.prompts", settings.prompts, count)
         for number, (old, new) in enumerate(zip(started.prompts, self.prompts, strict=True)):
             if old != new:
-                raise self._other_run(
-                    "sampling.prompts", settings.prompts, f"were made with another prompt {number}: {old!r}"
-                )
+                raise self._other_run("sampling.prompts", settings.prompts, f"have another prompt {number}: {old!r}")
         if started.lora != self.lora:
             raise self._other_run("sampling.lora", settings.lora or "null", "were made with another LoRA")
         if started.weights != self.weights:
             raise self._other_run("model.path", self.run.model.path, "were made with other weights")
 
     def _other_run(self, name: str, value: Any, difference: str) -> InputError:
-        return InputError(
-            f"{name}={value}: the videos in {self.folder} {difference}; expected the same value, or another sampling.output"
-        )
+        expected = "expected the same value, or another sampling.output"
+        return InputError(f"{name}={value}: the videos in {self.folder} {difference}; {expected}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
