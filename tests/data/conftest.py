@@ -1,20 +1,21 @@
 """A folder of prepared clips in three shards."""
 
-import numpy as np
 import pytest
-from helpers.records import SHAPE, TEXT_DIM, write_records
-
-from tfm_jax.data import records as records_module
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Three records a shard."""
-    size = 4 * (int(np.prod(SHAPE)) + records_module.TEXT_LENGTH * TEXT_DIM)
-    monkeypatch.setattr(records_module, "SHARD_BYTES", 3 * size + 10)
+    """Make shards of three records each."""
+    from helpers.records import RECORD_BYTES  # not above: pytest must first install the type checks of our package
+
+    from tfm_jax.data import records
+
+    monkeypatch.setattr(records, "SHARD_BYTES", 3 * RECORD_BYTES + 10)
 
 
 @pytest.fixture
 def dataset(tmp_path, small_shards):
+    from helpers.records import write_records
+
     write_records(tmp_path / "latents")
     return tmp_path / "latents"
