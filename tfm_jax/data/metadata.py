@@ -97,7 +97,7 @@ def _check_header(header: list[str], file: Path) -> None:
     for name in ("video", "prompt"):
         if header.count(name) != 1:
             found = f"{header.count(name)} columns {name!r} among {', '.join(map(_quote, header)) or 'none'}"
-            raise InputError(f"{file}:1: {found}; expected exactly one, in a header such as video,prompt")
+            raise InputError(f"{file}:1: {found}; expected one, in a header such as video,prompt")
 
 
 def _clip(line: int, header: list[str], row: list[str], folder: Path) -> Clip:
