@@ -1,4 +1,4 @@
-"""Folders that results go to, files that are written whole, locks that end with their process."""
+"""Output folders, files that are written completely or not at all, and locks that end with their process."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from tfm_jax.files import check_new_directory, check_output_directory, lock, rep
 
 
 @pytest.mark.parametrize("path", ["", ".", "/", "..", "./.", "/.."])
-def test_no_results_go_into_the_current_folder_or_a_root(path, tmp_path, monkeypatch):
+def test_the_current_folder_and_its_parents_are_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"train.output=.*expected the path of a folder"):
         check_output_directory("train.output", Path(path))
@@ -28,7 +28,7 @@ def test_a_folder_with_files_in_it_is_not_new(tmp_path):
         check_new_directory("target", tmp_path / "file")
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     file = tmp_path / "new" / "file"
     with replacing(file) as scratch:
         scratch.write_text("old")

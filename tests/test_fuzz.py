@@ -1,6 +1,6 @@
-"""Random damage to everything that is read: what comes out is what went in, or `InputError`, and nothing else.
+"""Random damage to every kind of input: either the right content is read, or `InputError` is raised.
 
-`make test` tries a few cases, the same ones every time; the slow tests try thousands of new ones.
+`make test` tries a few cases, always the same; the slow tests try thousands of new ones.
 """
 
 import json
@@ -42,11 +42,11 @@ MODEL = WAN_TINY
 CONFIG = ROOT / "configs" / "wan_tiny.yaml"
 
 Fuzz = Callable[[st.DataObject, Path], None]
-"""Draws damaged input, writes it into a folder, and reads it."""
+"""A function that draws damaged input, writes it into a folder, and reads it."""
 
 
 def refused(read: Callable[[], Any]) -> Any:
-    """What `read` returns; None for input that it refuses. Any other exception fails the test."""
+    """Return the result of `read`, or None if it raises InputError. Any other exception fails the test."""
     try:
         return read()
     except InputError:
@@ -54,7 +54,7 @@ def refused(read: Callable[[], Any]) -> Any:
 
 
 def fresh(file: Path, content: str | bytes) -> Path:
-    """A new file: what is mapped into memory from an old one stays as it is."""
+    """Write a new file instead of overwriting an old one, which may still be mapped into memory."""
     file.unlink(missing_ok=True)
     file.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
     return file
@@ -86,13 +86,13 @@ KINDS = st.sampled_from([TrainRun, SampleRun, PrepareRun])
 
 
 def parse(data: st.DataObject, arguments: list[str]) -> None:
-    """Whatever is accepted can be written, and read back as it was."""
+    """Every accepted configuration can be written as plain values."""
     found = refused(lambda: config.parse(data.draw(KINDS), arguments, "program.py", ""))
     assert found is None or config.plain(found)
 
 
 def sound_values() -> dict[str, Any]:
-    """The configuration of the embedded model, with all that has to be given."""
+    """The configuration of the embedded model, with all required fields."""
     values = config._read(CONFIG)
     values["train"]["output"] = values["sampling"]["output"] = values["data"]["path"] = "new"
     return values
@@ -180,7 +180,7 @@ def lora_header(data: st.DataObject, folder: Path) -> None:
 
 
 def lora_tensors(data: st.DataObject, folder: Path) -> None:
-    """Tensors that may be a LoRA, of any dialect or none, in a file that is sound."""
+    """A valid file with tensors that may be a LoRA of any dialect, or none."""
     prefix = st.sampled_from(["diffusion_model.", "transformer.", "base_model.model.", "pipe.dit.", "", "unet."])
     place = st.sampled_from(
         ["blocks.0.self_attn.q", "blocks.0.attn1.to_q", "blocks.1.ffn.0", "blocks.-1.ffn.0", "blocks.0"]
@@ -205,7 +205,7 @@ def lora_metadata(data: st.DataObject, folder: Path) -> None:
     fields = data.draw(damaged_json({"transformer.r": 2, "transformer.lora_alpha": 2}) | JUNK.map(json.dumps) | TEXT)
     try:
         content = save(LORA, {"lora_adapter_metadata": fields})
-    except UnicodeEncodeError:  # safetensors writes UTF-8 alone
+    except UnicodeEncodeError:  # safetensors writes only UTF-8
         return
     check_lora(fresh(folder / "lora", content))
 
@@ -230,7 +230,7 @@ def pth(data: st.DataObject, folder: Path) -> None:
 
 
 def architecture(data: st.DataObject, folder: Path) -> None:
-    """A configuration that is accepted describes a network that can be built."""
+    """Every accepted configuration describes a network that can be built."""
     component = data.draw(st.sampled_from(COMPONENTS))
     place = folder / component.name
     place.mkdir(exist_ok=True)
@@ -240,7 +240,7 @@ def architecture(data: st.DataObject, folder: Path) -> None:
     sound = json.loads((MODEL / component.name / "config.json").read_text())
     fresh(place / "config.json", data.draw(damaged_json(sound) | JUNK.map(json.dumps)))
     source = refused(partial(find_source, folder, component))
-    if source and component is not VAE and source.config.layers < 10:  # seconds, for an autoencoder
+    if source and component is not VAE and source.config.layers < 10:  # building an autoencoder takes seconds
         abstract_parameters(component, source.config, jnp.float32)
 
 
@@ -272,7 +272,7 @@ def clip(data: st.DataObject, folder: Path) -> None:
 
 
 def write_clip(file: Path, pixels: np.ndarray) -> None:
-    """Pixels in the container of the suffix."""
+    """Write pixels in the container that the suffix names."""
     mp4 = file.with_suffix(".mp4")
     video.write_clip(mp4, pixels, 16)
     if file != mp4:
@@ -285,7 +285,7 @@ def write_clip(file: Path, pixels: np.ndarray) -> None:
 
 
 def records(data: st.DataObject, folder: Path) -> None:
-    """A record is the one that was written, whatever happened to the files."""
+    """A record that is read equals the one that was written, whatever happened to the files."""
     place = folder / "latents"
     rng = np.random.default_rng(0)
     latents, text = rng.standard_normal((1, 2, 2, 4), np.float32), rng.standard_normal((3, 4), np.float32)
@@ -306,7 +306,7 @@ def records(data: st.DataObject, folder: Path) -> None:
 
 
 def checkpoint(data: st.DataObject, folder: Path) -> None:
-    """A checkpoint is the one that was saved, whatever happened to its files."""
+    """A checkpoint that is restored equals the one that was saved, whatever happened to its files."""
     place = folder / "checkpoints"
     arrays = {"a": jnp.arange(6.0).reshape(2, 3), "step": jnp.int32(1)}
     if not place.exists():
@@ -331,7 +331,7 @@ QUICK: dict[Fuzz, int] = {
     lora_bytes: 200, lora_header: 300, lora_tensors: 200, lora_metadata: 200, index: 150, pth: 200,
     architecture: 200, tokenizer: 100, clip: 500, records: 60, checkpoint: 60,
 }  # fmt: skip
-"""What is fuzzed -> cases in `make test`."""
+"""Function -> number of cases in `make test`."""
 
 
 def fuzz(target: Fuzz, folder: Path, cases: int, **more: Any) -> None:

@@ -24,6 +24,7 @@ from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import Record, RecordWriter, open_records
 from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly
+from tfm_jax.sharding import one_device_mesh
 from tfm_jax.train import loop
 from tfm_jax.train.metrics import Metrics, read_metrics
 
@@ -213,7 +214,7 @@ def test_a_process_of_eight_reads_an_eighth(folder, launch, tmp_path):
 
 def test_an_error_of_one_process_ends_all(folder, launch):
     """A clip is damaged that one process reads at the third step, while the other waits for that step's gradients."""
-    clip = Batches(open_records(folder / "latents"), BATCH, seed=0).at(2)[1][BATCH - 1]
+    clip = Batches(open_records(folder / "latents"), BATCH, 0, one_device_mesh()).read(2)[1][BATCH - 1]
     damage(folder / "latents", folder / "damaged", clip)
     two = launch(2, training(folder, f"--train.output={folder / 'failed'}", f"--data.path={folder / 'damaged'}"))
     error = two[1].stderr.readline()

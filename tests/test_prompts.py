@@ -1,4 +1,4 @@
-"""Prompt files: what ends a line, and what is refused."""
+"""Prompt files: what separates lines, and what is refused."""
 
 import pytest
 

@@ -7,6 +7,9 @@ l: text tokens (512)          d: width of the text embedding (4096)
 s: tokens of the transformer, f * (h / 2) * (w / 2)
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 TEXT_LENGTH = 512
@@ -20,3 +23,12 @@ TokenMask = Int[Array, "b l"]
 PerVideo = Float[Array, "b"]
 PerFrame = Float[Array, "b f"]
 Scalar = Float[Array, ""]
+
+
+def pad_text(embeddings: Sequence[Float[np.ndarray, "_ d"]]) -> Float[np.ndarray, "b l d"]:
+    """Stack the text embeddings of prompts, each padded with zeros to 512 tokens, as the transformer takes them."""
+    first = embeddings[0]
+    padded = np.zeros((len(embeddings), TEXT_LENGTH, first.shape[1]), first.dtype)
+    for row, embedding in zip(padded, embeddings, strict=True):
+        row[: len(embedding)] = embedding
+    return padded

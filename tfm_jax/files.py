@@ -1,4 +1,4 @@
-"""Files and folders that a program writes: checked before any work, written whole or not at all, used by one run."""
+"""Output files and folders: checked before any work, written completely or not at all, locked by one run."""
 
 import contextlib
 import errno
@@ -11,13 +11,13 @@ from tfm_jax.errors import InputError
 
 
 def check_output_directory(field: str, path: Path) -> None:
-    """Check that `path` can be a folder of results; it may exist.
+    """Check that `path` can be an output folder; it may exist.
 
     Raises:
-        InputError: `path` is empty, the current folder or one above it (the root is), or a file.
+        InputError: `path` is empty, a file, the current folder or one of its parents (such as the root).
     """
-    # Path("") is Path("."): both would put results among whatever is in the current folder.
-    # realpath: before Python 3.13, resolve() raises RuntimeError on links that lead to themselves.
+    # Path("") is Path("."): both would mix the results with the files of the current folder.
+    # realpath: before Python 3.13, resolve() raises RuntimeError on circular links.
     if Path.cwd().resolve().is_relative_to(os.path.realpath(path)):
         raise InputError(f"{field}={path}: expected the path of a folder for the results, such as runs/name")
     if path.exists() and not path.is_dir():
@@ -25,10 +25,10 @@ def check_output_directory(field: str, path: Path) -> None:
 
 
 def check_new_directory(field: str, path: Path) -> None:
-    """Check that `path` can become a folder of results: it does not exist, or is an empty folder.
+    """Check that `path` can be an output folder, and that it does not exist or is empty.
 
     Raises:
-        InputError: it has something in it, or is no output folder as `check_output_directory` says.
+        InputError: it is not empty, or `check_output_directory` refuses it.
     """
     check_output_directory(field, path)
     if path.exists() and any(path.iterdir()):
@@ -37,13 +37,13 @@ def check_new_directory(field: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A scratch path beside `path` to write to. It takes the place of `path` at the end, and is removed on an error."""
+    """Yield a temporary path in the same folder, which replaces `path` at the end and is removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield scratch
         scratch.replace(path)
-    except OSError as error:  # one from a write, such as on a full disk, names no file
+    except OSError as error:  # a failed write, such as on a full disk, does not name the file
         error.filename = error.filename or str(path)
         raise
     finally:
@@ -52,11 +52,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lock(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process holds the lock `file` inside the block. The operating system frees it when a process ends.
+    """Try to lock `file` for the block, and yield whether it succeeded. The lock also ends when the process does.
 
     Args:
-        file: made if it does not exist; it stays, and means nothing by itself.
-        wait: for another process to free the lock.
+        file: created if it does not exist. It remains afterwards; its existence does not mean that it is locked.
+        wait: wait until no other process holds the lock.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as stream:
@@ -68,5 +68,5 @@ def lock(file: Path, *, wait: bool = False) -> Iterator[bool]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
-            print(f"note: {file}: this filesystem has no locks; make sure that no other program writes here")
+            print(f"note: {file}: this filesystem does not support locks; make sure that no other program writes here")
         yield True

@@ -1,4 +1,4 @@
-"""Text files of prompts, one prompt on each line."""
+"""Prompt files: text files with one prompt per line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ from tfm_jax.errors import InputError
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The lines of a UTF-8 text file, without the blanks around them and without blank lines.
+    """Read the lines of a UTF-8 text file, stripped of surrounding white space; blank lines are skipped.
 
     Only line feeds (LF or CR LF) end a line: a prompt may contain any other separator, such as U+2028.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8 text, or has no prompt.
+        InputError: the file cannot be read, is not UTF-8, or contains no prompt.
     """
     try:
         text = file.read_bytes().decode("utf-8-sig")

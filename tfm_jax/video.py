@@ -1,7 +1,7 @@
-"""Video files: pixels of a clip out of one, a clip into one, several clips on one picture.
+"""Video files: reading the pixels of a clip, writing a clip, showing several clips in one picture.
 
 We open every file ourselves and give the decoder a stream and the container format. A name such as `concat:...` or a
-playlist called `.mp4` therefore cannot make the decoder open any other file.
+playlist called `.mp4` therefore cannot make the decoder open another file.
 """
 
 import re
@@ -19,18 +19,19 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from tfm_jax.errors import InputError
+from tfm_jax.files import replacing
 
 CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska"}
 """File suffix -> name of the demuxer."""
 
 MAX_FRAME_PIXELS = 8192 * 4320
-"""Frames are decoded one by one: this bounds the memory that a file of a few bytes can ask for."""
+"""Frames are decoded one by one, so this bounds the memory that a tiny file can request."""
 
 CLOCK_TOLERANCE = Fraction(1, 1000)
-"""Seconds by which a timestamp may be late: containers round them, Matroska to whole milliseconds."""
+"""How late a timestamp may be, in seconds: containers round timestamps, Matroska to whole milliseconds."""
 
 TO_RGB = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-"""Colour at full resolution; the default repeats every second column of it, which costs 4 dB."""
+"""Interpolates colour to full resolution; the default repeats every second column, which costs 4 dB."""
 
 TO_YUV = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
 """Without accurate rounding the result depends on the instruction set of the CPU."""
@@ -39,23 +40,24 @@ BT709 = 1
 LIMITED_RANGE = 1
 
 ENCODER_OPTIONS = {"crf": "12", "x264-params": "cpu-independent=1"}
-"""x264's AVX-512 code for the macroblock tree takes eight blocks at a time and reads uninitialised memory behind the
-last row of a picture whose width is not a multiple of 128 (x264 revision c24e06c2, common/x86/mc-a2.asm,
-mbtree_propagate_list_internal). With cpu-independent it uses the C code for this part."""
+"""x264's AVX-512 code for the macroblock tree processes eight blocks at a time. If the width of the picture is not a
+multiple of 128, it reads uninitialised memory behind the last row (x264 revision c24e06c2, common/x86/mc-a2.asm,
+mbtree_propagate_list_internal). With cpu-independent, x264 uses its C code for this part."""
 
 
 def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int) -> UInt8[np.ndarray, "t y x 3"]:
-    """The frames on display at 0, 1 / fps, 2 / fps, ... seconds, upright, scaled to cover `height` x `width`, cropped.
+    """Read the frames shown at 0, 1 / fps, 2 / fps, ... seconds, upright, scaled and cropped to `height` x `width`.
 
-    The crop keeps the centre; the scaling keeps the aspect ratio (of the picture as shown, pixels need not be square).
+    The crop keeps the centre. Scaling keeps the aspect ratio of the displayed picture; pixels need not be square.
 
     Raises:
-        InputError: no such file, not a video, too short for so many frames, damaged, or of an absurd size.
+        InputError: the file does not exist, is not a video, is damaged, is too short for `frames`, or has frames of an
+            absurd size.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a video")
     if path.suffix.lower() not in CONTAINERS:
-        raise InputError(f"{path}: unknown kind of file; expected one of {', '.join(CONTAINERS)}")
+        raise InputError(f"{path}: unknown file type; expected one of {', '.join(CONTAINERS)}")
     times = [i / Fraction(fps) for i in range(frames)]
     try:
         with path.open("rb") as file, _open(file, CONTAINERS[path.suffix.lower()]) as container:
@@ -64,42 +66,39 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int
             aspect = stream.sample_aspect_ratio or Fraction(1)
             return np.stack([_fit(frame, height, width, aspect, path) for frame in shown])
     except (FFmpegError, OSError) as error:
-        raise InputError(f"{path}: damaged or not a video ({error.strerror}); expected a whole video file") from error
+        raise InputError(f"{path}: damaged or not a video ({error.strerror}); expected a whole video") from error
 
 
 def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int) -> None:
-    """Write an mp4 file (H.264, 4:2:0, BT.709) that looks like the clip; an existing file is replaced at the end.
+    """Encode a clip as an mp4 file (H.264, 4:2:0, BT.709); an existing file is replaced at the end.
 
-    The same clip gives the same bytes with the same build of PyAV, whatever the load and the number of cores.
+    The bytes depend only on the clip and the build of PyAV, not on the load or the number of cores.
 
     Raises:
-        InputError: height or width is odd, which 4:2:0 cannot hold.
+        InputError: height or width is odd, which 4:2:0 does not support.
     """
     height, width = clip.shape[1:3]
     if height % 2 or width % 2:
         raise InputError(f"{path}: a clip of {height} x {width} pixels; expected an even height and width")
-    partial = path.with_name(f".{path.name}.partial").absolute()
-    try:
-        with av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            stream.options = {**ENCODER_OPTIONS}
-            context = stream.codec_context
-            context.thread_count = 1  # the file depends on the number of threads, the default on the number of cores
-            context.colorspace = context.color_primaries = context.color_trc = BT709
-            context.color_range = LIMITED_RANGE
-            for pixels in clip:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                yuv = frame.reformat(format="yuv420p", dst_colorspace=BT709, interpolation=TO_YUV, threads=1)
-                container.mux(stream.encode(yuv))
-            container.mux(stream.encode(None))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    options = {"movflags": "+faststart"}
+    # An absolute path, because FFmpeg takes the start of a relative one such as concat:a.mp4 for a protocol.
+    with replacing(path.absolute()) as scratch, av.open(scratch, "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {**ENCODER_OPTIONS}
+        context = stream.codec_context
+        context.thread_count = 1  # the bytes depend on the number of threads, which is the number of cores by default
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED_RANGE
+        for pixels in clip:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            yuv = frame.reformat(format="yuv420p", dst_colorspace=BT709, interpolation=TO_YUV, threads=1)
+            container.mux(stream.encode(yuv))
+        container.mux(stream.encode(None))
 
 
 def find_clips(folder: Path) -> list[Path]:
-    """The mp4 files of a folder, in the order of the numbers in their names: 999.mp4 comes before 1000.mp4."""
+    """Return the mp4 files of a folder, sorted by the numbers in their names: 999.mp4 comes before 1000.mp4."""
 
     def key(file: Path) -> tuple[list[str | int], str]:
         parts = re.split(r"([0-9]+)", file.name)  # every second part is a number
@@ -109,17 +108,17 @@ def find_clips(folder: Path) -> list[Path]:
 
 
 def from_uint8(pixels: UInt8[np.ndarray, "*any 3"]) -> Float[np.ndarray, "*any 3"]:
-    """0..255 -> -1..1, the range the video autoencoder works in."""
+    """Map 0..255 to -1..1, the range of the video autoencoder."""
     return pixels.astype(np.float32) / 127.5 - 1
 
 
 def to_uint8(pixels: Float[np.ndarray, "*any 3"]) -> UInt8[np.ndarray, "*any 3"]:
-    """-1..1 -> 0..255, rounded; what lies outside is clipped."""
+    """Map -1..1 to 0..255, with clipping and rounding."""
     return np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def contact_sheet(clips: Iterable[np.ndarray], labels: Sequence[str], columns: int = 9, cell: int = 128) -> Image.Image:
-    """One row a clip (`[t, y, x, 3]` uint8): its label, under it up to `columns` evenly spaced frames, `cell` wide."""
+    """Draw one row per clip (`[t, y, x, 3]` uint8): its label, and up to `columns` evenly spaced frames."""
     font, margin, line = ImageFont.load_default(14), 8, 20
     rows = [_thumbnails(clip, columns, cell) for clip in clips]
     heights = [line + row[0].height + margin for row in rows]
@@ -141,7 +140,7 @@ def _thumbnails(clip: np.ndarray, columns: int, cell: int) -> list[Image.Image]:
 
 
 def _cut(label: str, width: int, font: Any) -> str:
-    """The label on one line, as much of it as fits into `width` pixels."""
+    """Shorten a label to one line of at most `width` pixels."""
     text = " ".join(label[:width].split())
     if len(label) <= width and font.getlength(text) <= width:
         return text
@@ -151,39 +150,39 @@ def _cut(label: str, width: int, font: Any) -> str:
 
 
 def _open(file: BinaryIO, demuxer: str) -> InputContainer:
-    # Opening decodes a frame where the header leaves something open: the limit holds there too.
+    # Opening decodes a frame if the header is incomplete, so the limit is needed here too.
     return av.open(file, "r", format=demuxer, metadata_errors="ignore", options={"max_pixels": str(MAX_FRAME_PIXELS)})
 
 
 def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
-    """The first video stream, with a decoder that reports damage and keeps to the size limit."""
+    """Return the first video stream, with a decoder that reports damage and enforces the size limit."""
     if not container.streams.video:
         raise InputError(f"{path}: no video stream; expected a video")
     stream = container.streams.video[0]
     context: av.VideoCodecContext | None = stream.codec_context
-    if context is None:  # PyAV's types do not say so: there is none for a codec that FFmpeg cannot decode
+    if context is None:  # if FFmpeg cannot decode the codec, which PyAV's types omit
         raise InputError(f"{path}: no decoder for its video stream; expected a codec such as H.264")
     if context.width * context.height > MAX_FRAME_PIXELS:
         size = f"{context.width} x {context.height}"
         raise InputError(f"{path}: frames of {size} pixels; expected at most {MAX_FRAME_PIXELS:,} pixels a frame")
-    context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a frame may be larger than the header says
-    stream.thread_type = "NONE"  # with threads the decoder paints over damage and does not mark the frame
+    context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a frame may be larger than the header claims
+    stream.thread_type = "NONE"  # with threads, the decoder conceals damage and does not mark the frame
     return stream
 
 
 def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path: Path) -> Iterator[av.VideoFrame]:
-    """The frame on display at each time, in seconds from the first frame; decodes no further than it must."""
+    """Yield the frame shown at each time, in seconds from the first frame; stop decoding after the last one."""
     pending = list(reversed(times))
     shown, first, count = None, None, 0
     moment = gap = lasts = Fraction(0)
     for frame in decoded:
         if frame.is_corrupt or frame.pts is None or frame.time_base is None:
-            raise InputError(f"{path}: frame {count} is damaged; expected a whole video file")
+            raise InputError(f"{path}: frame {count} is damaged; expected a whole video")
         stamp, lasts = frame.pts * frame.time_base, frame.duration * frame.time_base
         first = stamp if first is None else first
         gap, moment = stamp - first - moment, stamp - first
         if gap < 0:
-            raise InputError(f"{path}: frame {count} is shown before frame {count - 1}; expected a whole video file")
+            raise InputError(f"{path}: frame {count} is shown before frame {count - 1}; expected a whole video")
         while shown is not None and pending and pending[-1] + CLOCK_TOLERANCE < moment:
             yield shown
             pending.pop()
@@ -191,7 +190,7 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
             return
         shown, count = frame, count + 1
     if shown is None:
-        raise InputError(f"{path}: no frame can be decoded; expected a video")
+        raise InputError(f"{path}: no frame could be decoded; expected a video")
     end = moment + (lasts or gap)
     while pending and pending[-1] + CLOCK_TOLERANCE < end:
         yield shown
@@ -202,7 +201,7 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
 
 
 def _fit(frame: av.VideoFrame, height: int, width: int, aspect: Fraction, path: Path) -> UInt8[np.ndarray, "y x 3"]:
-    """Upright pixels of one frame: the largest centred part of the right shape, scaled with antialiasing."""
+    """Return the upright pixels of a frame, cropped around its centre to the new aspect ratio and scaled smoothly."""
     turn = _orientation(frame, path)
     swapped = turn[0, 0] == 0
     if swapped:
@@ -218,15 +217,15 @@ def _fit(frame: av.VideoFrame, height: int, width: int, aspect: Fraction, path: 
 
 
 def _orientation(frame: av.VideoFrame, path: Path) -> Int[np.ndarray, "2 2"]:
-    """Where the display matrix of a frame takes the stored axes: row 0 is the shown (x, y) direction of x, row 1 of y.
+    """Return the directions in which the stored axes are displayed: row 0 is the (x, y) direction of x, row 1 of y.
 
-    The matrix `[[a, b, u], [c, d, v], [x, y, w]]` takes the stored point (p, q, 1) to (a p + c q + x, b p + d q + y),
-    up to perspective (FFmpeg, libavutil/display.h). The eight orientations of turns and flips are known; scale and
-    translation do not matter, because the picture is scaled and cropped afterwards.
+    The display matrix `[[a, b, u], [c, d, v], [x, y, w]]` maps the stored point (p, q, 1) to (a p + c q + x,
+    b p + d q + y), up to perspective (FFmpeg, libavutil/display.h). The eight combinations of quarter turns and flips
+    are supported. Scale and translation do not matter, because the picture is scaled and cropped afterwards.
     """
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError as error:  # PyAV has no name for some kinds of FFmpeg's side data
+    except ValueError as error:  # PyAV does not know some kinds of FFmpeg's side data
         raise InputError(f"{path}: side data that cannot be read ({error}); expected an ordinary video") from None
     if data is None:
         return np.eye(2, dtype=int)

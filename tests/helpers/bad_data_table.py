@@ -37,23 +37,23 @@ def table(wrong: str, content: str | bytes, *words: str) -> Row:
 
 METADATA = [
     table("no rows", "video,prompt\n", "no rows"),
-    table("nothing in it", "", "no rows"),
+    table("no content", "", "no rows"),
     table("no column of prompts", "video,caption\n0000.mp4,a disc\n", ":1", "'prompt'", "expected one"),
-    table("a column twice", "video,prompt,video\n0000.mp4,a disc,0000.mp4\n", ":1", "2 columns 'video'"),
-    table("bytes that are no text", b"video,prompt\n0000.mp4,\xff\xfe\n", "byte 22", "UTF-8"),
+    table("a repeated column", "video,prompt,video\n0000.mp4,a disc,0000.mp4\n", ":1", "2 columns 'video'"),
+    table("bytes that are not UTF-8", b"video,prompt\n0000.mp4,\xff\xfe\n", "byte 22", "UTF-8"),
     table("a zero byte in a name", "video,prompt\n0000.mp4\0,a\n", ":2", "NUL"),
-    table("a quote that stays open", 'video,prompt\n0000.mp4,"a disc\n', ":2"),
+    table("an unclosed quote", 'video,prompt\n0000.mp4,"a disc\n', ":2"),
     table("a prompt of 200,000 letters", f"video,prompt\n0000.mp4,{'a' * 200_000}\n", ":2", "field larger"),
-    table("a field too many", "video,prompt\n0000.mp4,a disc, red\n", ":2", "3 fields", "expected 2"),
-    table("a field too few", "video,prompt\n0000.mp4\n", ":2", "1 field", "expected 2"),
-    table("the same row twice", "video,prompt\n0000.mp4,a\n0000.mp4,a\n", ":3", "same video and prompt as line 2"),
+    table("one field too many", "video,prompt\n0000.mp4,a disc, red\n", ":2", "3 fields", "expected 2"),
+    table("one field too few", "video,prompt\n0000.mp4\n", ":2", "1 field", "expected 2"),
+    table("a repeated row", "video,prompt\n0000.mp4,a\n0000.mp4,a\n", ":3", "same video and prompt as line 2"),
     table("no such video", "video,prompt\n0009.mp4,a\n", ":2", "video='0009.mp4'", "no such file"),
     table("an empty name", "video,prompt\n ,a\n", ":2", "empty"),
-    table("a path that leads out", "video,prompt\n../clips/0000.mp4,a\n", ":2", "leads out of the folder"),
+    table("a path outside the folder", "video,prompt\n../clips/0000.mp4,a\n", ":2", "is outside the folder"),
     table("an absolute path", "video,prompt\n/etc/passwd,a\n", ":2", "an absolute path"),
-    table("an absolute path of Windows", "video,prompt\nC:\\clip.mp4,a\n", ":2", "an absolute path"),
+    table("an absolute Windows path", "video,prompt\nC:\\clip.mp4,a\n", ":2", "an absolute path"),
     table("a URL", "video,prompt\nhttps://example.org/a.mp4,a\n", ":2", "a URL"),
-    table("a folder for a video", "video,prompt\n.,a\n", ":2", "no such file"),
+    table("a folder instead of a video", "video,prompt\n.,a\n", ":2", "no such file"),
     table("a name of 5000 letters", f"video,prompt\n{'a' * 5000}.mp4,a\n", ":2"),
     row(
         "prepare_data",
@@ -93,16 +93,16 @@ METADATA = [
     ),
     row(
         "prepare_data",
-        "a clip that links out",
+        "a clip that links to a file outside",
         "--data.source=$tmp/clips",
-        words=("metadata.csv:2", "leads out"),
+        words=("metadata.csv:2", "is outside"),
         broken=link("clips/0000.mp4", "$world/clips/0000.mp4"),
     ),
 ]
 
 
 def video(wrong: str, broken: Break, *words: str) -> list[Row]:
-    """A clip that is no good: one of many, and the only one, for the program that passes over such clips."""
+    """A bad clip: one of many, and, for the program that skips bad clips, the only one."""
     words = ("0002.mp4", *words)
     alone = metadata("video,prompt\n0002.mp4,a disc\n")
     return [
@@ -122,13 +122,13 @@ CLIPS = [
     *video("without its end", cut(MP4, 0.98)),
     *video("of one frame", clip(MP4, frames=1), "1 frame"),
     *video("of four frames", clip(MP4, frames=4), "4 frames"),
-    *video("of sound alone", sound_only(MP4), "no video stream"),
+    *video("with sound only", sound_only(MP4), "no video stream"),
     *video("turned by an odd angle", matrix(MP4, 2, 1, -1, 2), "turns by multiples of 90 degrees"),
-    *video("of no angle at all", matrix(MP4, 0, 0, 0, 0)),
+    *video("with a zero display matrix", matrix(MP4, 0, 0, 0, 0)),
     row("prepare_data", "clips too short", "--clip.frames=9", words=("0000.mp4: 5 frames", "9 frames")),
     row("evaluate", "clips too short", "--frames=9", words=("0000.mp4: 5 frames", "9 frames")),
     row("evaluate", "no such folder", "$tmp/none", words=("$tmp/none", "no such folder")),
-    row("evaluate", "an empty text for a folder", "", words="expected"),
+    row("evaluate", "an empty folder name", "", words="expected"),
     row(
         "evaluate",
         "a folder without clips",
@@ -138,15 +138,15 @@ CLIPS = [
     row("evaluate", "no such reference", "--reference=$tmp/none", words=("$tmp/none", "no such folder")),
     row(
         "evaluate",
-        "a reference of few clips",
+        "a reference with too few clips",
         "--reference=$tmp/clips",
         words=("$tmp/clips", "expected at least 4"),
         broken=[remove("clips/metadata.csv"), remove("clips/0003.mp4")],
     ),
-    row("evaluate", "a folder twice", "$world/clips", "$world/clips", words=("clips", "2 folders")),
+    row("evaluate", "a repeated folder", "$world/clips", "$world/clips", words=("clips", "2 folders")),
     row(
         "evaluate",
-        "folders of different size",
+        "folders with different numbers of clips",
         "$world/clips",
         "$tmp/fewer",
         words=("clips has 4", "fewer has 3"),
@@ -154,16 +154,16 @@ CLIPS = [
     ),
     row(
         "evaluate",
-        "metadata with a path that leads out",
+        "metadata with a path outside the folder",
         "$tmp/clips",
-        words=("metadata.csv:2", "leads out"),
+        words=("metadata.csv:2", "is outside"),
         broken=metadata("video,prompt\n../a.mp4,a\n"),
     ),
     row("evaluate", "no such captions", "--prompts=$tmp/none.txt", words="$tmp/none.txt"),
-    row("evaluate", "captions of another number", "--prompts=$world/prompts.txt", words=("prompts.txt", "expected 4")),
+    row("evaluate", "a wrong number of captions", "--prompts=$world/prompts.txt", words=("prompts.txt", "expected 4")),
     row(
         "evaluate",
-        "captions that are no text",
+        "captions that are not UTF-8",
         "--prompts=$tmp/p.txt",
         words=("p.txt", "UTF-8"),
         broken=write("p.txt", b"\xff\xfe\n"),
@@ -182,25 +182,25 @@ def data(wrong: str, broken: Break, *words: str) -> Row:
 
 PREPARED = [
     row("train", "no such data", "--data.path=$tmp/none", words=("$tmp/none", "prepare_data.py")),
-    row("train", "clips for data", "--data.path=$world/clips", words=("$world/clips", "prepare_data.py")),
-    row("train", "a file for data", "--data.path=$world/config.yaml", words=("config.yaml", "prepare_data.py")),
+    row("train", "clips instead of data", "--data.path=$world/clips", words=("$world/clips", "prepare_data.py")),
+    row("train", "a file instead of data", "--data.path=$world/config.yaml", words=("config.yaml", "prepare_data.py")),
     row(
         "train",
-        "a batch of more clips than there are",
+        "a batch larger than the dataset",
         "--train.batch_size=5",
         words=("train.batch_size=5", "only 4 clips"),
     ),
-    row("train", "a mesh of more devices than there are", "--mesh.fsdp=2", words=("mesh.fsdp=2", "1 devices")),
+    row("train", "a mesh with more devices than available", "--mesh.fsdp=2", words=("mesh.fsdp=2", "1 devices")),
     data("without its information", remove("latents/dataset_info.json"), "prepare_data.py"),
     data("whose information is cut off", cut("latents/dataset_info.json"), "prepare_data.py"),
-    data("whose information is no JSON", write("latents/dataset_info.json", "what"), "prepare_data.py"),
+    data("whose information is not JSON", write("latents/dataset_info.json", "what"), "prepare_data.py"),
     data("whose information is nested", write("latents/dataset_info.json", DEEP), "prepare_data.py"),
-    data("of a hundred clips, it says", replace("latents/dataset_info.json", '"4"', '"100"')),
+    data("that claims to have a hundred clips", replace("latents/dataset_info.json", '"4"', '"100"')),
     data("whose features are cut off", cut("latents/features.json"), "prepare_data.py"),
     data("without its features", remove("latents/features.json"), "prepare_data.py"),
-    data("with latents of another shape, it says", replace("latents/features.json", '"6"', '"12"')),
-    data("with latents of another rank, it says", replace("latents/features.json", '"6",', "")),
-    data("with texts of another width, it says", replace("latents/features.json", '"64"', '"32"')),
+    data("that claims another shape of the latents", replace("latents/features.json", '"6"', '"12"')),
+    data("that claims another rank of the latents", replace("latents/features.json", '"6",', "")),
+    data("that claims another width of the text", replace("latents/features.json", '"64"', '"32"')),
     data("without its shard", remove(SHARD), "missing"),
     data("with a shard cut off", cut(SHARD), "prepare the data again"),
     data("with an empty shard", write(SHARD, ""), "prepare the data again"),
@@ -218,14 +218,14 @@ def adapters(wrong: str, broken: Break | Sequence[Break], *words: str) -> Row:
 
 
 def both(number: int) -> Callable:
-    """For `lora`: the first layer's factors are of another width."""
+    """For `lora`: give the factors of the first layer another width."""
     return lambda t: t.update(
         {f"{Q}A.weight": np.ones((2, number), np.float32), f"{Q}B.weight": np.ones((number, 2), np.float32)}
     )
 
 
 def widen(tensors: dict[str, np.ndarray]) -> None:
-    """For `lora`: all factors are those of a model that is twice as wide."""
+    """For `lora`: give all factors the shapes of a model that is twice as wide."""
     for key, value in tensors.items():
         tensors[key] = np.tile(value, (1, 2) if "lora_A" in key else (2, 1))
 
@@ -237,13 +237,13 @@ def alpha(value: str) -> Break:
 
 LORAS = [
     row("sample", "no such LoRA", "--sampling.lora=$tmp/none", words=("$tmp/none", "no such file")),
-    row("sample", "a folder for a LoRA", "--sampling.lora=$world", words="$world"),
+    row("sample", "a folder instead of a LoRA", "--sampling.lora=$world", words="$world"),
     adapters("that is empty", write("lora", "")),
     adapters("that is an HTML page", write("lora", HTML), "HTML page"),
     adapters("that is text", write("lora", "not a LoRA")),
     adapters("that is cut off", [lora("lora"), cut("lora")]),
-    adapters("with a key twice", write("lora", REPEATED_KEY)),
-    adapters("of other tensors", lora("lora", lambda t: t.update(more=np.ones(2, np.float32))), "more"),
+    adapters("with a repeated key", write("lora", REPEATED_KEY)),
+    adapters("with unknown tensors", lora("lora", lambda t: t.update(more=np.ones(2, np.float32))), "more"),
     adapters(
         "for image to video",
         lora(
@@ -258,7 +258,7 @@ LORAS = [
         "with one factor missing", lora("lora", lambda t: t.pop(f"{Q}B.weight")), "blocks.0.self_attn.q", "no B factor"
     ),
     adapters(
-        "of two ranks",
+        "with two ranks",
         lora(
             "lora",
             lambda t: t.update(
@@ -268,7 +268,7 @@ LORAS = [
         "rank",
     ),
     adapters(
-        "whose factors do not fit",
+        "whose factors do not match",
         lora("lora", lambda t: t.update({f"{Q}A.weight": np.ones((3, 96), np.float32)})),
         "blocks.0.self_attn.q",
     ),
@@ -276,21 +276,21 @@ LORAS = [
     adapters("with one layer of another width", lora("lora", both(95)), "self_attn.q"),
     adapters("for a wider model", lora("lora", widen), "self_attn.q is [2, 192]", "expected [2, 96]"),
     adapters(
-        "with a layer too many",
+        "with one layer too many",
         lora(
             "lora", lambda t: t.update({k.replace("blocks.0", "blocks.4"): v for k, v in t.items() if "blocks.0" in k})
         ),
         "blocks.4",
     ),
     adapters(
-        "with a layer too few", lora("lora", lambda t: [t.pop(k) for k in list(t) if "blocks.3" in k]), "blocks.3"
+        "with one layer too few", lora("lora", lambda t: [t.pop(k) for k in list(t) if "blocks.3" in k]), "blocks.3"
     ),
     adapters(
-        "of scalars",
+        "with scalars",
         lora("lora", lambda t: t.update({f"{Q}A.weight": np.ones((), np.float32)})),
         "blocks.0.self_attn.q",
     ),
-    adapters("of whole numbers", lora("lora", lambda t: t.update({f"{Q}A.weight": np.ones((2, 96), np.int32)})), "I32"),
+    adapters("with integers", lora("lora", lambda t: t.update({f"{Q}A.weight": np.ones((2, 96), np.int32)})), "I32"),
     adapters("whose alpha is 10^400", alpha("1" + "0" * 400), "alpha"),
     adapters("whose alpha is NaN", alpha("NaN"), "NaN"),
     adapters("whose alpha is 0", alpha("0"), "alpha"),
@@ -312,10 +312,10 @@ def prompts(wrong: str, content: str | bytes, *words: str) -> Row:
 
 PROMPTS = [
     row("sample", "no such prompts", "--sampling.prompts=$tmp/none.txt", words=("$tmp/none.txt", "expected")),
-    row("sample", "a folder for prompts", "--sampling.prompts=$world", words=("$world", "expected")),
-    prompts("with nothing in them", "", "no prompt"),
-    prompts("of blanks", "\n \n\t\n", "no prompt"),
-    prompts("that are no text", b"a disc\n\xff\xfe\n", "UTF-8"),
+    row("sample", "a folder instead of prompts", "--sampling.prompts=$world", words=("$world", "expected")),
+    prompts("without content", "", "no prompt"),
+    prompts("of blank lines", "\n \n\t\n", "no prompt"),
+    prompts("that are not UTF-8", b"a disc\n\xff\xfe\n", "UTF-8"),
 ]
 
 DATA_FILES = [*METADATA, *CLIPS, *PREPARED, *LORAS, *PROMPTS]

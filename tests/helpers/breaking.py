@@ -1,4 +1,4 @@
-"""Ways to break the inputs of a tiny world. Each function makes a `Break`, which changes copies in a scratch folder."""
+"""Ways to break the inputs of a tiny world. Each function returns a `Break`, which changes copies in a folder."""
 
 import json
 import os
@@ -19,17 +19,17 @@ from tfm_jax import video
 
 
 class Place(NamedTuple):
-    """Where a row of the table of bad input takes place."""
+    """The folders for one row of the table of bad input."""
 
     world: Path
-    """A sound world, shared by all rows."""
+    """A valid world, shared by all rows."""
     tmp: Path
-    """The row's own folder."""
+    """A scratch folder for this row only."""
 
     def copy(self, name: str) -> Path:
-        """A path in the scratch folder, after its first part (`model` of `model/vae`) was copied from the world.
+        """Copy the first part of `name` (`model` of `model/vae`) from the world, and return the path of the copy.
 
-        Files are hard links to those of the world: do not write into them, but to `fresh` ones.
+        The copied files are hard links to those of the world. Do not write to them; use `fresh` instead.
         """
         top = Path(name).parts[0]
         if (self.world / top).is_dir() and not (self.tmp / top).exists():
@@ -41,7 +41,7 @@ class Place(NamedTuple):
         return path
 
     def fresh(self, name: str) -> Path:
-        """The same, for a file that is about to be written."""
+        """Like `copy`, for a file that will be written: the link is removed."""
         path = self.copy(name)
         path.unlink(missing_ok=True)
         return path
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 Break = Callable[[Place], None]
 
 GONE = object()
-"""In `edit_json`: the key is removed."""
+"""In `edit_json`: removes the key."""
 
 DEEP = "[" * 100_000 + "]" * 100_000
 HTML = "<!DOCTYPE html><html><body>Access denied</body></html>"
@@ -61,7 +61,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
 
 
 def copied(name: str) -> Break:
-    """A copy that nothing is wrong with."""
+    """An unchanged copy."""
     return lambda place: void(place.copy(name))
 
 
@@ -91,7 +91,7 @@ def edit_json(name: str, **changes: Any) -> Break:
 
 
 def replace(name: str, old: str, new: str) -> Break:
-    """Another text in a file in which `old` occurs."""
+    """Replace a text that occurs in a file."""
 
     def change(data: bytes) -> bytes:
         assert old.encode() in data
@@ -105,7 +105,7 @@ def cut(name: str, share: float = 0.6) -> Break:
 
 
 def flip(name: str, share: float = 0.9) -> Break:
-    """One bit of the byte at this share of the length."""
+    """Flip a bit of the byte at this share of the length."""
 
     def change(data: bytes) -> bytes:
         position = int(share * len(data))
@@ -131,7 +131,7 @@ def rename(name: str, new: str) -> Break:
 
 
 def link(name: str, target: str) -> Break:
-    """A symbolic link; `target` may name a file of the world as `$world/...`."""
+    """Make a symbolic link; `target` may name a file of the world as `$world/...`."""
 
     def apply(place: Place) -> None:
         place.fresh(name).symlink_to(target.replace("$world", str(place.world)))
@@ -140,7 +140,7 @@ def link(name: str, target: str) -> Break:
 
 
 def each(pattern: str, change: Callable[[str], Break]) -> Break:
-    """The same break for every path of the world that fits a pattern."""
+    """Apply the same break to every path of the world that matches a pattern."""
 
     def apply(place: Place) -> None:
         names = [str(path.relative_to(place.world)) for path in sorted(place.world.glob(pattern))]
@@ -155,7 +155,7 @@ def each(pattern: str, change: Callable[[str], Break]) -> Break:
 
 
 def edit_tensors(name: str, change: Callable[[dict[str, np.ndarray]], object]) -> Break:
-    """`change` alters the dictionary of tensors of a safetensors file."""
+    """Apply `change` to the dictionary of tensors of a safetensors file."""
 
     def apply(place: Place) -> None:
         tensors = load_file(place.copy(name))
@@ -166,7 +166,7 @@ def edit_tensors(name: str, change: Callable[[dict[str, np.ndarray]], object]) -
 
 
 def poison(tensor: str, value: float = np.nan) -> Callable[[dict[str, np.ndarray]], None]:
-    """For `edit_tensors`: the last number of a tensor becomes `value`."""
+    """For `edit_tensors`: set the last number of a tensor to `value`."""
 
     def change(tensors: dict[str, np.ndarray]) -> None:
         array = tensors[tensor].copy()
@@ -177,7 +177,7 @@ def poison(tensor: str, value: float = np.nan) -> Callable[[dict[str, np.ndarray
 
 
 def safetensors(header: Mapping[str, Any] | str, data: bytes = b"") -> bytes:
-    """A file with this header, sound or not."""
+    """Return a file with this header, which may be invalid."""
     text = header.encode() if isinstance(header, str) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -189,7 +189,7 @@ REPEATED_KEY = safetensors(
 
 
 def lora(name: str, change: Callable[[dict[str, np.ndarray]], object] = void, **metadata: str) -> Break:
-    """A sound LoRA file for the world's model, but for what `change` does to its tensors."""
+    """Write a valid LoRA file for the model of the world, after `change` was applied to its tensors."""
 
     def apply(place: Place) -> None:
         rng = np.random.default_rng(0)
@@ -212,13 +212,13 @@ def pth(name: str, state: Callable[[], Any]) -> Break:
 
 
 def overlapping() -> dict[str, torch.Tensor]:
-    """Two tensors that share half of their numbers."""
+    """Return two tensors that share half of their storage."""
     numbers = torch.arange(6.0)
     return {"a": numbers[:4], "b": numbers[2:]}
 
 
 def deflated(name: str) -> Break:
-    """A checkpoint whose entries are compressed, which a memory map reads as numbers."""
+    """Write a checkpoint with compressed entries, which a memory map would read as numbers."""
 
     def apply(place: Place) -> None:
         file = place.fresh(name)
@@ -233,7 +233,7 @@ def deflated(name: str) -> Break:
 
 
 def evil(name: str) -> Break:
-    """A checkpoint that makes a folder when it is unpickled with no restriction."""
+    """Write a checkpoint that creates a folder when it is unpickled without restrictions."""
 
     class Evil:
         def __init__(self, path: Path):
@@ -259,7 +259,7 @@ def clip(name: str, frames: int = 5, size: tuple[int, int] = (32, 48)) -> Break:
 
 
 def sound_only(name: str) -> Break:
-    """An mp4 file with a tenth of a second of silence and no picture."""
+    """Write an mp4 file with a tenth of a second of silence and no video stream."""
 
     def apply(place: Place) -> None:
         with av.open(place.fresh(name), "w", format="mp4") as container:
@@ -273,13 +273,13 @@ def sound_only(name: str) -> Break:
 
 
 def matrix(name: str, *values: int) -> Break:
-    """The first four numbers of the display matrix of a clip that is upright."""
+    """Set the first four numbers of the display matrix of an upright clip."""
     upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     a, b, c, d = values
     other = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
 
     def change(data: bytes) -> bytes:
-        start = data.index(upright, data.index(b"tkhd"))  # that of the track, not of the movie
+        start = data.index(upright, data.index(b"tkhd"))  # the matrix of the track, not of the movie
         return data[:start] + other + data[start + len(other) :]
 
     return edit(name, change)

@@ -1,4 +1,4 @@
-"""Strategies of hypothesis that damage sound input: bytes, JSON, text."""
+"""Hypothesis strategies that damage valid input: bytes, JSON, text."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=5,
 )
-"""Any value that JSON can hold, Python's NaN and infinity among them."""
+"""Any value that JSON can hold, including Python's NaN and infinity."""
 
 
 DEEP = "[" * 10_000 + "]" * 10_000
@@ -22,10 +22,10 @@ HOW_OFTEN = st.sampled_from([1, 1, 1, 2, 4])
 
 @st.composite
 def damaged_bytes(draw: st.DrawFn, sound: bytes, within: int | None = None) -> bytes:
-    """`sound` after some flips, cuts, deletions, insertions and repetitions.
+    """Flip, cut, delete, insert and repeat some bytes of `sound`.
 
     Args:
-        within: leave the bytes from this one on alone, but for cuts.
+        within: change only bytes before this position, except for cuts.
     """
     data = sound
     for _ in range(draw(HOW_OFTEN)):
@@ -50,7 +50,7 @@ def damaged_bytes(draw: st.DrawFn, sound: bytes, within: int | None = None) -> b
 
 @st.composite
 def damaged_text(draw: st.DrawFn, sound: str, pieces: st.SearchStrategy[str]) -> str:
-    """`sound` with some pieces of text inserted, or in the place of others."""
+    """Insert some pieces of text into `sound`, or replace text with them."""
     text = sound
     for _ in range(draw(HOW_OFTEN)):
         place = draw(st.integers(0, len(text)))
@@ -60,7 +60,7 @@ def damaged_text(draw: st.DrawFn, sound: str, pieces: st.SearchStrategy[str]) ->
 
 @st.composite
 def damaged_json(draw: st.DrawFn, sound: Any) -> str:
-    """JSON text of `sound` with some values replaced, changed a little, removed, renamed, given twice or nested."""
+    """Return the JSON text of `sound` with some values replaced, nudged, removed, renamed, repeated or nested."""
     values = copy.deepcopy(sound)
     for _ in range(draw(HOW_OFTEN)):
         places = list(_places(values))
@@ -85,7 +85,7 @@ def damaged_json(draw: st.DrawFn, sound: Any) -> str:
 
 
 def _neighbours(value: Any) -> list[Any]:
-    """Values of the same kind, which may be possible ones."""
+    """Return values of the same kind, which may be valid."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int | float):
@@ -98,7 +98,7 @@ def _neighbours(value: Any) -> list[Any]:
 
 
 def _places(values: Any) -> Any:
-    """Every (container, key or index) in nested lists and dictionaries."""
+    """Yield every (container, key or index) in nested lists and dictionaries."""
     keys = values if isinstance(values, dict) else range(len(values)) if isinstance(values, list) else ()
     for key in keys:
         yield values, key

@@ -1,4 +1,4 @@
-"""A Wan2.1 with random weights, smaller than the embedded one, in the Diffusers layout: for tests of programs."""
+"""A Wan2.1 model with random weights in the Diffusers layout, smaller than the embedded one, for tests of programs."""
 
 import math
 from pathlib import Path
@@ -37,7 +37,7 @@ def write_model(directory: Path, captions: list[str], seed: int = 0) -> None:
 
 
 def _random(component: Component, config: Any, rng: np.random.Generator) -> Source:
-    """A network drawn with NumPy: initialising it in JAX means compiling, which takes longer than the tests."""
+    """Draw a network with NumPy: initialising it in JAX means compiling, which takes longer than the tests."""
     tensors = {}
     for name, like in abstract_parameters(component, config, jnp.float32).items():
         kind = name.rpartition(".")[2]

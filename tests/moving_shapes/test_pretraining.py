@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tfm_jax import arrays
 from tfm_jax.errors import InputError
 from tfm_jax.moving_shapes.pretraining import recipe as recipes
 from tfm_jax.moving_shapes.pretraining.autoencoder import Phase, VaeRecipe, encode_clips, psnr, train_vae
@@ -44,9 +45,8 @@ def made(tmp_path_factory):
 
 def test_the_result_is_a_model_that_every_program_reads(made):
     transformer, vae = load_transformer(made / "model", jnp.float32), load_vae(made / "model")
-    text = encode_prompts(
-        load_tokenizer(made / "model"), load_text_encoder(made / "model", jnp.float32), ["a red disc"]
-    )
+    encoder = load_text_encoder(made / "model", jnp.float32)
+    text = jnp.asarray(arrays.pad_text(encode_prompts(load_tokenizer(made / "model"), encoder, ["a red disc"])))
     latents = vae.encode(jnp.zeros((1, 5, 16, 16, 3)))
     assert transformer(latents, jnp.array([500.0]), text).shape == latents.shape
     index = json.loads((made / "model" / "model_index.json").read_text(encoding="utf-8"))

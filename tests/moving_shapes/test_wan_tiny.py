@@ -10,6 +10,7 @@ import torch
 from diffusers import WanPipeline
 from helpers.paths import ROOT, WAN_TINY
 
+from tfm_jax.arrays import pad_text
 from tfm_jax.config import parse
 from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import Adapter, Lora, read_lora, write_lora
@@ -41,7 +42,8 @@ def draw_noise(seed: int, videos: int) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def text() -> jax.Array:
-    return encode_prompts(load_tokenizer(MODEL), load_text_encoder(MODEL, jnp.float32), [*PROMPTS, ""])
+    encoder = load_text_encoder(MODEL, jnp.float32)
+    return jnp.asarray(pad_text(encode_prompts(load_tokenizer(MODEL), encoder, [*PROMPTS, ""])))
 
 
 @pytest.fixture(scope="module")

@@ -621,13 +621,13 @@ def spoil(monkeypatch):
     """Put a NaN into the latents of these steps, from 1."""
 
     def spoil(*steps: int) -> None:
-        read = Batches.at
+        read_sound = Batches.read
 
-        def at(self, step):
-            batch, clips = read(self, step)
+        def read(self, step):
+            batch, clips = read_sound(self, step)
             return batch._replace(latents=batch.latents * (np.nan if step + 1 in steps else 1)), clips
 
-        monkeypatch.setattr(Batches, "at", at)
+        monkeypatch.setattr(Batches, "read", read)
 
     return spoil
 

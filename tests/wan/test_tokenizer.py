@@ -1,3 +1,5 @@
+"""The tokenizer and the encoding of prompts, against diffusers' pipeline; damaged tokenizers are refused."""
+
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5TokenizerFast
 
+from tfm_jax.arrays import pad_text
 from tfm_jax.errors import InputError
 from tfm_jax.moving_shapes.tokenizer import write_tokenizer
 from tfm_jax.wan.text_encoder import TextEncoderConfig
@@ -69,7 +72,7 @@ def encoder(config, pipeline):
 
 
 def run_pipeline(pipeline, prompts, length=512):
-    """What diffusers feeds its text encoder, and what it makes of the output: ids, mask, embeddings."""
+    """The ids and mask that diffusers gives its text encoder, and the embeddings that it passes on."""
     seen = []
     hook = pipeline.text_encoder.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
     embeddings = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length, device=torch.device("cpu"))
@@ -132,15 +135,18 @@ def test_exact_fit_does_not_warn(directory, recwarn):
 def test_encode_prompts_equals_the_pipeline(directory, pipeline, encoder):
     prompts = list(PROMPTS.values())
     _, mask, expected = run_pipeline(pipeline, prompts)
-    result = encode_prompts(Tokenizer(directory), encoder, prompts)
+    embeddings = encode_prompts(Tokenizer(directory), encoder, prompts)
+    assert [embedding.shape for embedding in embeddings] == [(length, 24) for length in mask.sum(1)]
+    result = pad_text(embeddings)
     assert result.shape == (len(prompts), 512, 24)
     assert np.abs(result - expected).max() <= 1e-5 * np.abs(expected).max()
-    assert np.all(np.asarray(result)[mask == 0] == 0)
+    assert np.all(result[mask == 0] == 0)
 
 
 def test_encode_prompts_keeps_bfloat16(directory, config, pipeline):
     encoder = from_state_dict(config, diffusers_tensors(pipeline.text_encoder), "diffusers", jnp.bfloat16)
-    assert encode_prompts(Tokenizer(directory), encoder, ["a red circle"]).dtype == jnp.bfloat16
+    embeddings = encode_prompts(Tokenizer(directory), encoder, ["a red circle"])
+    assert embeddings[0].dtype == pad_text(embeddings).dtype == jnp.bfloat16
 
 
 def test_tokenizer_of_another_model_is_refused(directory, pipeline):
@@ -166,7 +172,7 @@ def test_missing_tokenizer_names_both_places(tmp_path):
 
 
 def changed(name, **fields):
-    """Set fields of a JSON file; None takes one out."""
+    """Set fields of a JSON file; None removes a field."""
 
     def change(folder):
         values = json.loads((folder / name).read_text()) | fields
@@ -187,19 +193,19 @@ def replaced(name, text):
         (replaced(TOKENS, "version https://git-lfs.github.com/spec/v1"), f"{TOKENS}: a git-lfs pointer"),
         (replaced(TOKENS, "<!DOCTYPE html>"), f"{TOKENS}: an HTML page"),
         (replaced(TOKENS, '{"a":' * 100_000), f"{TOKENS}: JSON nested too deep"),
-        (replaced(TOKENS, "{}"), "tokenizer: not the files of a tokenizer"),
-        (changed(TOKENS, model={}), "tokenizer: not the files of a tokenizer"),
-        (changed(TOKENS, post_processor=None), r"an empty prompt, .* becomes \[0, 0, 0\]; expected </s> = 1"),
+        (replaced(TOKENS, "{}"), "tokenizer: not a tokenizer"),
+        (changed(TOKENS, model={}), "tokenizer: not a tokenizer"),
+        (changed(TOKENS, post_processor=None), r"an empty prompt, .* becomes \[0, 0, 0\]; expected \[1, 0, 0\]"),
         (replaced(SETTINGS, ""), f"{SETTINGS}: empty file"),
         (replaced(SETTINGS, "[]"), f"{SETTINGS}: a JSON list"),
         (replaced(SETTINGS, "{}"), f"{SETTINGS}: pad_token is missing"),
         (lambda folder: (folder / SETTINGS).unlink(), f"{SETTINGS}: pad_token is missing"),
         (changed(SETTINGS, pad_token=None), f"{SETTINGS}: pad_token is missing"),
         (changed(SETTINGS, eos_token=None), f"{SETTINGS}: eos_token is missing"),
-        (changed(SETTINGS, pad_token=5), "tokenizer: not the files of a tokenizer"),
+        (changed(SETTINGS, pad_token=5), "tokenizer: not a tokenizer"),
         (changed(SETTINGS, pad_token="<other>"), r"an empty prompt, .* becomes \[1, [0-9]+, [0-9]+\]; expected"),
         (changed(SETTINGS, padding_side="left"), r"an empty prompt, .* becomes \[0, 0, 1\]; expected"),
-        (changed(SETTINGS, model_max_length="x"), "tokenizer: not the files of a tokenizer"),
+        (changed(SETTINGS, model_max_length="x"), "tokenizer: not a tokenizer"),
         (replaced("special_tokens_map.json", "["), r"special_tokens_map\.json: not JSON"),
         (replaced("added_tokens.json", "[1]"), r"added_tokens\.json: a JSON list"),
     ],
@@ -216,7 +222,7 @@ def test_damaged_files(directory, tmp_path, change, words):
 
 @pytest.mark.parametrize("byte_fallback", [False, True])
 def test_reads_the_file_as_it_stands(tmp_path, byte_fallback):
-    """In the files of umT5 id 2 is <s>, <unk> is 3 and single bytes follow; the class named in them is T5Tokenizer."""
+    """In the files of umT5, <s> has id 2, <unk> has 3, and the single bytes follow; they name the class T5Tokenizer."""
     special = ["<pad>", "</s>", "<s>", "<unk>"]
     pieces = [(token, 0.0) for token in special] + [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
     pieces += [("▁", -2.0), ("▁dog", -3.0), ("狗", -4.0)]

@@ -1,20 +1,23 @@
-"""Which clips a step trains on: a function of (seed, step) alone, whatever the number of processes."""
+"""The batches of training. The order of clips is a function of (seed, step) alone, for any number of processes."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from tfm_jax.arrays import TEXT_LENGTH
+from tfm_jax.arrays import pad_text
 from tfm_jax.data.records import Records
 from tfm_jax.errors import InputError
+from tfm_jax.sharding import batch_sharding
 
 
 class Batch(NamedTuple):
-    """What a step trains on: read as numpy arrays, placed on the devices as jax arrays."""
+    """The input of one training step: numpy arrays as read, jax arrays once placed on the devices."""
 
     latents: Float[np.ndarray | Array, "b f h w c"]
     text: Float[np.ndarray | Array, "b l d"]
@@ -22,41 +25,61 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Shuffled clips, every clip once an epoch, each epoch in an order of its own; a batch may straddle two epochs.
+    """Batches of shuffled clips. Each epoch has every clip once, in a new order; a batch may span two epochs.
 
-    Args:
-        rows: the rows of every batch that this process reads, ascending; None is all of them.
+    `rows` are the rows of a batch that the devices of this process hold, ascending. Only these are read.
 
     Raises:
-        InputError: fewer clips than a batch has rows.
+        InputError: there are fewer clips than a batch has rows.
     """
 
-    def __init__(self, records: Records, batch_size: int, seed: int, rows: Sequence[int] | None = None):
+    def __init__(self, records: Records, batch_size: int, seed: int, mesh: Mesh):
         if batch_size > len(records):
             size = f"{records.folder} has only {len(records)} clips"
             expected = f"expected a batch size of at most {len(records)}"
             raise InputError(f"train.batch_size={batch_size}: {size}; {expected}")
         self.records = records
         self.batch_size = batch_size
-        self.rows = range(batch_size) if rows is None else rows
+        self.rows: Sequence[int] = _local_rows(batch_size, mesh)
+        self._sharding = batch_sharding(mesh)
         self._order: Any = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
 
-    def at(self, step: int) -> tuple[Batch, list[int]]:
-        """This process's rows of the batch of step `step` (from 0), and the records of all its rows, by index.
+    def read(self, step: int) -> tuple[Batch, list[int]]:
+        """Read this process's rows of the batch of a step (from 0).
+
+        Returns:
+            The rows, and the index of the record in every row of the whole batch.
 
         Raises:
-            InputError: a record is damaged or is not what was prepared.
+            InputError: a record is damaged, or differs from the one that was prepared.
         """
         start = step * self.batch_size
         clips = [int(self._order[row]) for row in range(start, start + self.batch_size)]
         records = [self.records[clips[row]] for row in self.rows]
-        text = np.zeros((len(records), TEXT_LENGTH, records[0].text.shape[1]), np.float32)
-        for padded, record in zip(text, records, strict=True):
-            padded[: len(record.text)] = record.text
-        return Batch(np.stack([record.latents for record in records]), text), clips
+        latents = np.stack([record.latents for record in records])
+        return Batch(latents, pad_text([record.text for record in records])), clips
 
     def iterate(self, start: int = 0) -> Iterator[tuple[int, Batch, list[int]]]:
-        """`(step, *at(step))` for step = start, start + 1, ... without end; the next few are read ahead in threads."""
+        """Yield `(step, *read(step))` for step = start, start + 1, ... without end; threads read a few steps ahead."""
         steps = grain.MapDataset.range(start, sys.maxsize)
-        read = steps.map(lambda step: (int(step), *self.at(int(step))))
-        return iter(read.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        batches = steps.map(lambda step: (int(step), *self.read(int(step))))
+        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+    def place(self, batch: Batch) -> Batch:
+        """Make global jax arrays, split over the devices of all processes, from the rows of this process."""
+
+        def place(values: np.ndarray) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                wanted = range(*index[0].indices(self.batch_size))
+                start = self.rows.index(wanted.start)
+                return values[(slice(start, start + len(wanted)), *index[1:])]
+
+            return jax.make_array_from_callback((self.batch_size, *values.shape[1:]), self._sharding, part)
+
+        return Batch(*(place(np.asarray(values)) for values in batch))
+
+
+def _local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """The rows of a batch that the devices of this process hold."""
+    parts: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(batch_size))})

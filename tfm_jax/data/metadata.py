@@ -1,4 +1,4 @@
-"""metadata.csv: which clips there are, and what each of them shows."""
+"""metadata.csv: the list of clips and their prompts."""
 
 import csv
 import os
@@ -9,7 +9,7 @@ from typing import NamedTuple, TextIO
 
 from tfm_jax.errors import InputError
 
-NAME = "metadata.csv"
+METADATA_FILE = "metadata.csv"
 
 PROBLEMS_SHOWN = 3
 
@@ -18,28 +18,29 @@ class Clip(NamedTuple):
     """A row of metadata.csv."""
 
     path: Path
-    """The video file; it exists and is in the folder, links followed."""
+    """The video file. It exists, and is inside the folder after links are resolved."""
     video: str
-    """Its name in metadata.csv, relative to the folder."""
+    """Its path as written in metadata.csv, relative to the folder."""
     prompt: str
     """May be empty."""
     line: int
-    """Where the row starts in metadata.csv, from 1."""
+    """The line of metadata.csv on which the row starts, from 1."""
 
 
-class _WrongRow(Exception):
-    """The message says what is wrong with a row, and what was expected."""
+class _BadRow(Exception):
+    """A row that cannot be used; the message gives the problem and what was expected."""
 
 
 def read_metadata(folder: Path) -> list[Clip]:
-    """The rows of `folder/metadata.csv`: UTF-8, comma-separated, columns `video` and `prompt`, any others ignored.
+    """Read the rows of `folder/metadata.csv`: UTF-8, comma-separated, with columns `video` and `prompt`.
 
-    A video may come with several prompts, each in its own row.
+    Other columns are ignored. A video may have several prompts, each in its own row.
 
     Raises:
-        InputError: with the file, and for wrong rows with the line, field and value of each of the first few.
+        InputError: the table or some of its rows cannot be used. The message names the file, and the line, field and
+            value of the first few bad rows.
     """
-    file = folder / NAME
+    file = folder / METADATA_FILE
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected a table with the columns video and prompt")
     clips: dict[tuple[str, str], Clip] = {}
@@ -51,8 +52,8 @@ def read_metadata(folder: Path) -> list[Clip]:
                     clip = _clip(line, header, row, folder)
                     same = clips.setdefault((os.path.realpath(clip.path), clip.prompt), clip)
                     if same is not clip:
-                        raise _WrongRow(f"the same video and prompt as line {same.line}; expected one row")
-                except _WrongRow as problem:
+                        raise _BadRow(f"the same video and prompt as line {same.line}; expected one row")
+                except _BadRow as problem:
                     problems.append((line, str(problem)))
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: byte {error.start} is not UTF-8; expected a UTF-8 table") from None
@@ -72,12 +73,12 @@ def _report(file: Path, problems: list[tuple[int, str]]) -> str:
     shown = [f"line {line}: {problem}" for line, problem in problems[:PROBLEMS_SHOWN]]
     if len(problems) > PROBLEMS_SHOWN:
         shown.append(f"and {len(problems) - PROBLEMS_SHOWN} more")
-    return f"{file}: {len(problems)} rows are wrong; {'; '.join(shown)}"
+    return f"{file}: {len(problems)} bad rows; {'; '.join(shown)}"
 
 
 def _rows(stream: TextIO, file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Line number, names of the columns and fields, row by row; blank lines are skipped."""
-    reader = csv.reader(stream, strict=True)  # its limit of 128 KiB a field stands
+    """Yield the line number, the column names and the fields of every row; blank lines are skipped."""
+    reader = csv.reader(stream, strict=True)  # limits a field to 128 KiB
     header: list[str] = []
     line = 1
     try:
@@ -96,47 +97,47 @@ def _check_header(header: list[str], file: Path) -> None:
     for name in ("video", "prompt"):
         if header.count(name) != 1:
             found = f"{header.count(name)} columns {name!r} among {', '.join(map(_quote, header)) or 'none'}"
-            raise InputError(f"{file}:1: {found}; expected one, in a first line such as video,prompt")
+            raise InputError(f"{file}:1: {found}; expected one, in a header such as video,prompt")
 
 
 def _clip(line: int, header: list[str], row: list[str], folder: Path) -> Clip:
     if len(row) != len(header):
-        expected = f"expected {len(header)} as in the header (quote a prompt that has commas in it)"
-        raise _WrongRow(f"{len(row)} field{'s' if len(row) > 1 else ''}; {expected}")
+        expected = f"expected {len(header)} as in the header (quote a prompt that contains commas)"
+        raise _BadRow(f"{len(row)} field{'s' if len(row) > 1 else ''}; {expected}")
     fields = dict(zip(header, row, strict=True))
     video = fields["video"]
     try:
         return Clip(_locate(video, folder), video, fields["prompt"], line)
-    except _WrongRow as problem:
-        raise _WrongRow(f"video={_quote(video)}: {problem}") from None
+    except _BadRow as problem:
+        raise _BadRow(f"video={_quote(video)}: {problem}") from None
 
 
 def _locate(video: str, folder: Path) -> Path:
-    """The path of a clip, which must be inside the folder."""
+    """Return the path of a clip, which must be inside the folder."""
     relative = "expected a path relative to the folder of metadata.csv"
     if not video.strip():
-        raise _WrongRow(f"empty; {relative}")
+        raise _BadRow(f"empty; {relative}")
     if "\0" in video:
-        raise _WrongRow(f"has a NUL character; {relative}")
+        raise _BadRow(f"contains a NUL character; {relative}")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", video):
-        raise _WrongRow("a URL; expected a file in the folder of metadata.csv; download it first")
+        raise _BadRow("a URL; expected a file in the folder of metadata.csv; download it first")
     if PurePosixPath(video).is_absolute() or PureWindowsPath(video).is_absolute():
-        raise _WrongRow(f"an absolute path; {relative}")
+        raise _BadRow(f"an absolute path; {relative}")
     path = folder / video
     root = os.path.realpath(folder)
     try:
-        # Path.resolve raises RuntimeError for links that go round in a circle; realpath does not.
+        # Path.resolve raises RuntimeError on circular links; realpath does not.
         inside = Path(os.path.realpath(path)).is_relative_to(root)
         if ".." in PurePosixPath(video).parts or not inside:
-            raise _WrongRow(f"leads out of the folder; {relative}")
+            raise _BadRow(f"is outside the folder; {relative}")
         if not path.is_file():
-            raise _WrongRow(f"no such file; expected a video in {folder}")
+            raise _BadRow(f"no such file; expected a video in {folder}")
     except OSError as error:  # such as a name that is too long
-        raise _WrongRow(f"{error.strerror}; {relative}") from None
+        raise _BadRow(f"{error.strerror}; {relative}") from None
     return path
 
 
 def _quote(value: str) -> str:
-    """On one line, and not longer than a line."""
+    """Quote a value on one line of at most 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:96]}...'"

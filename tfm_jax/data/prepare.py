@@ -1,4 +1,4 @@
-"""Clips -> latents and text embeddings on disk, once, so that training never runs the encoders."""
+"""Encode clips and prompts into latents and text embeddings on disk, once, so that training never runs the encoders."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tfm_jax import config as configs
-from tfm_jax import video
+from tfm_jax import console, video
 from tfm_jax.config import section
 from tfm_jax.data.metadata import Clip, read_metadata
 from tfm_jax.data.records import Record, RecordWriter
@@ -21,7 +21,7 @@ from tfm_jax.wan.tokenizer import encode_prompts
 
 @section
 class PrepareRun:
-    """The sections that preparing data reads."""
+    """The sections of the configuration that data preparation reads."""
 
     model: configs.ModelConfig
     clip: configs.ClipConfig
@@ -29,20 +29,20 @@ class PrepareRun:
 
 
 class Prepared(NamedTuple):
-    """How many clips of metadata.csv were written, and how many were rejected."""
+    """The number of clips of metadata.csv that were written, and the number that were rejected."""
 
     written: int
     rejected: int
 
 
 def prepare(run: PrepareRun) -> Prepared:
-    """Encode the clips that metadata.csv names and write `run.data.path`, whole or not at all.
+    """Encode the clips listed in metadata.csv and write `run.data.path`, completely or not at all.
 
-    A clip that cannot be used (too short, damaged) goes into rejected.jsonl in that folder, with the reason.
+    A clip that cannot be used (too short, damaged) is listed in rejected.jsonl in that folder, with the reason.
 
     Raises:
-        InputError: rows of metadata.csv or the model are not as expected, the folder to write is not empty, or no
-            clip can be used.
+        InputError: rows of metadata.csv or the model are not as expected, the output folder is not empty, or no clip
+            can be used.
     """
     if run.data.source is None:
         raise InputError("data.source is missing; expected the folder of metadata.csv and its clips")
@@ -58,21 +58,21 @@ def _announce(run: PrepareRun, count: int) -> None:
     clip = run.clip
     size = f"{clip.frames} frames of {clip.height} x {clip.width} pixels at {clip.fps:g} frames a second"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    _say(f"{run.data.source}: {count} clip{'s' if count > 1 else ''}, {size}; model {run.model.path}; {devices}")
+    console.log(f"{run.data.source}: {count} clip{'s' if count > 1 else ''}, {size}; model {run.model.path}; {devices}")
 
 
 def _encoder(model: configs.ModelConfig) -> Callable[[Clip, np.ndarray], Record]:
-    """A function from a row of metadata.csv and its pixels (`[t, y, x, 3]` uint8) to the record."""
-    _say("loading the text encoder and the autoencoder")
+    """Load the encoders, and return a function from a row of metadata.csv and its pixels (`[t, y, x, 3]` uint8) to the
+    record."""
+    console.log("loading the text encoder and the autoencoder")
     tokenizer = load_tokenizer(model.path)
     text_encoder = load_text_encoder(model.path, model.dtype)
     vae = load_vae(model.path)
 
     def encode(row: Clip, pixels: np.ndarray) -> Record:
         latents = np.asarray(vae.encode(jnp.asarray(video.from_uint8(pixels))[None]))[0]
-        embeddings = np.asarray(encode_prompts(tokenizer, text_encoder, [row.prompt]).astype(jnp.float32))[0]
-        tokens = int(tokenizer([row.prompt])[1].sum())
-        return Record(latents, embeddings[:tokens], row.prompt, row.video)
+        [text] = encode_prompts(tokenizer, text_encoder, [row.prompt])
+        return Record(latents, text.astype(np.float32), row.prompt, row.video)
 
     return encode
 
@@ -80,7 +80,8 @@ def _encoder(model: configs.ModelConfig) -> Callable[[Clip, np.ndarray], Record]
 def _write(
     rows: Sequence[Clip], clip: configs.ClipConfig, encode: Callable[[Clip, np.ndarray], Record], writer: RecordWriter
 ) -> Prepared:
-    rejected, halting = [], []
+    rejected: list[str] = []
+    repeating: list[str] = []  # clips with two equal frames in a row
     for row in _with_progress(rows):
         try:
             pixels = video.read_clip(row.path, clip.frames, clip.height, clip.width, clip.fps)
@@ -90,24 +91,20 @@ def _write(
             tqdm.write(f"rejected: {error}", file=sys.stderr)
             continue
         if (pixels[1:] == pixels[:-1]).all(axis=(1, 2, 3)).any():
-            halting.append(row.video)
+            repeating.append(row.video)
         writer.write(encode(row, pixels))
     if len(rejected) == len(rows):
         raise InputError(f"{writer.folder}: none of the {len(rows)} clips can be used; the first: {rejected[0]}")
-    if halting:
-        _say(
-            f"note: in {len(halting)} of {len(rows)} clips a frame is shown twice in a row, such as {halting[0]}: "
-            f"they stand still or have fewer than clip.fps={clip.fps:g} frames a second"
+    if repeating:
+        console.log(
+            f"note: {len(repeating)} of {len(rows)} clips, such as {repeating[0]}, show the same frame twice in a row: "
+            f"nothing moves in them, or they have fewer than clip.fps={clip.fps:g} frames a second"
         )
     return Prepared(len(rows) - len(rejected), len(rejected))
 
 
 def _with_progress(rows: Sequence[Clip]) -> Iterator[Clip]:
-    """The rows, with a bar that measures from the second one on: the first one waits for the compiler."""
-    _say("encoding the first clip and compiling")
+    """Yield the rows, with a progress bar from the second one on: the first one includes the compilation."""
+    console.log("compiling, and encoding the first clip")
     yield rows[0]
     yield from tqdm(rows[1:], desc="preparing", unit="clip", initial=1, total=len(rows))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

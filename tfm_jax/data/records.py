@@ -24,11 +24,11 @@ from tfm_jax.files import check_new_directory, lock
 NAME = "tfm_clips"
 INFO = "dataset_info.json"
 FINGERPRINTS = "fingerprints.txt"
-"""One line per record: the hexadecimal `_digest` of it, in the order of the records."""
+"""The hexadecimal `_fingerprint` of every record, one per line, in the order of the records."""
 REJECTED = "rejected.jsonl"
-"""One line per clip that could not be used; there is no such file when all could be."""
+"""One line per clip that could not be used. The file exists only if there are such clips."""
 LOCK = "lock"
-"""In the unfinished folder, held by the run that writes it."""
+"""The lock file in the unfinished folder, held by the run that writes it."""
 SPLIT = "train"
 FIELDS = {"latents", "text", "prompt", "video"}
 SHARD_BYTES = 2**30
@@ -38,22 +38,22 @@ class Record(NamedTuple):
     """One prepared clip."""
 
     latents: Float32[np.ndarray, "f h w c"]
-    """Normalised latents of the video autoencoder."""
+    """Normalised latents."""
     text: Float32[np.ndarray, "l d"]
-    """Embedding of the prompt, as many tokens as it has."""
+    """Embedding of the prompt, one row per token, without padding."""
     prompt: str
     video: str
     """Name of the video file."""
 
 
 class RecordWriter:
-    """Context manager that writes records one by one into `folder.partial` and renames it at a clean end.
+    """Context manager that writes records one by one into `folder.partial` and finally renames it to `folder`.
 
-    After an exception nothing is kept. What a killed run left in `folder.partial` is replaced. `metadata` (JSON values:
-    model, size of the clips) are kept beside the records.
+    After an exception, nothing is kept. Files that a killed run left in `folder.partial` are replaced. `metadata` (JSON
+    values: the model and the size of the clips) is stored with the records.
 
     Raises:
-        InputError: on entering, `folder` cannot become a new folder, another run writes it, or another program made
+        InputError: on entering, `folder` cannot be created, another run is writing it, or another program made
             `folder.partial`; on leaving, no record was written.
     """
 
@@ -63,7 +63,7 @@ class RecordWriter:
         self.partial = self._target.parent / f"{self._target.name}.partial"
         self._metadata = metadata
         self._writer: tfds.core.SequentialWriter | None = None
-        self._digests: list[str] = []
+        self._fingerprints: list[str] = []
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> "RecordWriter":
@@ -71,43 +71,43 @@ class RecordWriter:
         if os.path.ismount(self._target):
             raise InputError(f"data.path={self.folder}: a mount point; expected a folder inside it, such as latents")
         if self.partial.is_dir() and any(self.partial.iterdir()) and not (self.partial / LOCK).exists():
-            raise InputError(f"{self.partial}: not made by this version of prepare_data.py; remove it or rename it")
+            raise InputError(f"{self.partial}: not made by this version of prepare_data.py; remove or rename it")
         with contextlib.ExitStack() as held:
             if not held.enter_context(lock(self.partial / LOCK)):
-                raise InputError(f"{self.folder}: another run is preparing it; wait for it or name another data.path")
+                raise InputError(f"{self.folder}: in use by another run; wait for it to finish")
             if self._remove_files():
-                print(f"note: {self.partial}: a run ended before it was finished; its files are removed", flush=True)
+                print(f"note: {self.partial}: removed the files of an unfinished run", flush=True)
             self._lock = held.pop_all()
         return self
 
     def _remove_files(self) -> bool:
-        """Whether there were any. The lock stays: it marks a folder that may be replaced."""
+        """Remove all files but the lock, which marks a folder that may be replaced. Return whether there were any."""
         files = [path for path in self.partial.iterdir() if path.name != LOCK]
         for path in files:
             path.unlink()
         return bool(files)
 
     def write(self, record: Record) -> None:
-        """Append one record; all must have latents of one shape and text of one width.
+        """Append a record. The latents of all records have the same shape, and their text embeddings the same width.
 
         Raises:
-            InputError: a value that is not finite.
+            InputError: a value is not finite.
         """
         if not (np.isfinite(record.latents).all() and np.isfinite(record.text).all()):
-            raise InputError(f"{record.video}: its latents or text are not finite; expected sound weights of the model")
+            raise InputError(f"{record.video}: its latents or text are not finite; check the weights of the model")
         if len(record.text) > TEXT_LENGTH:
             raise ValueError(f"{record.video}: {len(record.text)} text tokens; expected at most {TEXT_LENGTH}")
         if self._writer is None:
             self._writer = self._start(record)
         self._writer.add_examples({SPLIT: [record._asdict()]})
-        self._digests.append(_digest(record))
+        self._fingerprints.append(_fingerprint(record))
 
     def reject(self, video: str, line: int, reason: str) -> None:
-        """Note a clip that cannot be used in rejected.jsonl.
+        """Add a clip that cannot be used to rejected.jsonl.
 
         Args:
-            video: its name in metadata.csv.
-            line: where its row starts in metadata.csv, from 1.
+            video: its path in metadata.csv.
+            line: the line of metadata.csv on which its row starts, from 1.
         """
         with open(self.partial / REJECTED, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"line": line, "video": video, "reason": reason}, ensure_ascii=False) + "\n")
@@ -131,73 +131,74 @@ class RecordWriter:
                 if kind is None:
                     self._finish()
                 elif self._writer is not None:
-                    with contextlib.suppress(Exception):  # on a full disk closing fails too
+                    with contextlib.suppress(Exception):  # on a full disk, closing fails too
                         self._writer.close_all()
             finally:
-                with contextlib.suppress(OSError):  # after a clean end there is no such folder
+                with contextlib.suppress(OSError):  # the folder was renamed if all went well
                     self._remove_files()
                     shutil.rmtree(self.partial)
 
     def _finish(self) -> None:
         if self._writer is None:
-            raise InputError(f"{self.folder}: no clip to write; expected at least one")
+            raise InputError(f"{self.folder}: no clips were written; expected at least one")
         self._writer.close_all()
-        (self.partial / FINGERPRINTS).write_text("".join(f"{digest}\n" for digest in self._digests), encoding="ascii")
+        lines = "".join(f"{fingerprint}\n" for fingerprint in self._fingerprints)
+        (self.partial / FINGERPRINTS).write_text(lines, encoding="ascii")
         (self.partial / LOCK).unlink()
         self.partial.rename(self._target)
 
 
 class Records:
-    """Random access to prepared clips: `len(records)`, `records[i]`. Made by `open_records`."""
+    """Random access to prepared clips, `len(records)` and `records[i]`, as returned by `open_records`."""
 
-    def __init__(self, folder: Path, source: Any, digests: Sequence[str], metadata: dict[str, Any]):
+    def __init__(self, folder: Path, source: Any, fingerprints: Sequence[str], metadata: dict[str, Any]):
         self.folder = folder
         self.metadata = metadata
         self._source = source
-        self._digests = digests
+        self._fingerprints = fingerprints
 
     def __len__(self) -> int:
         return len(self._source)
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the content of the dataset, wherever its folder is: a hash of all records in their order."""
+        """A location-independent fingerprint of the dataset: a hash of all records in their order."""
         content = (self.folder / FINGERPRINTS).read_bytes() + (self.folder / INFO).read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`, 0 <= index < len.
+        """Read record `index`, 0 <= index < len.
 
         Raises:
-            InputError: it is damaged, or is not the record that was written there.
+            InputError: it is damaged, or differs from the record that was prepared.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
             fields = self._source[index]
             record = Record(fields["latents"], fields["text"], fields["prompt"].decode(), fields["video"].decode())
-            digest = _digest(record)
-        except Exception as error:  # ArrayRecord: RuntimeError (wrong checksum); TFDS: whatever its decoders raise
-            reason = _line(error)
+            fingerprint = _fingerprint(record)
+        except Exception as error:  # ArrayRecord raises RuntimeError (wrong checksum), the decoders of TFDS anything
+            reason = _one_line(error)
             raise InputError(f"{self.folder}: clip {index} is damaged; prepare the data again ({reason})") from error
-        if digest != self._digests[index]:
+        if fingerprint != self._fingerprints[index]:
             clip = f"clip {index} ({record.video[:100]})"
-            raise InputError(f"{self.folder}: {clip} is not what was prepared; prepare the data again")
+            raise InputError(f"{self.folder}: {clip} differs from the one that was prepared; prepare the data again")
         return record
 
 
 def open_records(folder: Path) -> Records:
-    """Open what `RecordWriter` wrote.
+    """Open a folder that `RecordWriter` wrote.
 
     Raises:
-        InputError: no such folder, a dataset of another kind or of an earlier version, or a shard that is missing,
-            damaged or of another length.
+        InputError: the folder does not exist or holds another kind of dataset, an earlier version wrote it, or a shard
+            is missing, damaged or of the wrong length.
     """
     expected = "expected a folder that prepare_data.py wrote"
     if not (folder / INFO).is_file():
         raise InputError(f"{folder}: no {INFO} in it; {expected}")
     if not (folder / FINGERPRINTS).is_file():
-        raise InputError(f"{folder}: no {FINGERPRINTS} in it, so an earlier version wrote it; prepare the data again")
+        raise InputError(f"{folder}: no {FINGERPRINTS}: written by an earlier version; prepare the data again")
     try:
         builder: Any = tfds.builder_from_directory(folder)
         features = builder.info.features
@@ -207,19 +208,19 @@ def open_records(folder: Path) -> Records:
         split = builder.info.splits[SPLIT]
         shards = list(zip(map(Path, split.filepaths), split.shard_lengths, strict=True))
         source = builder.as_data_source(split=SPLIT)
-    except Exception as error:  # TFDS lets through whatever its parsers raise
-        raise InputError(f"{folder}: cannot be read ({_line(error)}); {expected}") from error
+    except Exception as error:  # the parsers of TFDS raise anything
+        raise InputError(f"{folder}: cannot be read ({_one_line(error)}); {expected}") from error
     if fields != FIELDS:
-        raise InputError(f"{folder}: a dataset of {', '.join(sorted(fields))}; {expected}")
+        raise InputError(f"{folder}: a dataset with the fields {', '.join(sorted(fields))}; {expected}")
     if not ours:
-        raise InputError(f"{folder}: features.json is not what prepare_data.py writes; prepare the data again")
+        raise InputError(f"{folder}: features.json differs from what prepare_data.py writes; prepare the data again")
     for shard, length in shards:
         _check_shard(shard, length)
-    digests = (folder / FINGERPRINTS).read_text(encoding="latin-1").split()
-    if len(digests) != len(source):
-        count = f"{len(digests)} lines for {len(source)} clips"
+    fingerprints = (folder / FINGERPRINTS).read_text(encoding="latin-1").split()
+    if len(fingerprints) != len(source):
+        count = f"{len(fingerprints)} lines for {len(source)} clips"
         raise InputError(f"{folder / FINGERPRINTS}: {count}; prepare the data again")
-    return Records(folder, source, digests, metadata)
+    return Records(folder, source, fingerprints, metadata)
 
 
 def _features(latents_shape: tuple[int, ...], text_dim: int) -> tfds.features.FeaturesDict:
@@ -246,17 +247,17 @@ def _check_shard(shard: Path, length: int) -> None:
         found = reader.num_records()
         reader.close()
     except Exception as error:  # its message may be empty
-        raise InputError(f"{shard}: damaged ({_line(error)}); {remedy}") from error
+        raise InputError(f"{shard}: damaged ({_one_line(error)}); {remedy}") from error
     if found != length:
         raise InputError(f"{shard}: {found} clips; expected {length}: {remedy}")
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _digest(record: Record) -> str:
-    """A hash of all that a record holds."""
+def _fingerprint(record: Record) -> str:
+    """Hash all fields of a record."""
     parts = [record.latents.dtype.str, record.latents.shape, record.text.dtype.str, record.text.shape, *record[2:]]
     state = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8)
     for array in (record.latents, record.text):

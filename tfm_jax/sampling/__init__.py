@@ -1,4 +1,4 @@
-"""Prompts -> videos: the flow ODE, guidance, and the program around them."""
+"""Sampling videos from prompts: the flow ODE, guidance, and the sampling run."""
 
 from tfm_jax.sampling.pipeline import sample_latents
 

@@ -1,4 +1,4 @@
-"""The folder of a sampling run: what it is for, which of its videos are there, and who may write to it."""
+"""The output folder of a sampling run: what its videos are made from, which exist, and which process may write."""
 
 import contextlib
 import dataclasses
@@ -16,21 +16,22 @@ from tfm_jax.config import section
 from tfm_jax.errors import InputError
 
 RECORD = "samples.json"
-"""What the videos of the folder are made from."""
-SHEET = "contact_sheet.png"
+"""What the videos in the folder are made from: `Samples` as JSON."""
+CONTACT_SHEET = "contact_sheet.png"
 LOCK = ".lock"
 
 MAY_CHANGE = {"model.path", "sampling.prompts", "sampling.lora", "sampling.output", "mesh.data", "mesh.fsdp",
               "mesh.sequence", "mesh.tensor"}  # fmt: skip
-"""Fields in which a command may differ from the one that began the folder. Files are compared by their content; the
-mesh decides how the videos are computed, not what is computed."""
+"""Fields that may differ from those of the command that started the folder. Files are compared by content; the mesh
+changes how the videos are computed, not what is computed."""
 
-PIECES, PIECE_BYTES = 256, 64 * 1024
+NUM_CHUNKS, CHUNK_BYTES = 256, 64 * 1024
+"""Of each file, for `fingerprint_weights`."""
 
 
 @section
 class SampleRun:
-    """The sections that sampling reads."""
+    """The sections of the configuration that sampling reads."""
 
     model: configs.ModelConfig
     clip: configs.ClipConfig
@@ -40,93 +41,93 @@ class SampleRun:
 
 @section
 class Samples:
-    """The videos of a sampling run, and the folder that they are in."""
+    """The videos of a sampling run and their output folder."""
 
     run: SampleRun
     prompts: list[str]
     weights: str
-    """Digest of the model's files, as `digest_weights` makes it."""
+    """Fingerprint of the files of the model, from `fingerprint_weights`."""
     lora: str | None
-    """Digest of the LoRA file."""
+    """Fingerprint of the LoRA file."""
 
     @property
     def folder(self) -> Path:
         return self.run.sampling.output
 
     @property
-    def sheet(self) -> Path:
-        return self.folder / SHEET
+    def contact_sheet(self) -> Path:
+        return self.folder / CONTACT_SHEET
 
     def video(self, number: int) -> Path:
-        """The file of prompt `number`: 000.mp4 and so on, all names of a folder equally long."""
+        """Return the file for prompt `number`: 000.mp4 and so on, with names of equal length."""
         digits = max(3, len(str(len(self.prompts) - 1)))
         return self.folder / f"{number:0{digits}d}.mp4"
 
     def missing(self) -> set[int]:
-        """Numbers of the prompts that have no video yet."""
+        """Return the numbers of the prompts that have no video yet."""
         return {number for number in range(len(self.prompts)) if not self.video(number).exists()}
 
     def check(self) -> None:
-        """Check that the folder is new or empty, or was begun by this run.
+        """Check that the folder is new or empty, or was started by this run.
 
         Raises:
-            InputError: it holds something else, or the videos of another run; the first difference is named.
+            InputError: it contains other files, or videos of a different run; the message names the first difference.
         """
         files.check_output_directory("sampling.output", self.folder)
         record = self.folder / RECORD
         if record.exists():
             self._compare(_read(record))
-        elif self.folder.exists() and any(not _passing(path) for path in self.folder.iterdir()):
+        elif self.folder.exists() and any(not _is_temporary(path) for path in self.folder.iterdir()):
             raise InputError(
-                f"sampling.output={self.folder}: not empty, and not begun by this program; expected a new or empty "
+                f"sampling.output={self.folder}: not empty, and not created by this program; expected a new or empty "
                 "directory"
             )
 
-    def _compare(self, begun: "Samples") -> None:
-        """Raise InputError for the first difference from what the folder was begun with."""
-        before, now = _fields(begun.run), _fields(self.run)
+    def _compare(self, started: "Samples") -> None:
+        """Raise InputError for the first difference from the run that started the folder."""
+        before, now = _fields(started.run), _fields(self.run)
         for name, value in now.items():
             if name not in MAY_CHANGE and before[name] != value:
-                raise self._other_run(name, value, f"were begun with {before[name]}")
+                raise self._other_run(name, value, f"were made with {before[name]}")
         settings = self.run.sampling
-        if len(begun.prompts) != len(self.prompts):
-            count = f"were begun with {len(begun.prompts)} prompts, not {len(self.prompts)}"
+        if len(started.prompts) != len(self.prompts):
+            count = f"were made with {len(started.prompts)} prompts, not {len(self.prompts)}"
             raise self._other_run("sampling.prompts", settings.prompts, count)
-        for number, (old, new) in enumerate(zip(begun.prompts, self.prompts, strict=True)):
+        for number, (old, new) in enumerate(zip(started.prompts, self.prompts, strict=True)):
             if old != new:
                 raise self._other_run("sampling.prompts", settings.prompts, f"have another prompt {number}: {old!r}")
-        if begun.lora != self.lora:
-            raise self._other_run("sampling.lora", settings.lora or "null", "were begun with another LoRA")
-        if begun.weights != self.weights:
-            raise self._other_run("model.path", self.run.model.path, "were begun with other weights")
+        if started.lora != self.lora:
+            raise self._other_run("sampling.lora", settings.lora or "null", "were made with another LoRA")
+        if started.weights != self.weights:
+            raise self._other_run("model.path", self.run.model.path, "were made with other weights")
 
     def _other_run(self, name: str, value: Any, difference: str) -> InputError:
-        return InputError(
-            f"{name}={value}: the videos in {self.folder} {difference}; expected the same, or another sampling.output"
-        )
+        expected = "expected the same value, or another sampling.output"
+        return InputError(f"{name}={value}: the videos in {self.folder} {difference}; {expected}")
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Make the folder and keep other processes out of it; remove it at the end if it is still empty.
+    def locked(self) -> Iterator[None]:
+        """Create the folder and lock it for this process; remove it at the end if it is still empty.
 
         Raises:
-            InputError: another process writes to it.
+            InputError: another process holds the lock.
         """
-        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        with files.lock(self.folder / LOCK) as mine:
-            if not mine:
-                raise InputError(f"sampling.output={self.folder}: another process makes its videos; wait for its end")
+        created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        with files.lock(self.folder / LOCK) as acquired:
+            if not acquired:
+                in_use = "another process is writing to it; wait for it to finish"
+                raise InputError(f"sampling.output={self.folder}: {in_use}")
             try:
                 yield
             finally:
                 if all(path.name == LOCK for path in self.folder.iterdir()):
                     (self.folder / LOCK).unlink()
-                    with contextlib.suppress(OSError):  # another program uses a folder above
-                        for path in made:
+                    with contextlib.suppress(OSError):  # another program uses a parent folder
+                        for path in created:
                             path.rmdir()
 
     def begin(self) -> None:
-        """Write what the videos are made from, and clear away what a killed process left half written."""
+        """Record what the videos are made from, and remove the unfinished files of a killed process."""
         for path in self.folder.glob(".*.partial"):
             path.unlink()
         with files.replacing(self.folder / RECORD) as scratch:
@@ -135,56 +136,57 @@ class Samples:
         with files.replacing(self.folder / "config.yaml") as scratch:
             configs.dump(self.run, scratch)
 
-    def write_sheet(self) -> None:
-        """Write the contact sheet from the video files, so that it does not depend on which run made them."""
+    def write_contact_sheet(self) -> None:
+        """Write the contact sheet. Its frames come from the files, so that an interrupted run makes the same one."""
         clip = self.run.clip
         clips = (
             video.read_clip(self.video(number), clip.frames, clip.height, clip.width, clip.fps)
             for number in range(len(self.prompts))
         )
-        with files.replacing(self.sheet) as scratch:
+        with files.replacing(self.contact_sheet) as scratch:
             video.contact_sheet(clips, self.prompts).save(scratch, format="PNG")
 
 
-def _passing(path: Path) -> bool:
-    """Whether a file means nothing by itself: the lock, or what a killed process left half written."""
+def _is_temporary(path: Path) -> bool:
+    """Return whether a file is the lock, or an unfinished file of a killed process."""
     return path.name == LOCK or path.suffix == ".partial"
 
 
 def _read(record: Path) -> Samples:
-    """The record of a folder; fields that a newer version of this program added have their defaults."""
+    """Read samples.json; fields that a later version of this program added get their defaults."""
     try:
         return pydantic.TypeAdapter(Samples).validate_json(record.read_bytes())
     except pydantic.ValidationError:
-        raise InputError(f"{record}: damaged, or of another version; name another sampling.output") from None
+        raise InputError(f"{record}: damaged, or written by another version; use another sampling.output") from None
 
 
 def _fields(run: SampleRun) -> dict[str, Any]:
     return {f"{name}.{field}": value for name, part in configs.plain(run).items() for field, value in part.items()}
 
 
-# --- Digests ---------------------------------------------------------------------------------------------------------
+# --- Fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def digest_file(file: Path) -> str:
-    """SHA-256 of a file, the first 16 digits."""
+def fingerprint_file(file: Path) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a file."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
-def digest_weights(paths: Sequence[Path]) -> str:
-    """A name for the content of large files: SHA-256 of each one's size and of pieces spread over it, or all of it.
+def fingerprint_weights(paths: Sequence[Path]) -> str:
+    """Return a fingerprint of large files: SHA-256 of the size of each and of 256 chunks spread evenly over it.
 
-    16 MiB of every file are read, so that models of many gigabytes take a second. A model that was trained, converted
-    or merged anew differs everywhere; a change of single values in a large file may go unnoticed.
+    At most 16 MiB of each file are read, so that a model of many gigabytes takes a second; smaller files are read
+    completely. Training, converting or merging a model changes it everywhere, which this detects; a change of a few
+    values in a large file may go undetected.
     """
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with open(path, "rb") as stream:
-            for number in range(PIECES):
-                start = max(number * PIECE_BYTES, number * (size - PIECE_BYTES) // (PIECES - 1))
+            for number in range(NUM_CHUNKS):
+                start = max(number * CHUNK_BYTES, number * (size - CHUNK_BYTES) // (NUM_CHUNKS - 1))
                 stream.seek(start)
-                digest.update(stream.read(PIECE_BYTES))
+                digest.update(stream.read(CHUNK_BYTES))
     return digest.hexdigest()[:16]

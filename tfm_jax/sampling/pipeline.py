@@ -1,10 +1,7 @@
-"""A sampling run: prompts.txt in, 000.mp4, 001.mp4, ... and a contact sheet out."""
+"""A sampling run: from a prompt file to 000.mp4, 001.mp4, ... and a contact sheet."""
 
-import contextlib
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +13,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tfm_jax import config as configs
-from tfm_jax import interrupts, video
-from tfm_jax.arrays import Latents, Scalar, Text
+from tfm_jax import console, interrupts, video
+from tfm_jax.arrays import Latents, Scalar, Text, pad_text
 from tfm_jax.errors import InputError, StoppedEarly
 from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import Lora, read_lora
 from tfm_jax.objective import timestep
 from tfm_jax.prompts import read_prompts
-from tfm_jax.sampling.outputs import SampleRun, Samples, digest_file, digest_weights
+from tfm_jax.sampling.outputs import SampleRun, Samples, fingerprint_file, fingerprint_weights
 from tfm_jax.sampling.solvers import euler, noise_levels
 from tfm_jax.sharding import batch_sharding, check_split, constrain, make_mesh, num_shards
 from tfm_jax.wan import find_base, load_base, load_text_encoder, load_tokenizer, load_vae
@@ -44,14 +41,14 @@ PAIRS = "two b l d -> (b two) l d"
 def guided_velocity(
     transformer: WanTransformer, x: Latents, sigma: Scalar, text: Text, negative: Text, *, guidance: float
 ) -> Latents:
-    """The velocity `v(negative) + guidance (v(text) - v(negative))`; with guidance 1 only v(text) is computed.
+    """Return the velocity `v(negative) + guidance (v(text) - v(negative))`; guidance 1 computes only v(text).
 
-    Under `jax.set_mesh` the videos are split as a batch is.
+    Under `jax.set_mesh`, the videos are sharded along the batch axis.
     """
     time = timestep(jnp.broadcast_to(sigma, x.shape[:1]))
     if guidance == 1:
         return constrain(transformer(x, time, text), ("batch",))
-    # The two rows of a video are neighbours, so that they are on one device.
+    # The two rows of a video are adjacent, so that they are on the same device.
     both = transformer(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), rearrange([text, negative], PAIRS))
     with_text, without = rearrange(both, "(b two) f h w c -> two b f h w c", two=2)
     return constrain(without + guidance * (with_text - without), ("batch",))
@@ -68,9 +65,9 @@ def sample_latents(
     guidance: float = 5.0,
     on_step: Callable[[], None] | None = None,
 ) -> Latents:
-    """Latents of videos for `text`, led away from `negative`: Euler steps along `guided_velocity`.
+    """Sample the latents of videos for `text` and away from `negative`, with Euler steps along `guided_velocity`.
 
-    `on_step` is called when a step has been computed. An exception that it raises ends the sampling.
+    `on_step` is called after each step has been computed. An exception raised in it stops the sampling.
     """
 
     def velocity(x: Latents, sigma: np.float32) -> Latents:
@@ -87,71 +84,71 @@ def sample_latents(
 
 
 def sample(run: SampleRun) -> None:
-    """Make the videos that `run.sampling.output` lacks, each of them saved as soon as it is decoded, and the sheet.
+    """Make the missing videos of `run.sampling.output`, saving each as soon as it is decoded, and the contact sheet.
 
-    A video depends on the configuration and its number alone, so that a run that was stopped and continued leaves the
-    same files as one that was not. Everything that can be checked is checked before the first step.
+    A video depends only on the configuration and its number, so that an interrupted and continued run writes the same
+    files as an uninterrupted one. All inputs are checked before the first step.
 
-    The text encoder is dropped before the transformer is loaded. The autoencoder (0.5 GB) stays beside the transformer.
+    The text encoder is freed before the transformer is loaded. The autoencoder (0.5 GB) remains in memory with it.
 
     Raises:
-        InputError: a file is missing or damaged or does not fit the model, the mesh cannot be made or cannot split the
-            video, the output folder is in use or holds something else, or a video is not finite.
-        StoppedEarly: Ctrl-C or SIGTERM came; the videos that are done stay.
+        InputError: a file is missing, damaged or does not fit the model, the mesh cannot be made or cannot split the
+            video, the output folder is in use or contains other files, or a video is not finite.
+        StoppedEarly: Ctrl-C or SIGTERM stopped the run; the finished videos are kept.
     """
     settings = run.sampling
     mesh = make_mesh(run.mesh)
     check_split(run.model.heads, math.prod(token_grid(run.clip.latent_size)), mesh)
     prompts = _read_prompts(settings.prompts)
-    _say(
+    console.log(
         f"{len(prompts)} prompts, {settings.steps} steps each; {run.model.path} ({run.model.layers} blocks of width "
         f"{run.model.dim}, {run.model.dtype}); devices: {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
     lora = read_lora(settings.lora) if settings.lora else None
-    weights = digest_weights(check_model(run.model))
     samples = Samples(
-        run=run, prompts=prompts, weights=weights, lora=digest_file(settings.lora) if settings.lora else None
-    )
+        run=run, prompts=prompts, weights=fingerprint_weights(check_model(run.model)),
+        lora=fingerprint_file(settings.lora) if settings.lora else None,
+    )  # fmt: skip
     samples.check()
-    if not samples.missing() and samples.sheet.exists():
-        print(f"{settings.output}: all {len(prompts)} videos are there already")
+    if not samples.missing() and samples.contact_sheet.exists():
+        print(f"{settings.output}: already contains all {len(prompts)} videos")
         return
-    with samples.claimed():
+    with samples.locked():
         try:
             if missing := samples.missing():
                 _make(samples, missing, lora, mesh)
-            samples.write_sheet()
+            samples.write_contact_sheet()
         except KeyboardInterrupt:
             done = len(prompts) - len(samples.missing())
             raise StoppedEarly(
                 f"stopped: {done} of {len(prompts)} videos are done; the same command continues"
             ) from None
-    print(f"{settings.output}: {len(prompts)} videos and {samples.sheet.name}")
+    print(f"{settings.output}: {len(prompts)} videos and {samples.contact_sheet.name}")
 
 
 def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) -> None:
-    """Sample and decode the missing videos, round by round."""
+    """Sample and decode the missing videos, in rounds of one batch each."""
     run, prompts = samples.run, samples.prompts
-    with _timed("loading the autoencoder"):
+    with console.timed("loading the autoencoder"):
         vae = load_vae(run.model.path)
-    with _timed("encoding the prompts"):
+    with console.timed("encoding the prompts"):
         text = _embed(run, [*prompts, run.sampling.negative_prompt])
-    with _timed("loading the transformer"):
+    with console.timed("loading the transformer"):
         transformer = _transformer(run, lora, mesh)
     rounds = _rounds(len(prompts), num_shards("batch", mesh), missing)
 
     def draw(numbers: list[int], steps: int, on_step: Callable[[], None]) -> np.ndarray:
-        """Latents of these prompts."""
+        """Sample the latents of these prompts."""
         shape = (*run.clip.latent_size, transformer.config.channels)
         key = jax.random.key(run.sampling.seed)
         noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in numbers])
         rows = jax.device_put((noise, text[numbers], text[[-1] * len(numbers)]), batch_sharding(mesh))
         settings = {"steps": steps, "shift": run.sampling.shift, "guidance": run.sampling.guidance}
-        with jax.set_mesh(mesh):  # not around the autoencoder, which is on one device
+        with jax.set_mesh(mesh):  # not for the autoencoder, which runs on one device
             return np.asarray(sample_latents(transformer, *rows, **settings, on_step=on_step))
 
     with interrupts.postponed("stopping after this step"):
-        with _timed("compiling, and trying one step and the autoencoder"):
+        with console.timed("compiling, and testing one step and the autoencoder"):
             latents = draw(rounds[0], 1, _stop_if_requested)
             _decode(vae, latents[0], rounds[0][0], run)
         samples.begin()
@@ -166,22 +163,22 @@ def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) ->
                 _write(samples, missing, vae, dict(zip(sorted(set(numbers)), latents, strict=False)))
 
 
-def _rounds(prompts: int, together: int, missing: set[int]) -> list[list[int]]:
-    """Numbers of the prompts that are sampled at a time, as many as the mesh splits the batch into.
+def _rounds(num_prompts: int, size: int, missing: set[int]) -> list[list[int]]:
+    """Return the numbers of the prompts in each round that has a missing video.
 
-    The last round is filled up with copies of its last prompt, so that there is one program. Rounds do not depend on
-    what is missing, only whether they are made: a prompt shares its round with the same others in every run.
+    A round has as many prompts as the batch has shards. The last one is filled up with copies of its last prompt, so
+    that all rounds run the same program. A prompt is always in a round with the same others, whichever are missing.
     """
-    last = prompts - 1
-    rounds = [[min(first + n, last) for n in range(together)] for first in range(0, prompts, together)]
+    last = num_prompts - 1
+    rounds = [[min(first + n, last) for n in range(size)] for first in range(0, num_prompts, size)]
     return [numbers for numbers in rounds if not missing.isdisjoint(numbers)]
 
 
 def _write(samples: Samples, missing: set[int], vae: WanVae, latents: dict[int, np.ndarray]) -> None:
-    """Decode the latents of a round by the numbers of their prompts, and write the videos that are missing.
+    """Decode the latents of a round (prompt number -> latents) and write the missing videos.
 
     Raises:
-        InputError: one of them is not finite; those that are have been written.
+        InputError: a video is not finite; the others have been written.
     """
     refused = None
     for number in sorted(missing & latents.keys()):
@@ -196,20 +193,21 @@ def _write(samples: Samples, missing: set[int], vae: WanVae, latents: dict[int, 
 
 
 def _decode(vae: WanVae, latents: np.ndarray, number: int, run: SampleRun) -> np.ndarray:
-    """Pixels `[t, y, x, 3]` in -1..1 of the latents of one video.
+    """Decode the latents of one video into pixels `[t, y, x, 3]` in -1..1.
 
     Raises:
-        InputError: latents or pixels are not finite, or are of another size than the configuration says.
+        InputError: latents or pixels are not finite, or the size differs from the configuration.
     """
     if not np.isfinite(latents).all():
         hint = f"sampling.guidance={run.sampling.guidance:g}, the weights or the LoRA may be too large"
-        raise InputError(f"prompt {number}: the latents are not finite; expected numbers: {hint}")
+        raise InputError(f"prompt {number}: the latents are not finite; {hint}")
     pixels = np.asarray(vae.decode(jnp.asarray(latents[None])))[0]
     if not np.isfinite(pixels).all():
-        raise InputError(f"prompt {number}: the autoencoder of {run.model.path} made pixels that are not finite")
+        raise InputError(f"prompt {number}: the autoencoder of {run.model.path} produced pixels that are not finite")
     size = (run.clip.frames, run.clip.height, run.clip.width, 3)
     if pixels.shape != size:
-        raise InputError(f"{run.model.path}: the autoencoder makes videos {list(pixels.shape)}; expected {list(size)}")
+        shape = f"videos of shape {list(pixels.shape)}"
+        raise InputError(f"{run.model.path}: the autoencoder produces {shape}; expected {list(size)}")
     return pixels
 
 
@@ -217,13 +215,13 @@ def _decode(vae: WanVae, latents: np.ndarray, number: int, run: SampleRun) -> np
 
 
 def check_model(model: configs.ModelConfig) -> list[Path]:
-    """Check the tokenizer, and that the three networks have all their tensors and fit together; reads no tensor.
+    """Check the tokenizer, and that the three networks are complete and fit together, without reading a tensor.
 
     Returns:
         The files of the model.
 
     Raises:
-        InputError: something is missing, extra or misshapen, or of another size than the configuration is for.
+        InputError: a tensor is missing, unexpected or of the wrong shape, or a size differs from the configuration.
     """
     load_tokenizer(model.path)
     paths = [Path(find_tokenizer(model.path) or "", "tokenizer.json")]
@@ -239,7 +237,7 @@ def check_model(model: configs.ModelConfig) -> list[Path]:
 
 def _require_equal(path: Path, what: str, takes: int, network: str, makes: int) -> None:
     if takes != makes:
-        raise InputError(f"{path}: {what} of the {network}: {makes}; expected {takes}, as the transformer takes")
+        raise InputError(f"{path}: {what} of the {network}: {makes}; expected {takes}, that of the transformer")
 
 
 def _read_prompts(file: Path) -> list[str]:
@@ -250,19 +248,19 @@ def _read_prompts(file: Path) -> list[str]:
 
 
 def _embed(run: SampleRun, prompts: Sequence[str]) -> np.ndarray:
-    """Text embeddings `[n, 512, d]`, in the memory of the host.
+    """Encode the prompts into `[n, 512, d]`, in host memory.
 
     Raises:
-        InputError: the text encoder is damaged, or gives numbers that are not finite.
+        InputError: the text encoder is damaged, or an embedding is not finite.
     """
     tokenizer = load_tokenizer(run.model.path)
     encoder = load_text_encoder(run.model.path, run.model.dtype)
-    rows = []
+    embeddings = []
     for prompt in prompts:
-        rows.append(np.asarray(encode_prompts(tokenizer, encoder, [prompt])[0]))
-        if not np.isfinite(rows[-1].astype(np.float32)).all():
+        embeddings += encode_prompts(tokenizer, encoder, [prompt])
+        if not np.isfinite(embeddings[-1].astype(np.float32)).all():
             raise InputError(f"{run.model.path}: the text encoder's embedding of {prompt[:60]!r} is not finite")
-    return np.stack(rows)
+    return pad_text(embeddings)
 
 
 def _transformer(run: SampleRun, lora: Lora | None, mesh: Mesh) -> WanTransformer:
@@ -275,22 +273,6 @@ def _transformer(run: SampleRun, lora: Lora | None, mesh: Mesh) -> WanTransforme
     return transformer
 
 
-# --- Talking and stopping --------------------------------------------------------------------------------------------
-
-
 def _stop_if_requested() -> None:
     if interrupts.requested():
         raise KeyboardInterrupt
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _timed(what: str) -> Iterator[None]:
-    """Say what begins, and how long it took."""
-    start = time.monotonic()
-    _say(f"{what} ...")
-    yield
-    _say(f"  {time.monotonic() - start:.1f} s")

@@ -13,16 +13,16 @@ Levels = Float32[np.ndarray, "n"]
 
 
 def noise_levels(steps: int, shift: float) -> Levels:
-    """The `steps + 1` levels of a sampling run, from 1 to 0: even steps, shifted towards the noise."""
+    """Return the `steps + 1` noise levels of a sampling run, from 1 to 0: evenly spaced, then shifted towards noise."""
     even = np.linspace(1.0, 0.0, steps + 1)
     return shift_sigma(even, shift).astype(np.float32)
 
 
 def euler(velocity: Callable[[Latents, np.float32], Latents], noise: Latents, levels: Levels) -> Latents:
-    """One Euler step between every two levels; float32 throughout.
+    """Integrate with one Euler step from each level to the next, in float32.
 
     Args:
-        velocity: (latents, sigma) -> velocity `noise - clean`.
+        velocity: (latents, sigma) -> the velocity, `noise - clean`.
     """
     x = noise
     for sigma, following in pairwise(levels):

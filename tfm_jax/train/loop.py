@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -19,11 +18,11 @@ from tfm_jax import config as configs
 from tfm_jax import files, hosts, interrupts
 from tfm_jax.checkpoint import Arrays, Checkpoints, fingerprints, flatten, unflatten
 from tfm_jax.config import section
-from tfm_jax.data.batches import Batch, Batches
+from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import Records, open_records
 from tfm_jax.errors import CompilerError, InputError, NonFiniteLoss, StoppedEarly, Terminated
 from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
-from tfm_jax.sharding import batch_sharding, check_batch, check_split, make_mesh
+from tfm_jax.sharding import check_batch, check_split, make_mesh
 from tfm_jax.train.metrics import Metrics
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import Step, TrainState, init_state, make_step, run_keys
@@ -144,7 +143,7 @@ def _prepare(run: TrainRun) -> _Setup:
     shape = records[0].latents.shape
     hosts.print_once(f"data: {len(records)} clips in {run.data.path}, latents {' x '.join(map(str, shape))}")
     check_split(run.model.heads, math.prod(token_grid(shape)), mesh)
-    batches = Batches(records, settings.batch_size, settings.seed, _rows(settings.batch_size, mesh))
+    batches = Batches(records, settings.batch_size, settings.seed, mesh)
 
     model = load_base(run.model, mesh)
     _check_records(records, model, run)
@@ -251,11 +250,11 @@ def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
     """The training step as a compiled program, so that the clock of the run starts without the compiler."""
     hosts.print_once("compiling the training step ...")
     start = time.monotonic()
-    batch, _ = setup.batches.at(first)
+    batch, _ = setup.batches.read(first)
     program: Any = setup.step
     try:
         with jax.set_mesh(setup.mesh):
-            compiled = program.lower(state, setup.frozen, _place(batch, setup.batches, setup.mesh)).compile()
+            compiled = program.lower(state, setup.frozen, setup.batches.place(batch)).compile()
     except jax.errors.JaxRuntimeError as error:
         raise CompilerError(f"the training step: {' '.join(str(error).split())[:300]}") from error
     hosts.print_once(f"compiled in {time.monotonic() - start:.1f} s")
@@ -274,7 +273,7 @@ def _train(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
         _open_metrics(run, setup, first) as metrics,
     ):
         for number, batch, clips in setup.batches.iterate(first):
-            state, report = setup.step(state, setup.frozen, _place(batch, setup.batches, setup.mesh))
+            state, report = setup.step(state, setup.frozen, setup.batches.place(batch))
             done = number + 1
             signal = hosts.stop_requested(done)
             last = done == settings.steps or signal is not None
@@ -322,24 +321,3 @@ def _digest(frozen: Any) -> str:
     """A name for the base weights, the same on every mesh."""
     marks = fingerprints(flatten(frozen))
     return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _rows(batch_size: int, mesh: Mesh) -> list[int]:
-    """The rows of a batch that the devices of this process hold."""
-    parts: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in parts for row in range(*part.indices(batch_size))})
-
-
-def _place(batch: Batch, batches: Batches, mesh: Mesh) -> Batch:
-    """The batch on the devices of all processes, from the rows of this one."""
-
-    def place(values: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
-            wanted = range(*index[0].indices(batches.batch_size))
-            start = batches.rows.index(wanted.start)
-            return values[(slice(start, start + len(wanted)), *index[1:])]
-
-        shape = (batches.batch_size, *values.shape[1:])
-        return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
-
-    return Batch(*(place(np.asarray(values)) for values in batch))

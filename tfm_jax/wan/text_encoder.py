@@ -129,8 +129,8 @@ class UMT5Encoder(nnx.Module):
     def __call__(self, ids: TokenIds, mask: TokenMask) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Embeddings `[b, l, dim]` of the tokens. `mask` is 1 on tokens and 0 on padding, which nothing attends to.
 
-        The embeddings of padding are not zero. Set them to zero before they reach the video transformer, as
-        `tfm_jax.wan.tokenizer.encode_prompts` does.
+        The rows of padding are not zero, and the video transformer must not see them: `encode_prompts` of
+        `tfm_jax.wan.tokenizer` drops them.
         """
         buckets = relative_buckets(ids.shape[1], self.config.buckets, self.config.max_distance)
 

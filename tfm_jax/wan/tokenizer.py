@@ -1,4 +1,4 @@
-"""From prompts to token ids and text embeddings, step for step as diffusers' `WanPipeline` does it."""
+"""From prompts to token ids and text embeddings, with the same steps as diffusers' `WanPipeline`."""
 
 import html
 import re
@@ -9,16 +9,16 @@ from pathlib import Path
 import ftfy
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 from transformers import PreTrainedTokenizerFast
 
-from tfm_jax.arrays import TEXT_LENGTH, Text
+from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.errors import InputError
 from tfm_jax.inputs import MAX_JSON_BYTES, read_json, short_repr
 from tfm_jax.wan.text_encoder import UMT5Encoder
 
-PLACES = ("tokenizer", "google/umt5-xxl")
-"""Where the tokenizer is in a model directory: the Diffusers layout and ours, the original layout."""
+FOLDERS = ("tokenizer", "google/umt5-xxl")
+"""Folders of the tokenizer in a model directory: the Diffusers layout and ours, the original layout."""
 
 _FILES = {
     "tokenizer.json": 2**25,
@@ -26,19 +26,19 @@ _FILES = {
     "special_tokens_map.json": MAX_JSON_BYTES,
     "added_tokens.json": MAX_JSON_BYTES,
 }
-"""What transformers reads, each with a limit of its size; umT5's vocabulary takes 17 MB."""
+"""The files that transformers reads, and the most bytes of each; umT5's vocabulary takes 17 MB."""
 
 
 def clean_prompt(text: str) -> str:
-    """Repaired encoding, HTML entities resolved twice, every run of white space one space (`prompt_clean`)."""
+    """Repair the encoding, resolve HTML entities twice, collapse white space into single spaces (`prompt_clean`)."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def find_tokenizer(model: str | Path) -> Path | None:
-    """The folder of the tokenizer's files in `model`, a directory in any layout; None where there is no such folder."""
-    places = (Path(model, place) for place in PLACES)
-    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    """Return the folder of the tokenizer in a model directory of any layout, or None if there is none."""
+    folders = (Path(model, name) for name in FOLDERS)
+    return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
 
 
 def _read(folder: Path) -> PreTrainedTokenizerFast:
@@ -46,31 +46,30 @@ def _read(folder: Path) -> PreTrainedTokenizerFast:
         if (folder / name).exists():
             read_json(folder / name, limit)
     try:
-        # Not AutoTokenizer: from version 5 on it rebuilds T5's rules around the vocabulary instead of reading the file,
-        # with <unk> fixed at id 2. In the files of umT5, id 2 is <s> and <unk> is 3.
+        # AutoTokenizer from version 5 on takes only the vocabulary from the file: it builds T5's rules itself and fixes
+        # <unk> at id 2. In the files of umT5, id 2 is <s> and <unk> is 3.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         unnamed = [token for token in ("pad_token", "eos_token") if getattr(tokenizer, token) is None]
         empty = tokenizer("").input_ids
         if not unnamed:
             empty = tokenizer("", padding="max_length", max_length=3).input_ids
-    except Exception as error:  # of any type, from two libraries
-        raise InputError(
-            f"{folder}: not the files of a tokenizer ({short_repr(str(error))}); download them again"
-        ) from None
+    except Exception as error:  # two libraries raise many types
+        raise InputError(f"{folder}: not a tokenizer ({short_repr(str(error))}); download them again") from None
     if unnamed:
-        raise InputError(f"{folder / 'tokenizer_config.json'}: {unnamed[0]} is missing; expected <pad> and </s> in it")
+        raise InputError(f"{folder / 'tokenizer_config.json'}: {unnamed[0]} is missing; expected <pad> and </s>")
     if empty != [1, 0, 0]:
         raise InputError(
-            f"{folder}: an empty prompt, padded to three tokens, becomes {short_repr(empty)}; expected </s> = 1 and "
-            "<pad> = 0 behind it, as in umT5 (see tokenizer.json and tokenizer_config.json)"
+            f"{folder}: an empty prompt, padded to three tokens, becomes {short_repr(empty)}; expected [1, 0, 0], which is "
+            "</s> <pad> <pad> in umT5 (see tokenizer.json and tokenizer_config.json)"
         )
     return tokenizer
 
 
 class Tokenizer:
-    """The umT5 tokenizer beside the weights in `model`, a directory in any layout. Never downloads.
+    """The umT5 tokenizer in a model directory of any layout. It never downloads anything.
 
-    Raises InputError where no place holds a `tokenizer.json`, or the files are not those of umT5's tokenizer.
+    Raises:
+        InputError: the directory has no `tokenizer.json`, or its tokenizer is not umT5's.
     """
 
     def __init__(self, model: str | Path):
@@ -78,16 +77,16 @@ class Tokenizer:
             raise InputError(f"{model}: no such directory; expected Wan2.1 weights")
         found = find_tokenizer(model)
         if not found:
-            expected = " or ".join(str(Path(model, place, "tokenizer.json")) for place in PLACES)
-            raise InputError(f"tokenizer: none in {model}; expected {expected}")
+            expected = " or ".join(str(Path(model, name, "tokenizer.json")) for name in FOLDERS)
+            raise InputError(f"{model}: no tokenizer; expected {expected}")
         self._tokenizer = _read(found)
 
     def __call__(
         self, prompts: Sequence[str], length: int = TEXT_LENGTH
     ) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, "b l"]]:
-        """Token ids and mask `[b, length]` of the cleaned prompts: ended by `</s>`, then padded with zeros.
+        """Clean the prompts and return their token ids and mask, `[b, length]`: each ends with `</s>`, then zeros.
 
-        A longer prompt is cut, and a warning says by how much.
+        A prompt that is too long is cut, with a warning that gives the number of dropped tokens.
         """
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         for prompt, tokens in zip(cleaned, self._tokenizer(cleaned, verbose=False).input_ids, strict=True):
@@ -98,14 +97,19 @@ class Tokenizer:
         return tokens.input_ids.astype(np.int32), tokens.attention_mask.astype(np.int32)
 
 
-def encode_prompts(tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: Sequence[str]) -> Text:
-    """Text embeddings `[b, 512, d]` of the prompts as the video transformer expects them, padding set to zero.
+def encode_prompts(
+    tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: Sequence[str]
+) -> list[Float[np.ndarray, "_ d"]]:
+    """Return the text embedding of each prompt, one row per token without the padding (`arrays.pad_text` adds it back).
 
-    Raises InputError where the tokenizer gives ids that the encoder has no embedding for.
+    As in Wan, the encoder runs on ids that are padded to 512 tokens.
+
+    Raises:
+        InputError: a token id is outside the vocabulary of the encoder.
     """
     ids, mask = tokenizer(prompts)
     if ids.max() >= encoder.config.vocab_size:
         size = encoder.config.vocab_size
         raise InputError(f"tokenizer: gives token id {ids.max()}, but the text encoder has a vocabulary of {size}")
-    embeddings = encoder(jnp.asarray(ids), jnp.asarray(mask))
-    return embeddings * jnp.asarray(mask[..., None], embeddings.dtype)
+    embeddings = np.asarray(encoder(jnp.asarray(ids), jnp.asarray(mask)))
+    return [embedding[:length] for embedding, length in zip(embeddings, mask.sum(1), strict=True)]

@@ -31,7 +31,7 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
     init_lora(model, jax.random.key(run.train.seed), mesh)
     graph, lora, frozen = split_lora(model)
     optimizer = make_optimizer(run.optimizer)
-    batch, _ = Batches(open_records(run.data.path), run.train.batch_size, run.train.seed).at(0)
+    batch, _ = Batches(open_records(run.data.path), run.train.batch_size, run.train.seed, mesh).read(0)
     with jax.set_mesh(mesh):
 
         def make_timed(objective: ObjectiveConfig) -> Callable[[], None]:

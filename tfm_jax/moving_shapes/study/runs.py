@@ -36,6 +36,7 @@ from tfm_jax.moving_shapes.study.sensitivity import measure_sensitivity
 from tfm_jax.moving_shapes.world import has_clips, write_clips
 from tfm_jax.prompts import write_prompts
 from tfm_jax.sampling.pipeline import SampleRun, sample
+from tfm_jax.sharding import one_device_mesh
 from tfm_jax.train.export import export
 from tfm_jax.train.loop import TrainRun, train
 from tfm_jax.wan import find_base, load_base, load_vae
@@ -323,5 +324,5 @@ def _sensitivity(study: Study, lora: Path | None, held_out: HeldOut) -> dict[str
     transformer = load_base(study.run.model)
     if lora:
         load_adapters(transformer, read_lora(lora))
-    batch, _ = Batches(held_out.records, min(SENSITIVITY_CLIPS, len(held_out.records)), seed=0).at(0)
+    batch, _ = Batches(held_out.records, min(SENSITIVITY_CLIPS, len(held_out.records)), 0, one_device_mesh()).read(0)
     return measure_sensitivity(transformer, np.asarray(batch.latents), np.asarray(batch.text), seed=0)

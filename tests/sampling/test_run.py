@@ -1,0 +1,268 @@
+"""A sampling run: its files, the same bytes after every interruption, and the inputs it refuses."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import virtual_devices
+from helpers.sampling_runs import PROMPTS, content, damage, run_of
+
+from tfm_jax import cli, files, interrupts, video
+from tfm_jax.config import parse
+from tfm_jax.errors import InputError
+from tfm_jax.lora.files import Adapter, Lora, write_lora
+from tfm_jax.sampling import pipeline
+from tfm_jax.sampling.pipeline import SampleRun, sample
+
+
+@pytest.fixture(scope="module")
+def finished(model) -> Path:
+    """The folder of an uninterrupted run."""
+    sample(run_of(model, model.parent / "finished"))
+    return model.parent / "finished"
+
+
+VIDEOS = ["000.mp4", "001.mp4", "002.mp4"]
+
+
+def test_the_files_of_a_run(finished):
+    assert sorted(content(finished)) == [".lock", *VIDEOS, "config.yaml", "contact_sheet.png", "samples.json"]
+    assert parse(SampleRun, ["--config", str(finished / "config.yaml")], "", "").sampling.output == finished
+    clips = [video.read_clip(finished / name, 5, 32, 48, 16) for name in VIDEOS]
+    assert (clips[0] != clips[1]).any()
+
+
+def test_the_same_command_makes_what_is_missing(finished, model, tmp_path, rounds):
+    """It writes the same bytes as an uninterrupted run, and leaves existing files alone."""
+    run = run_of(model, tmp_path / "out")
+    shutil.copytree(finished, tmp_path / "out")
+    for name in ("001.mp4", "contact_sheet.png"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / ".001.mp4.partial").write_text("half a video")
+    before = (tmp_path / "out" / "000.mp4").stat().st_mtime_ns
+    sample(run)
+    assert content(tmp_path / "out") == content(finished)
+    assert len(rounds) == 1
+    assert (tmp_path / "out" / "000.mp4").stat().st_mtime_ns == before
+
+
+def test_a_missing_contact_sheet_is_made_without_the_model(finished, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_vae", None)
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "contact_sheet.png").unlink()
+    sample(run_of(model, tmp_path / "out"))
+    assert content(tmp_path / "out") == content(finished)
+
+
+def test_a_complete_run_is_reported(finished, model, monkeypatch, capsys):
+    """Also when the model has been moved."""
+    monkeypatch.setattr(pipeline, "load_vae", None)
+    moved = shutil.copytree(model, model.parent / "moved" / "model")
+    sample(run_of(moved, finished))
+    assert capsys.readouterr().out == f"{finished}: already contains all 3 videos\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 4}, r"sampling\.seed=4: .* made with 0"),
+        ({"steps": 3}, r"sampling\.steps=3: .* made with 2"),
+        ({"guidance": 4.0}, r"sampling\.guidance=4\.0: .* made with 5\.0"),
+        ({"negative_prompt": "rain"}, r"sampling\.negative_prompt=rain: "),
+        ({"prompts": PROMPTS[:2]}, r"sampling\.prompts=.*made with 3 prompts, not 2"),
+        ({"prompts": [*PROMPTS[:2], "x"]}, r"sampling\.prompts=.* have another prompt 2: '一个蓝色的圆 🔵'"),
+        ({"lora": "new"}, r"sampling\.lora=.* made with another LoRA"),
+        ({"model": "new"}, r"model\.path=.* made with other weights"),
+    ],
+)
+def test_the_folder_of_a_different_run_is_refused(finished, model, tmp_path, rounds, change, words):
+    if "prompts" in change:
+        (tmp_path / "prompts.txt").write_text("\n".join(change["prompts"]), encoding="utf-8")
+        change = {"prompts": tmp_path / "prompts.txt"}
+    if "lora" in change:
+        change = {"lora": write_adapters(tmp_path / "lora.safetensors")}
+    if change.pop("model", None):
+        model = shutil.copytree(model, tmp_path / "model")
+        damage(model / "transformer", lambda tensors: tensors["proj_out.bias"].fill(1))
+    before = content(finished)
+    with pytest.raises(InputError, match=rf"{words}.*another sampling\.output"):
+        sample(run_of(model, finished, **change))
+    assert content(finished) == before
+    assert not rounds
+
+
+def write_adapters(path: Path) -> Path:
+    adapters = {f"blocks.{n}.self_attn.q": Adapter(np.ones((2, 96), "f4"), np.ones((96, 2), "f4")) for n in range(4)}
+    write_lora(path, Lora(adapters, 2, 2.0))
+    return path
+
+
+def widen(tensors: dict) -> None:
+    tensors["post_quant_conv.bias"] = np.zeros(17, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("component", "change", "words"),
+    [
+        ("vae", lambda tensors: tensors["decoder.conv_out.bias"].fill(np.nan), "NaN or infinite"),
+        ("vae", lambda tensors: tensors.pop("decoder.conv_out.bias"), "1 of .* tensors are missing"),
+        ("vae", widen, r"post_quant_conv\.bias has shape \[17\]; expected \[16\]"),
+        ("vae", lambda tensors: tensors["decoder.conv_in.weight"].fill(3e38), "pixels that are not finite"),
+        ("text_encoder", lambda tensors: tensors.pop("shared.weight"), "1 of .* tensors are missing"),
+        ("transformer", lambda tensors: tensors["proj_out.bias"].fill(np.inf), "NaN or infinite"),
+        ("transformer", lambda tensors: tensors["proj_out.weight"].fill(3e38), "prompt 0: the latents are not finite"),
+    ],
+)
+def test_a_bad_network_is_refused_before_sampling(model, tmp_path, rounds, component, change, words):
+    copy = shutil.copytree(model, tmp_path / "model")
+    damage(copy / component, change)
+    with pytest.raises(InputError, match=words):
+        sample(run_of(copy, tmp_path / "new" / "out"))
+    assert not rounds
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_video_that_is_not_finite_is_not_written_and_the_others_stay(finished, model, tmp_path, monkeypatch, rounds):
+    whole = pipeline.sample_latents
+
+    def overflow(*arguments, **options):
+        latents = whole(*arguments, **options)
+        return latents * jnp.nan if len(rounds) == 2 else latents
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "sample_latents", overflow)
+        with pytest.raises(InputError, match="prompt 1: the latents are not finite"):
+            sample(run_of(model, tmp_path / "out"))
+    assert sorted(content(tmp_path / "out")) == [".lock", "000.mp4", "config.yaml", "samples.json"]
+    sample(run_of(model, tmp_path / "out"))
+    assert content(tmp_path / "out") == content(finished)
+
+
+def test_a_full_disk_keeps_the_finished_videos(finished, model, tmp_path, monkeypatch):
+    write = video.write_clip
+
+    def full(path, *arguments):
+        if path.name == "001.mp4":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "write_clip", full)
+        with pytest.raises(OSError, match="No space left"):
+            sample(run_of(model, tmp_path / "out"))
+    assert sorted(content(tmp_path / "out")) == [".lock", "000.mp4", "config.yaml", "samples.json"]
+    sample(run_of(model, tmp_path / "out"))
+    assert content(tmp_path / "out") == content(finished)
+
+
+def test_a_signal_stops_after_the_step_and_the_same_command_continues(
+    finished, model, tmp_path, monkeypatch, capfd, rounds
+):
+    run = run_of(model, tmp_path / "out")
+    write = video.write_clip
+
+    def send(*arguments):
+        write(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not interrupts.requested():
+            time.sleep(0.001)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "write_clip", send)
+        patch.setattr(sys, "argv", ["sample.py"])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda _: sample(run))
+    assert ended.value.code == 75
+    assert len(rounds) == 2
+    err = capfd.readouterr().err
+    assert "SIGTERM: stopping after this step; send it again to end the program at once" in err
+    assert err.splitlines()[-1] == "stopped: 1 of 3 videos are done; the same command continues"
+    sample(run)
+    assert len(rounds) == 2 + 2
+    assert content(tmp_path / "out") == content(finished)
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(finished, model, tmp_path, rounds):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "001.mp4").unlink()
+    with (
+        files.lock(tmp_path / "out" / ".lock"),
+        pytest.raises(InputError, match=r"sampling\.output=.*another process"),
+    ):
+        sample(run_of(model, tmp_path / "out"))
+    assert not rounds
+
+
+def test_a_damaged_samples_json_is_refused(finished, model, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    for text in ("", "{}", '{"run": 1'):
+        (tmp_path / "out" / "samples.json").write_text(text)
+        with pytest.raises(InputError, match=r"samples\.json: damaged"):
+            sample(run_of(model, tmp_path / "out"))
+
+
+def test_a_field_that_samples_json_lacks_has_its_default(finished, model, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    record = tmp_path / "out" / "samples.json"
+    record.write_text(record.read_text(encoding="utf-8").replace('"guidance": 5.0,', ""), encoding="utf-8")
+    sample(run_of(model, tmp_path / "out"))
+
+
+def test_noise_is_a_function_of_seed_and_number(model, tmp_path, rounds):
+    """The other prompts do not change the noise of prompt number n."""
+
+    def start(name: str, prompts: list[str], seed: int) -> list[np.ndarray]:
+        rounds.clear()
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
+        sample(run_of(model, tmp_path / name, prompts=tmp_path / f"{name}.txt", seed=seed))
+        return list(rounds)
+
+    three, two, other = start("a", ["x", "y", "z"], 3), start("b", ["w", "y"], 3), start("c", ["x", "y"], 4)
+    assert [noise.shape for noise in three] == [(1, 2, 4, 6, 16)] * 3
+    np.testing.assert_array_equal(three[:2], two)
+    different = [*three, *other]
+    assert len({noise.tobytes() for noise in different}) == len(different)
+    assert np.std(three[0]) == pytest.approx(1, abs=0.1)
+
+
+def test_rounds_do_not_depend_on_what_is_missing():
+    assert pipeline._rounds(5, 2, {0, 1, 2, 3, 4}) == [[0, 1], [2, 3], [4, 4]]
+    assert pipeline._rounds(5, 2, {3}) == [[2, 3]]
+    assert pipeline._rounds(5, 2, {1, 4}) == [[0, 1], [4, 4]]
+    assert pipeline._rounds(2, 4, {1}) == [[0, 1, 1, 1]]
+
+
+ON_TWO_DEVICES = """
+import sys
+from pathlib import Path
+from tfm_jax.config import parse
+from tfm_jax.sampling.pipeline import SampleRun, sample
+
+folder = Path(sys.argv[1])
+run = parse(SampleRun, ["--config", f"{folder}/finished/config.yaml", f"--sampling.output={folder}/two"], "", "")
+sample(run)
+before = {path.name: path.read_bytes() for path in (folder / "two").iterdir()}
+(folder / "two" / "001.mp4").unlink()
+sample(run)
+assert {path.name: path.read_bytes() for path in (folder / "two").iterdir()} == before
+"""
+
+
+def test_two_devices_sample_two_videos_at_a_time(finished, model):
+    """The videos equal those of one device up to rounding; a video that is made again has the same bytes."""
+    command = [sys.executable, "-c", ON_TWO_DEVICES, model.parent]
+    done = subprocess.run(command, env=virtual_devices.environment(2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        np.stack([np.float32(video.read_clip(folder / name, 5, 32, 48, 16)) for name in VIDEOS])
+        for folder in (finished, model.parent / "two")
+    )
+    assert np.abs(one - two).mean() <= 0.1 < np.abs(one - np.roll(two, 1, axis=0)).mean()
