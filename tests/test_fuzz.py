@@ -234,7 +234,7 @@ def architecture(data: st.DataObject, folder: Path) -> None:
     component = data.draw(st.sampled_from(COMPONENTS))
     place = folder / component.name
     place.mkdir(exist_ok=True)
-    weights = place / f"{component.files}.safetensors"
+    weights = place / f"{component.stem}.safetensors"
     if not weights.exists():
         weights.symlink_to(MODEL / component.name / weights.name)
     sound = json.loads((MODEL / component.name / "config.json").read_text())

@@ -245,6 +245,7 @@ import sys
 from pathlib import Path
 from tfm_jax.config import parse
 from tfm_jax.sampling.pipeline import SampleRun, sample
+from tfm_jax.wan.names import BlockLinear
 
 folder = Path(sys.argv[1])
 run = parse(SampleRun, ["--config", f"{folder}/finished/config.yaml", f"--sampling.output={folder}/two"], "", "")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tfm_jax import video
-from tfm_jax.data.metadata import NAME, read_metadata
+from tfm_jax.data.metadata import METADATA_FILE, read_metadata
 from tfm_jax.errors import InputError
 from tfm_jax.moving_shapes.evaluation.clip_metrics import ClipMetrics, measure_clip
 from tfm_jax.moving_shapes.scene import ClipSpec
@@ -41,7 +41,7 @@ def find_captioned_clips(folder: Path, prompts: Path | None, minimum: int) -> li
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a folder of mp4 files")
     captions: list[str] | list[None]
-    if prompts is None and (folder / NAME).exists():
+    if prompts is None and (folder / METADATA_FILE).exists():
         rows = read_metadata(folder)
         files, captions = [row.path for row in rows], [row.prompt for row in rows]
     else:
