@@ -55,7 +55,7 @@ def exact(arrays):
 
 
 def furthest(ours, theirs, order=np.inf):
-    """Return the largest relative difference of any pair of arrays, in the norm `order` (the maximum norm by default)."""
+    """Return the largest relative difference of any pair of arrays, by default in the maximum norm."""
     pairs = [
         (np.ravel(x).astype(np.float64), np.ravel(y).astype(np.float64)) for x, y in zip(ours, theirs, strict=True)
     ]

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from helpers.wan_reference import SIZES, inputs, reference_transformer, relative, run_reference, write_original
 
-from tfm_jax.wan.attention import attention, chunked
 from tfm_jax.wan import load_transformer
+from tfm_jax.wan.attention import attention, chunked
 from tfm_jax.wan.layouts import TRANSFORMER, abstract
 from tfm_jax.wan.names import transformer_rows
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, rotary_tables

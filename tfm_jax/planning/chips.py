@@ -102,7 +102,7 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """Return the topology with a name such as v5e:4x4 (chips along each axis of a TPU slice) or h100:2x8 (hosts x GPUs).
+    """Return a topology by its name: v5e:4x4 has the chips along each axis of a TPU slice, h100:2x8 hosts x GPUs.
 
     This neither connects to hardware nor takes a lock: programs can be compiled for the devices but not run.
 
@@ -112,7 +112,7 @@ def topology(name: str) -> Topology:
     match = _NAME.fullmatch(name)
     if not match or match[2] not in CHIPS:
         raise InputError(f"--topology={name}: expected one of {', '.join(CHIPS)} and its shape, {EXAMPLES}")
-    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # it warns about libraries that compiling does not need
+    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # warns of libraries that only running needs
     slices, kind, shape = int(match[1] or 1), match[2], match[3]
     devices = _gpus(name, kind, slices, shape) if CHIPS[kind].target else _tpus(name, slices, f"{kind}:{shape}")
     return Topology(name, kind, devices)

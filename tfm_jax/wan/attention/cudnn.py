@@ -1,12 +1,12 @@
 """cuDNN's flash attention for NVIDIA GPUs.
 
 The primitives under `jax.nn.dot_product_attention` are private, but the public function is no substitute: it rounds
-`lse` to the dtype of the queries, its backward pass does not accept an `lse` over more keys (`sharded.ring`
-needs one), and it can only be traced where cuDNN is installed. This is the only module that uses them, and
+`lse` to the dtype of the queries, its backward pass does not accept an `lse` over more keys (`sharded.ring` needs one),
+and it can only be traced where cuDNN is installed. This is the only module that uses them, and
 tests/test_private_apis.py checks them against the installed JAX.
 
 Tracing and lowering need no GPU. Where a program runs, JAX does not start its CUDA backend with a cuDNN older than the
-one it was built against, and cuDNN rejects an unsupported call when the program is compiled; no other kernel takes over.
+one it was built against, and compiling fails if cuDNN does not support a call; no other kernel replaces it.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries
 
 
 def supports(query: Queries, key: Keys) -> bool:
-    """Whether cuDNN can train with these shapes on every GPU: even token counts, head width a multiple of 8 up to 128."""
+    """Whether cuDNN can train with these shapes: even numbers of tokens, and a head width of 8, 16, ..., 128."""
     width = query.shape[-1]
     return width <= 128 and width % 8 == 0 and query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
 

@@ -5,9 +5,9 @@ The queries of one device attend to the keys of all devices. There are two exact
 - all-to-all (Ulysses; Jacobs et al. 2023, arXiv:2309.14509), where the number of devices divides the heads: each device
   exchanges its tokens for a share of the heads, attends to all tokens with those heads, and exchanges back. It
   communicates less than the ring.
-- a ring (Liu et al. 2023, arXiv:2310.01889) otherwise: keys and values are passed from device to device, and each device
-  combines the outputs of its queries by `lse`. In the backward pass the gradients of keys and values are passed along
-  with them and are complete when they are back on their own device.
+- a ring (Liu et al. 2023, arXiv:2310.01889) otherwise: keys and values are passed from device to device, and each
+  device combines the outputs of its queries by `lse`. In the backward pass the gradients of keys and values are passed
+  along with them and are complete when they are back on their own device.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """Splash attention, JAX's Pallas kernel for TPUs.
 
-The public constructor, `make_splash_mha`, does not suffice: with `save_residuals=True` it returns `lse` but has no
-gradient, its gradient does not accept an `lse` over more keys (`sharded.ring` needs one), and a full mask
-makes it load one table entry per block. This is the only module that uses the private parts of splash, and
+The public constructor, `make_splash_mha`, does not suffice: a kernel that returns `lse` (`save_residuals=True`) has no
+gradient, no kernel's gradient accepts an `lse` over more keys (`sharded.ring` needs one), and even a full mask becomes
+tables that the kernel reads for each block. This is the only module that uses the private parts of splash, and
 tests/test_private_apis.py checks them against the installed JAX.
 """
 
