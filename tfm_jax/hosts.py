@@ -150,8 +150,8 @@ def initialize_arguments(environment: Mapping[str, str]) -> dict[str, Any] | Non
         one_per_node = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
         all_devices = {"local_device_ids": []} if one_per_node and "JAX_LOCAL_DEVICE_IDS" not in environment else {}
         return {"cluster_detection_method": "slurm", **all_devices}
-    # On a TPU machine JAX sets this to "tpu,cpu" unless JAX_PLATFORMS says otherwise.
-    if (jax.config.jax_platforms or "").startswith("tpu"):
+    # On a TPU machine JAX sets the platforms to "tpu,cpu" when it is imported, unless JAX_PLATFORMS is set.
+    if (jax.config.values["jax_platforms"] or "").startswith("tpu"):
         return {}
     return None
 

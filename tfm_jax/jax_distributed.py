@@ -4,8 +4,11 @@ JAX has no public interface to it. The public `jax.experimental.multihost_utils`
 if another process hangs or has failed, and `jax.process_index` starts the backend. This is the only module that uses
 the private state of `jax.distributed`, and tests/test_private_apis.py checks it against the installed JAX.
 
-Call these functions after `jax.distributed.initialize` has started; all but the last need it to have returned.
+Call these functions after `jax.distributed.initialize`; a process can already describe itself and its coordinator while
+`initialize` waits for the others.
 """
+
+from typing import Any
 
 from jax._src.distributed import global_state
 
@@ -13,7 +16,7 @@ from jax._src.distributed import global_state
 def put(key: str, value: str) -> bool:
     """Store a value; return False if the key has a value already or the service is unreachable."""
     try:
-        global_state.client.key_value_set(key, value)
+        _client().key_value_set(key, value)
     except RuntimeError:
         return False
     return True
@@ -22,7 +25,7 @@ def put(key: str, value: str) -> bool:
 def get(key: str) -> str | None:
     """Return the value of a key; None if it has none or the service is unreachable."""
     try:
-        return global_state.client.key_value_try_get(key)
+        return _client().key_value_try_get(key)
     except RuntimeError:
         return None
 
@@ -33,7 +36,7 @@ def wait_at_barrier(name: str, seconds: int) -> None:
     Raises:
         RuntimeError: a process did not arrive in time, or the service is unreachable.
     """
-    global_state.client.wait_at_barrier(name, 1000 * seconds)
+    _client().wait_at_barrier(name, 1000 * seconds)
 
 
 def runs_service() -> bool:
@@ -49,3 +52,7 @@ def describe_process() -> str:
 def coordinator() -> tuple[str | None, int]:
     """Return the address of the coordination service, and the number of processes that it expects."""
     return global_state.coordinator_address, global_state.num_processes
+
+
+def _client() -> Any:
+    return global_state.client
