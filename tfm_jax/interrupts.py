@@ -27,7 +27,7 @@ _requested: str | None = None
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Handle both signals inside the block. Outside the main thread, where Python cannot, this does nothing."""
+    """Handle both signals inside the block. Does nothing outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -112,7 +112,8 @@ def topology(name: str) -> Topology:
     match = _NAME.fullmatch(name)
     if not match or match[2] not in CHIPS:
         raise InputError(f"--topology={name}: expected one of {', '.join(CHIPS)} and its shape, {EXAMPLES}")
-    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # warns of libraries that only running needs
+    # The CUDA plugin warns about missing libraries that are needed to run programs but not to compile them.
+    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)
     slices, kind, shape = int(match[1] or 1), match[2], match[3]
     devices = _gpus(name, kind, slices, shape) if CHIPS[kind].target else _tpus(name, slices, f"{kind}:{shape}")
     return Topology(name, kind, devices)
