@@ -1,163 +1,63 @@
-"""Several processes as one run: the program itself, on two processes of four CPU devices each that talk over gloo."""
+"""Distributed runs: train.py itself in two processes of four CPU devices each, which communicate over gloo."""
 
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import virtual_devices
 from helpers.paths import ROOT
-from helpers.wan_reference import SIZES, reference_transformer
+from helpers.processes import (
+    BATCH,
+    CONFIG,
+    LOADING,
+    PATIENCE,
+    Launcher,
+    damage,
+    lines_of,
+    saved,
+    training,
+    wait_for,
+    write_run,
+)
 from safetensors.numpy import load_file
 
-from tfm_jax import config, hosts, interrupts
+from tfm_jax import config, hosts, interrupts, jax_distributed
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.data.batches import Batches
-from tfm_jax.data.records import Record, RecordWriter, open_records
+from tfm_jax.data.records import open_records
 from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly
 from tfm_jax.sharding import one_device_mesh
 from tfm_jax.train import loop
 from tfm_jax.train.metrics import Metrics, read_metrics
 
-CONFIG = SIZES["small"]
-SCRIPT = ROOT / "scripts" / "train.py"
-CLIP = {"frames": 5, "height": 32, "width": 32, "fps": 16.0}
-BATCH = 8
-CLIPS = 24
-PATIENCE = 900
-"""Seconds; many times what a run takes, for machines that have other work."""
-
-FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-LOADING = """
-import json, sys
-from pathlib import Path
-import jax
-from tfm_jax import hosts
-from tfm_jax.config import MeshConfig
-from tfm_jax.sharding import make_mesh
-from tfm_jax.wan import load_transformer, sources
-reads, open_tensors = {}, sources.open_tensors
-
-def counted(files):
-    def entry(name, tensor):
-        def read(index):
-            values = tensor.read(index)
-            rows = [piece.indices(length) for piece, length in zip(index, tensor.shape)]
-            whole = all(piece == (0, length, 1) for piece, length in zip(rows[1:], tensor.shape[1:]))
-            reads.setdefault(name, []).append({"bytes": values.nbytes, "first": rows[0][0], "rows_are_whole": whole})
-            return values
-        return tensor._replace(read=read)
-    return {name: entry(name, tensor) for name, tensor in open_tensors(files).items()}
-
-sources.open_tensors = counted
-with hosts.distributed():
-    load_transformer(sys.argv[1], "float32", make_mesh(MeshConfig(data=1, fsdp=8)))
-    Path(f"{sys.argv[2]}/reads{jax.process_index()}.json").write_text(json.dumps(reads))
-"""
-"""Load a transformer, and leave a file of what this process read of its weights."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A transformer, prepared clips and a configuration of a run on eight devices that share the weights."""
     path = tmp_path_factory.mktemp("hosts")
-    reference_transformer(CONFIG).save_pretrained(path / "model" / "transformer")
-    rng = np.random.default_rng(0)
-    with RecordWriter(path / "latents", CLIP) as writer:
-        for number in range(CLIPS):
-            clip = rng.standard_normal((2, 4, 4, CONFIG.channels), np.float32)
-            writer.write(Record(clip, rng.standard_normal((3, CONFIG.text_dim), np.float32), "", f"{number}.mp4"))
-    values = {
-        "model": {"path": str(path / "model"), "dim": CONFIG.dim, "ffn_dim": CONFIG.ffn_dim, "heads": CONFIG.heads,
-                  "layers": CONFIG.layers, "dtype": "float32"},
-        "clip": CLIP,
-        "data": {"path": str(path / "latents")},
-        "lora": {"rank": 2, "targets": ["self_attn.q", "ffn.2"]},
-        "optimizer": {"learning_rate": 1e-3},
-        "train": {"output": str(path / "run"), "steps": 1000, "batch_size": BATCH, "checkpoint_every": 1000},
-        "mesh": {"data": 1, "fsdp": 8},
-    }  # fmt: skip
-    (path / "config.yaml").write_text(json.dumps(values))  # JSON is YAML
+    write_run(path)
     return path
 
 
 @pytest.fixture
 def launch(folder):
-    """Start processes: `launch(2, training(folder, "--train.steps=2"))`; what is left of them at the end is killed."""
-    started: list[subprocess.Popen] = []
-
-    def start(count: int, command: list[str]) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        environment = virtual_devices.environment(8 // count)
-        environment["XLA_FLAGS"] += FAST_COMPILATION
-        environment |= {
-            "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        for index in range(count):
-            several = {
-                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(index),
-            }
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                env=environment | (several if count > 1 else {}),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            started.append(process)
-        return started[-count:]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def training(folder: Path, *options: str) -> list[str]:
-    return [str(SCRIPT), "--config", str(folder / "config.yaml"), *options]
-
-
-def wait_for(condition, processes) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes), processes[0].communicate()
-        time.sleep(0.1)
-
-
-def lines_of(output: Path) -> int:
-    file = output / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
-def saved(output: Path) -> tuple[list[int], dict[str, np.ndarray]]:
-    """The steps of the checkpoints, and the arrays of the last."""
-    checkpoints = Checkpoints(output / "checkpoints")
-    return checkpoints.steps, {name: np.asarray(array) for name, array in checkpoints.restore().arrays.items()}
+    launcher = Launcher(folder / "cache")
+    yield launcher
+    launcher.kill()
 
 
 # --- Two processes ---------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_are_stopped_resumed_and_equal_one(folder, launch):
-    """Started on 2 x 4 devices, stopped by SIGTERM to one process, resumed on 2 x 4; compared with 1 x 8 throughout."""
+    """A run of 2 x 4 devices that SIGTERM to one process stops and that is then resumed equals a run of 1 x 8."""
     output = folder / "two"
     two = launch(2, training(folder, f"--train.output={output}"))
     wait_for(lambda: lines_of(output) >= 2, two)
@@ -191,7 +91,7 @@ def test_two_processes_are_stopped_resumed_and_equal_one(folder, launch):
 
 
 def test_a_process_of_eight_reads_an_eighth(folder, launch, tmp_path):
-    """Of every kernel one piece of whole rows that no other process reads; of what is not split, the whole."""
+    """Each process reads different whole rows of every kernel, and all of the tensors that are not split."""
     eight = launch(8, ["-c", LOADING, str(folder / "model"), str(tmp_path)])
     errors = [process.communicate(timeout=PATIENCE)[1] for process in eight]
     assert [process.returncode for process in eight] == [0] * 8, errors
@@ -213,7 +113,7 @@ def test_a_process_of_eight_reads_an_eighth(folder, launch, tmp_path):
 
 
 def test_an_error_of_one_process_ends_all(folder, launch):
-    """A clip is damaged that one process reads at the third step, while the other waits for that step's gradients."""
+    """One process reads a damaged clip at the third step while the other waits for the gradients of that step."""
     clip = Batches(open_records(folder / "latents"), BATCH, 0, one_device_mesh()).read(2)[1][BATCH - 1]
     damage(folder / "latents", folder / "damaged", clip)
     two = launch(2, training(folder, f"--train.output={folder / 'failed'}", f"--data.path={folder / 'damaged'}"))
@@ -230,7 +130,7 @@ def test_an_error_of_one_process_ends_all(folder, launch):
 
 
 def test_a_killed_process_ends_the_other_and_ctrl_c_stops_both(folder, launch):
-    """The same command continues after either."""
+    """The same command continues the run after each."""
     output = folder / "killed"
     command = training(folder, f"--train.output={output}", "--train.checkpoint_every=1", "--resume")
     two = launch(2, command)
@@ -240,7 +140,7 @@ def test_a_killed_process_ends_the_other_and_ctrl_c_stops_both(folder, launch):
     _, err = two[0].communicate(timeout=PATIENCE)
     assert time.monotonic() - killed < 30
     assert two[1].wait() == -signal.SIGKILL
-    # What comes first: a computation that fails without the other, or JAX, which aborts.
+    # Either a computation fails first, or JAX notices first and aborts.
     assert two[0].returncode in (1, -signal.SIGABRT), err
 
     before = saved(output)[0][-1]
@@ -256,34 +156,6 @@ def test_a_killed_process_ends_the_other_and_ctrl_c_stops_both(folder, launch):
     assert len(re.findall(message, err + err_of_other)) == 1
     assert "SIGINT: saving a checkpoint after this step; send it again to end the program at once\n" in err
     assert [line["step"] for line in read_metrics(output / "metrics.jsonl")] == list(range(1, stopped + 1))
-
-
-def damage(dataset: Path, copy: Path, clip: int) -> None:
-    """`dataset` with one bit of one clip turned."""
-    shutil.copytree(dataset, copy)
-    (shard,) = copy.glob("*.array_record*")
-    content = shard.read_bytes()
-    for place in range(0, len(content), 400):
-        bad = bytearray(content)
-        bad[place] ^= 4
-        shard.write_bytes(bad)
-        try:
-            records = open_records(copy)
-        except InputError:
-            continue
-        if damaged(records) == [clip]:
-            return
-    pytest.fail("no such place")
-
-
-def damaged(records) -> list[int]:
-    found = []
-    for clip in range(len(records)):
-        try:
-            records[clip]
-        except InputError:
-            found.append(clip)
-    return found
 
 
 # --- One process -----------------------------------------------------------------------------------------------------
@@ -306,16 +178,16 @@ def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypat
     with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), hosts.distributed():
         loop.train(run)
     (step,) = saved(tmp_path / "run")[0]
-    assert step in (2, 3)  # the signal came after the question of step 2
+    assert step in (2, 3)  # the signal arrived after step 2 had asked for signals
     assert str(stopped.value) == (
         f"stopped by {number.name} after step {step} of 1000; the same command with --resume continues"
     )
 
 
 def test_several_processes_agree_on_a_stop_and_then_end_at_once(monkeypatch):
-    """JAX has SIGTERM until all agree on a step; Ctrl-C is passed on to it."""
+    """JAX handles SIGTERM until all processes agree on a step; Ctrl-C is passed on to it as SIGTERM."""
     agreed = iter([False, True])
-    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "is_distributed", lambda: True)
     monkeypatch.setattr(hosts.multihost_utils, "reached_preemption_sync_point", lambda step: next(agreed))
     monkeypatch.setattr(interrupts, "requested", lambda: "SIGINT")
     passed_on = []
@@ -340,16 +212,16 @@ def test_several_processes_agree_on_a_stop_and_then_end_at_once(monkeypatch):
     ],
 )
 def test_the_first_ending_is_printed_and_gives_the_code_of_all(monkeypatch, capsys, ending, first, code, line):
-    def key_value_set(name, value):
+    def key_value_set(key, value):
         if first:
             raise RuntimeError("ALREADY_EXISTS")
 
     client = SimpleNamespace(
         key_value_set=key_value_set,
-        key_value_try_get=lambda name: first,
+        key_value_try_get=lambda key: first,
         wait_at_barrier=lambda name, milliseconds: None,
     )
-    monkeypatch.setattr(hosts, "_client", lambda: client)
+    monkeypatch.setattr(jax_distributed.global_state, "client", client)
     monkeypatch.setattr(hosts, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
         hosts._fail(ending)
@@ -357,7 +229,7 @@ def test_the_first_ending_is_printed_and_gives_the_code_of_all(monkeypatch, caps
     assert capsys.readouterr().err == line
 
 
-# --- What the environment says ---------------------------------------------------------------------------------------
+# --- Environment variables -------------------------------------------------------------------------------------------
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node1:4321", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
@@ -370,29 +242,37 @@ SLURM = {
 
 
 def test_settings_of_the_environment():
-    assert hosts.arguments({}) is None
+    assert hosts.initialize_arguments({}) is None
     wanted = {"coordinator_address": "node1:4321", "num_processes": 4, "process_id": 3}
-    assert hosts.arguments(SLURM | EXPLICIT) == wanted | {"cluster_detection_method": "deactivate"}
+    assert hosts.initialize_arguments(SLURM | EXPLICIT) == wanted | {"cluster_detection_method": "deactivate"}
     slurm = {"cluster_detection_method": "slurm"}
-    assert hosts.arguments(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == slurm
+    assert hosts.initialize_arguments(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == slurm
     one_a_machine = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-    assert hosts.arguments(one_a_machine) == slurm | {"local_device_ids": []}
-    assert hosts.arguments(one_a_machine | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == slurm
-    assert hosts.arguments(SLURM | {"SLURM_NTASKS": "1"}) is None
-    assert hosts.arguments(SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert hosts.initialize_arguments(one_a_machine) == slurm | {"local_device_ids": []}
+    assert hosts.initialize_arguments(one_a_machine | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == slurm
+    assert hosts.initialize_arguments(SLURM | {"SLURM_NTASKS": "1"}) is None
+    assert hosts.initialize_arguments(SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
-def test_a_tpu_machine_is_recognised(monkeypatch):
-    monkeypatch.setattr(hosts.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
-    assert hosts.arguments({}) == hosts.arguments({"JAX_PLATFORMS": "tpu,cpu"}) == {}
-    assert hosts.arguments({"JAX_PLATFORMS": "cpu"}) is None
+@pytest.mark.parametrize(
+    ("environment", "arguments"),
+    [({}, {}), ({"JAX_PLATFORMS": "tpu,cpu"}, {}), ({"JAX_PLATFORMS": "cpu"}, None), ({"JAX_PLATFORMS": "cuda"}, None)],
+)
+def test_a_tpu_machine_is_recognised(environment, arguments):
+    """JAX_FORCE_TPU_INIT makes JAX believe that it runs on a TPU machine."""
+    program = "from tfm_jax import hosts\nprint(hosts.initialize_arguments({}))"
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "JAX_FORCE_TPU_INIT": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.stdout == f"{arguments}\n", done.stderr
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID is not set, but JAX_COORDINATOR_ADDRESS=node1:4321, JAX_NUM_PROC"),
-        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expected how many processes there are, at least 1"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expected the number of processes, at least 1"),
         ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES=0: expected"),
         ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID=4: expected the number of this process, from 0 to 3"),
         ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: expected"),
@@ -401,23 +281,23 @@ def test_a_tpu_machine_is_recognised(monkeypatch):
         ({"JAX_COORDINATOR_ADDRESS": ":80"}, "JAX_COORDINATOR_ADDRESS=:80: expected"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(change, message):
+def test_invalid_settings_are_reported_in_one_line(change, message):
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        hosts.arguments(EXPLICIT | change)
+        hosts.initialize_arguments(EXPLICIT | change)
     assert "\n" not in str(caught.value)
 
 
-def test_a_port_that_is_taken_is_told():
+def test_a_port_in_use_is_reported():
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(InputError, match=f"JAX_COORDINATOR_ADDRESS={address}: port .*in use"):
-            hosts.arguments(EXPLICIT | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": "0"})
+            hosts.initialize_arguments(EXPLICIT | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": "0"})
 
 
-def test_a_process_that_nobody_meets_ends():
-    program = "from tfm_jax import hosts\nhosts.MEET_SECONDS = 2\nwith hosts.distributed():\n    print('met')"
+def test_a_process_that_waits_in_vain_ends():
+    program = "from tfm_jax import hosts\nhosts.STARTUP_TIMEOUT = 2\nwith hosts.distributed():\n    print('connected')"
     with socket.socket() as free:
         free.bind(("", 0))
         settings = EXPLICIT | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}"}
@@ -430,6 +310,6 @@ def test_a_process_that_nobody_meets_ends():
     )
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: process 3 of 4: not all of 4 processes came to localhost:\d+ within 2 s; .*\n", done.stderr
+        r"error: process 3 of 4: not all 4 processes connected to localhost:\d+ within 2 s; .*\n", done.stderr
     )
     assert not done.stdout

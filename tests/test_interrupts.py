@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, sent to small programs of their own."""
+"""Ctrl-C and SIGTERM, sent to small programs that run as subprocesses."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from tfm_jax.errors import StoppedEarly
 
 def work(argv):
     try:
-        if argv == ["keeps"]:
+        if argv == ["saves"]:
             with interrupts.postponed("saving after this step"):
                 print("ready", flush=True)
                 while not interrupts.requested():
@@ -50,7 +50,7 @@ def start(*arguments: str) -> subprocess.Popen:
     ("number", "code", "line"),
     [(signal.SIGINT, 130, "error: interrupted\n"), (signal.SIGTERM, 143, "error: ended by SIGTERM\n")],
 )
-def test_a_program_without_anything_to_keep_cleans_up_and_ends(number, code, line):
+def test_a_program_that_saves_nothing_cleans_up_and_ends(number, code, line):
     process = start()
     process.send_signal(number)
     assert process.communicate(timeout=30) == ("cleaned\n", line)
@@ -58,8 +58,8 @@ def test_a_program_without_anything_to_keep_cleans_up_and_ends(number, code, lin
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_program_that_keeps_its_work_stops_with_code_75(number):
-    process = start("keeps")
+def test_a_program_that_saves_its_work_stops_with_code_75(number):
+    process = start("saves")
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert out == "saved\ncleaned\n"

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from tfm_jax.config import MeshConfig, Remat
 from tfm_jax.errors import InputError
 from tfm_jax.sharding import MESH_AXES, check_batch, check_split, make_mesh, partition_spec, shardings
-from tfm_jax.wan.parallel_attention import self_attention
+from tfm_jax.wan.attention import self_attention
 from tfm_jax.wan.remat import POLICIES
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 

@@ -1,19 +1,18 @@
 """The exceptions that a program reports in one line, and the exit code of each."""
 
 FAILED_WRITES = ("No space left on device", "Read-only file system", "File too large", "Disk quota exceeded")
-"""Failures of a disk as the operating system words them: libraries that write files report them in exceptions of any
-type."""
+"""The operating system's messages for failed writes, which libraries wrap in exceptions of any type."""
 
 
 class InputError(ValueError):
-    """Bad input: one line that names the file or field, its value and what was expected. Exit code 2.
+    """Bad input. The message is one line with the file or field, its value and what was expected. Exit code 2.
 
-    Any exception that is not described here is a bug in this package and keeps its traceback.
+    An exception that this module does not describe is a bug in this package and keeps its traceback.
     """
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training diverged: the message names the step whose loss was NaN or infinite, and its clips. Exit code 1."""
+    """Training diverged. The message names the step with a NaN or infinite loss, and its clips. Exit code 1."""
 
 
 class CompilerError(RuntimeError):
@@ -21,15 +20,15 @@ class CompilerError(RuntimeError):
 
 
 class StoppedEarly(Exception):
-    """Ctrl-C or SIGTERM stopped the program; its finished work is kept and the same command continues. Exit code 75."""
+    """Ctrl-C or SIGTERM stopped the program. Its work is saved and the same command continues it. Exit code 75."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM ended a program that has nothing to continue from. Exit code 143, as a shell reports it."""
+    """SIGTERM ended a program that saved nothing to continue from. Exit code 143, as shells report SIGTERM."""
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:
-    """The one line that a program prints for an exception, and its exit code; None for a bug in this package."""
+    """Return the line to print for an exception and its exit code; None for a bug in this package."""
     if isinstance(error, InputError):
         message, code = str(error), 2
     elif isinstance(error, NonFiniteLoss):
@@ -42,7 +41,7 @@ def describe(error: BaseException) -> tuple[str, int] | None:
         message, code = "ended by SIGTERM", 143
     elif isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
-    elif isinstance(error, OSError):  # a full or read-only disk, a folder that cannot be made
+    elif isinstance(error, OSError):  # such as a full or read-only disk
         message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
     elif failure := failed_write(error):
         message, code = f"writing failed: {failure}", 2
@@ -52,5 +51,5 @@ def describe(error: BaseException) -> tuple[str, int] | None:
 
 
 def failed_write(error: BaseException) -> str | None:
-    """What is wrong with the disk, where the text of an exception says that writing to it failed."""
+    """Return the operating system's message if the text of an exception contains that of a failed write, or None."""
     return next((failure for failure in FAILED_WRITES if failure in str(error)), None)

@@ -1,13 +1,13 @@
-"""Several processes as one run: how they meet, what one of them says for all, and how they stop together.
+"""Distributed runs: how processes find each other, which one reports, and how they stop together.
 
-Which processes belong to a run is read from the environment, in this order:
+The environment decides which processes belong to a run. The first of these that applies is used:
 
-- JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which always win;
-- a job step of SLURM with several tasks, started by srun; JAX gives each task the GPU of its number on the machine, or
-  all GPUs where there is one task a machine;
-- the hosts of a TPU slice, or of several.
+- JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
+- a SLURM job step with several tasks, started by srun; JAX gives each task the GPU with its local task number, or all
+  GPUs of the machine if it has only one task;
+- the hosts of one or several TPU slices.
 
-Without any of these the run is this process alone.
+Otherwise the run is a single process.
 """
 
 import contextlib
@@ -23,85 +23,84 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-from jax._src import cloud_tpu_init
-from jax._src.distributed import global_state  # its client is not public; it alone reaches a process that is stuck
 from jax.experimental import multihost_utils
 
-from tfm_jax import errors, interrupts
+from tfm_jax import errors, interrupts, jax_distributed
 from tfm_jax.errors import InputError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-MEET_SECONDS = 300
-"""How long processes wait for each other at the start."""
+STARTUP_TIMEOUT = 300
+"""Seconds that processes wait for each other at the start and at the end of a run."""
 
-PART_SECONDS = 5
-"""How long a process that failed stays for the others to hear of it."""
+ERROR_TIMEOUT = 5
+"""Seconds that a failed process waits until the other processes have seen its error."""
 
 _ERROR = "tfm_jax/error"
+"""The key of the exit code of the first error, and the name of the barrier after it."""
 
 
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
-    """Run the block as one of the processes that the environment names; enter it before JAX has looked for devices.
+    """Run the block as one process of the run that the environment describes. Enter it before JAX initialises devices.
 
-    An exception in one process ends all of them within seconds: it is printed once, with the number of the process, and
-    all exit with its code. `StoppedEarly` does the same, and is printed as what it is: no error. In a run of one
-    process, exceptions pass through.
+    An exception in one process ends all processes within seconds: it is printed once, with the number of the process,
+    and all processes exit with its code. `StoppedEarly` does the same, but is not printed as an error. In a run of a
+    single process, exceptions pass through.
 
-    A process that is killed says nothing. The others end within 30 s: with exit code 1 if a computation between the
-    processes fails, or with 134 when JAX notices after 15 s and aborts them.
+    A killed process reports nothing. The other processes end within 30 s: with exit code 1 if a computation that
+    involves the killed process fails, or with 134 if JAX notices after 15 s and aborts them.
 
     Raises:
-        InputError: the environment is half given or wrong.
+        InputError: the environment variables are incomplete or invalid.
     """
-    if not _start():
+    if not _initialize():
         yield
         return
-    watch = _Watch()
+    watchdog = _Watchdog()
     try:
         yield
-        # The others may be slower than the time that JAX gives them to shut down.
-        _client().wait_at_barrier("tfm_jax/done", 1000 * MEET_SECONDS)
+        # JAX waits for only 10 s at shutdown; other processes may need longer to finish.
+        jax_distributed.wait_at_barrier("tfm_jax/done", STARTUP_TIMEOUT)
     except BaseException as error:
-        watch.stop()
+        watchdog.stop()
         _fail(error)
-    watch.stop()
+    watchdog.stop()
     jax.distributed.shutdown()
 
 
 def is_distributed() -> bool:
-    """Whether the run has several processes (or one that the environment numbers)."""
+    """Whether this is a distributed run, which has several processes (or one, if the environment says so)."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes logs and talks."""
+    """Whether this is the process that prints and writes logs."""
     return not is_distributed() or jax.process_index() == 0
 
 
 def print_once(line: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line in the first process only."""
     if is_first():
         print(line, flush=True)
 
 
 def barrier(name: str) -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have reached the barrier."""
     if is_distributed():
         multihost_utils.sync_global_devices(name)
 
 
 def stop_requested(step: int) -> str | None:
-    """The name of the signal that asks to save and stop after step `step`, whichever process got it.
+    """Return the name of the signal that asked to save and stop after `step`, whichever process received it, or None.
 
-    All processes stop at the same step; each must ask after every step, inside `interrupts.postponed`.
-    Afterwards a second signal ends a process at once.
+    All processes agree on the step to stop at, so each must call this after every step, inside `interrupts.postponed`.
+    Once it returns a name, a second signal ends the process at once.
     """
     name = interrupts.requested()
     if not is_distributed():
         return name
-    # JAX has taken SIGTERM over, to agree with the other processes on a step. Ctrl-C joins it.
+    # JAX handles SIGTERM itself, to agree with the other processes on a step. Pass Ctrl-C on to it as SIGTERM.
     if name:
         os.kill(os.getpid(), signal.SIGTERM)
     if not multihost_utils.reached_preemption_sync_point(step):
@@ -110,53 +109,54 @@ def stop_requested(step: int) -> str | None:
     return name or "SIGTERM"
 
 
-# --- Meeting ---------------------------------------------------------------------------------------------------------
+# --- Start -----------------------------------------------------------------------------------------------------------
 
 
-def _start() -> bool:
-    """Connect to the other processes, if there are any."""
-    settings = arguments(os.environ)
-    if settings is None:
+def _initialize() -> bool:
+    """Connect to the other processes; return False if the run is a single process."""
+    arguments = initialize_arguments(os.environ)
+    if arguments is None:
         return False
-    timer = threading.Timer(MEET_SECONDS, _give_up)
+    timer = threading.Timer(STARTUP_TIMEOUT, _abort_startup)
     timer.start()
     try:
         jax.distributed.initialize(
-            **settings,
-            initialization_timeout=MEET_SECONDS + 60,  # ours is up before: JAX would abort with a stack trace
-            heartbeat_timeout_seconds=15,  # for a process that is killed: JAX then ends the others
+            **arguments,
+            initialization_timeout=STARTUP_TIMEOUT + 60,  # the timer fires first: JAX would abort with a stack trace
+            heartbeat_timeout_seconds=15,  # JAX ends the other processes if one is killed
             shutdown_timeout_seconds=10,
         )
     except ValueError as error:
-        raise InputError(f"the hosts of this run are not named ({error}); set {', '.join(VARIABLES)}") from None
+        raise InputError(f"cannot find the hosts of this run ({error}); set {', '.join(VARIABLES)}") from None
     finally:
         timer.cancel()
     return True
 
 
-def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What to start `jax.distributed` with; None for a process alone.
+def initialize_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the arguments of `jax.distributed.initialize`, or None for a single process.
 
     Raises:
-        InputError: one of the three variables is missing or wrong, or the port is taken.
+        InputError: one of the three variables is missing or invalid, or the port is in use.
     """
     if any(environment.get(name) for name in VARIABLES):
-        return _explicit(environment)
+        return _explicit_arguments(environment)
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm):
-        # An interactive shell has the tasks of its job in SLURM_NTASKS, but is a step of one task.
+        # In an interactive shell SLURM_NTASKS counts the tasks of the job, but the shell is a step of one task.
         tasks = environment.get("SLURM_STEP_NUM_TASKS", environment["SLURM_NTASKS"])
         if tasks == "1":
             return None
-        alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-        everything = {"local_device_ids": []} if alone and "JAX_LOCAL_DEVICE_IDS" not in environment else {}
-        return {"cluster_detection_method": "slurm", **everything}
-    if cloud_tpu_init.running_in_cloud_tpu_vm and environment.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
+        one_per_node = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        all_devices = {"local_device_ids": []} if one_per_node and "JAX_LOCAL_DEVICE_IDS" not in environment else {}
+        return {"cluster_detection_method": "slurm", **all_devices}
+    # On a TPU machine JAX sets the platforms to "tpu,cpu" when it is imported, unless JAX_PLATFORMS is set.
+    if (jax.config.values["jax_platforms"] or "").startswith("tpu"):
         return {}
     return None
 
 
-def _explicit(environment: Mapping[str, str]) -> dict[str, Any]:
+def _explicit_arguments(environment: Mapping[str, str]) -> dict[str, Any]:
     given = {name: environment.get(name, "") for name in VARIABLES}
     for name, value in given.items():
         if not value:
@@ -169,7 +169,7 @@ def _explicit(environment: Mapping[str, str]) -> dict[str, Any]:
             f"{VARIABLES[0]}={address}: expected the host and a free port of process 0, such as node1:4321"
         )
     if not count.isdecimal() or int(count) < 1:
-        raise InputError(f"{VARIABLES[1]}={count}: expected how many processes there are, at least 1")
+        raise InputError(f"{VARIABLES[1]}={count}: expected the number of processes, at least 1")
     if not index.isdecimal() or int(index) >= int(count):
         raise InputError(f"{VARIABLES[2]}={index}: expected the number of this process, from 0 to {int(count) - 1}")
     if int(index) == 0:
@@ -183,7 +183,7 @@ def _explicit(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_port(address: str, port: int) -> None:
-    """Raise InputError where JAX would crash."""
+    """Raise InputError if the port is in use, where JAX would crash."""
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -192,82 +192,74 @@ def _check_port(address: str, port: int) -> None:
             raise InputError(f"{VARIABLES[0]}={address}: port {port} of process 0: {error.strerror}") from None
 
 
-def _give_up() -> NoReturn:
-    _tell(
-        f"not all of {global_state.num_processes} processes came to {global_state.coordinator_address} within "
-        f"{MEET_SECONDS} s; expected each to be running and to be given the same address and number of processes",
+def _abort_startup() -> NoReturn:
+    address, count = jax_distributed.coordinator()
+    _print_error(
+        f"not all {count} processes connected to {address} within {STARTUP_TIMEOUT} s; "
+        "expected each to be running with the same address and number of processes",
         2,
     )
     _exit(2)
 
 
-# --- Ending ----------------------------------------------------------------------------------------------------------
+# --- End -------------------------------------------------------------------------------------------------------------
 
 
-class _Watch:
-    """A thread that ends this process when another one has failed: the main thread may wait for that one for ever."""
+class _Watchdog:
+    """A thread that ends this process after another one has failed, for which the main thread may wait for ever."""
 
     def __init__(self) -> None:
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._over.wait(1):
-            code = _code_of_the_first_error()
+        while not self._stopped.wait(1):
+            code = _first_error_code()
             if code is not None:
-                _part()
+                _wait_for_others()
                 _exit(code)
 
     def stop(self) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """End this process and with it the others, and print why: the first error is the cause of all that follow."""
+    """End all processes. Only the first error is printed, because it is the cause of all that follow."""
     message, code = errors.describe(error) or ("".join(traceback.format_exception(error)), 1)
-    try:
-        _client().key_value_set(_ERROR, str(code))
-    except RuntimeError:  # another process was first, or process 0 is gone and none can be asked
-        code_of_the_cause = _code_of_the_first_error()
+    # `put` fails if another process failed first, or if process 0 is gone and its error cannot be read.
+    first_code = None if jax_distributed.put(_ERROR, str(code)) else _first_error_code()
+    if first_code is None:
+        _print_error(message, code)
     else:
-        code_of_the_cause = None
-    if code_of_the_cause is None:
-        _tell(message, code)
-    else:
-        code = code_of_the_cause
-    _part()
+        code = first_code
+    _wait_for_others()
     _exit(code)
 
 
-def _code_of_the_first_error() -> int | None:
-    try:
-        return int(_client().key_value_try_get(_ERROR))
-    except RuntimeError:
-        return None
+def _first_error_code() -> int | None:
+    """Return the exit code of the first process that failed; None if none has."""
+    code = jax_distributed.get(_ERROR)
+    return None if code is None else int(code)
 
 
-def _part() -> None:
-    """Stay until all processes have heard of the error."""
+def _wait_for_others() -> None:
+    """Wait until all processes have seen the error."""
     with contextlib.suppress(RuntimeError):
-        _client().wait_at_barrier(_ERROR, 1000 * PART_SECONDS)
-    if global_state.service is not None:
-        time.sleep(1)  # those that lose the service before they have left are aborted with a stack trace
+        jax_distributed.wait_at_barrier(_ERROR, ERROR_TIMEOUT)
+    if jax_distributed.runs_service():
+        time.sleep(1)  # JAX aborts processes with a stack trace if the service ends before they do
 
 
-def _client() -> Any:
-    """What asks and tells process 0; set by `jax.distributed.initialize`."""
-    return global_state.client
-
-
-def _tell(message: str, code: int) -> None:
-    place = f"process {global_state.process_id} of {global_state.num_processes}"
-    print(message if code == 75 else f"error: {place}: {message}", file=sys.stderr, flush=True)
+def _print_error(message: str, code: int) -> None:
+    stopped_early = code == 75
+    line = message if stopped_early else f"error: {jax_distributed.describe_process()}: {message}"
+    print(line, file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> NoReturn:
-    """Without the clean-up of Python, JAX and Orbax, which waits for the other processes."""
+    """Exit without the cleanup of Python, JAX and Orbax, which waits for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

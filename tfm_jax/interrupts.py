@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM.
+"""Handling of Ctrl-C and SIGTERM.
 
 The first signal raises an exception in the main thread (KeyboardInterrupt or `Terminated`), so that `finally` blocks
-clean up. Where work can be kept, `postponed` only records the first signal, and the program stops at its next safe
-point. A second signal always ends the process at once, even while the main thread waits for a device or a compiler.
+clean up. Inside `postponed` the first signal is only recorded, and the program saves its work and stops at the next
+safe point. A second signal always ends the process at once, even while the main thread waits for a device or the
+compiler.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from tfm_jax.errors import Terminated
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _plan: str | None = None
-"""What the program does after the first signal while `postponed` is active; None: it raises an exception."""
+"""What the program will do after the first signal inside `postponed`; None if that signal raises an exception."""
 
 _requested: str | None = None
 """The name of the signal that was postponed."""
@@ -26,18 +27,18 @@ _requested: str | None = None
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Handle both signals inside the block. Outside the main thread, where Python cannot, this does nothing."""
+    """Handle both signals inside the block. Does nothing outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    # Python runs handlers in the main thread, which may be inside a long call; the thread hears of a signal at once.
+    # Python runs handlers in the main thread, which may be in a long call; this thread receives each signal at once.
     threading.Thread(target=_listen, args=(receiver,), daemon=True).start()
     descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    # A shell that starts a program in the background makes it ignore Ctrl-C: respect that.
-    chosen = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    handlers = {number: signal.signal(number, _raise) for number in chosen}
+    # A shell starts background programs with Ctrl-C ignored; keep it ignored.
+    handled_signals = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, _raise) for number in handled_signals}
     try:
         yield
     finally:
@@ -49,10 +50,10 @@ def handled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def postponed(plan: str) -> Iterator[None]:
-    """Inside the block the first signal only sets `requested`; `plan` is printed to say what follows.
+    """Record the first signal for `requested` instead of raising an exception inside the block.
 
     Args:
-        plan: such as "saving a checkpoint after this step".
+        plan: printed after the signal, such as "saving a checkpoint after this step".
     """
     global _plan, _requested
     _plan, _requested = plan, None
@@ -63,7 +64,7 @@ def postponed(plan: str) -> Iterator[None]:
 
 
 def requested() -> str | None:
-    """The name of the signal that arrived inside `postponed`: SIGINT or SIGTERM."""
+    """Return the name of the signal that `postponed` recorded, SIGINT or SIGTERM; None if there was none."""
     return _requested
 
 
@@ -74,7 +75,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _listen(receiver: socket.socket) -> None:
-    """Runs in a thread: records the first signal, ends the process at the second."""
+    """Record the first signal and end the process at the second. Runs in its own thread."""
     global _requested
     count = 0
     with receiver:

@@ -21,7 +21,7 @@ from tfm_jax.sampling import sample_latents
 from tfm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import init_state, make_step
-from tfm_jax.wan.parallel_attention import cross_attention, self_attention
+from tfm_jax.wan.attention import cross_attention, self_attention
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
 # No number of tokens (40) is the length of another axis, and a token's outputs (16) are fewer than its activations.

@@ -1,4 +1,4 @@
-"""Every attention kernel against plain softmax attention, and what the compiler makes of them."""
+"""Each attention kernel against plain softmax attention, and the programs that they compile to."""
 
 import re
 import subprocess
@@ -12,20 +12,22 @@ import pytest
 from helpers import virtual_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tfm_jax.wan import attention as module
-from tfm_jax.wan.attention import ATTENTION_OUTPUT, CHUNKED, SPLASH, Kernel, attention
+from tfm_jax.wan.attention import ATTENTION_OUTPUT, attention, cudnn
+from tfm_jax.wan.attention.chunked import CHUNKED
+from tfm_jax.wan.attention.kernel import Kernel
+from tfm_jax.wan.attention.splash import SPLASH
 
 INTERPRETED = Kernel(*(partial(function, interpret=True) for function in SPLASH))
 
 
 def plain(query, key, value):
-    """Softmax attention as it is written down, scores and all."""
+    """Softmax attention by its formula, with all scores in memory."""
     scores = jnp.einsum("bsnk,btnk->bnst", query, key) / np.sqrt(query.shape[-1])
     return jnp.einsum("bnst,btnk->bsnk", jax.nn.softmax(scores, axis=-1), value)
 
 
 def draw(queries, keys, batch=2, heads=3, width=8, dtype=np.float32):
-    """Query, key, value, and a gradient of the output."""
+    """Draw query, key, value and a gradient of the output."""
     rng = np.random.default_rng(queries + 10_000 * keys)
     lengths = (queries, keys, keys, queries)
     return [jnp.asarray(rng.standard_normal((batch, n, heads, width)), dtype) for n in lengths]
@@ -48,12 +50,12 @@ def of_kernel(kernel):
 
 
 def exact(arrays):
-    """Output and gradients of plain attention at the values given, in float32."""
+    """Return output and gradients of plain attention for `arrays`, computed in float32."""
     return with_gradients(plain)(*(x.astype(jnp.float32) for x in arrays))
 
 
 def furthest(ours, theirs, order=np.inf):
-    """Largest relative difference of any of the arrays, in the maximum norm unless `order` says another."""
+    """Return the largest relative difference of any pair of arrays, by default in the maximum norm."""
     pairs = [
         (np.ravel(x).astype(np.float64), np.ravel(y).astype(np.float64)) for x, y in zip(ours, theirs, strict=True)
     ]
@@ -69,7 +71,7 @@ def test_attention_in_chunks_is_exact(queries, keys):
 
 @pytest.mark.parametrize("queries", [7, 1031])
 def test_bfloat16_is_rounded_in_products_only(queries):
-    """0.0027 of the norm off; a softmax in bfloat16 is off by more than 0.006."""
+    """The relative error is 0.0027; a softmax in bfloat16 would make it larger than 0.006."""
     arrays = draw(queries, 513, dtype=jnp.bfloat16)
     ours = with_gradients(attention)(*arrays)
     assert {x.dtype for x in ours} == {jnp.dtype(jnp.bfloat16)}
@@ -84,8 +86,8 @@ def test_scores_of_any_size_are_finite():
     assert furthest(ours[:1], exact(arrays)[:1]) < 1e-3
 
 
-def test_keys_in_two_parts_give_the_whole():
-    """What a ring of devices does: parts of the output joined by `lse`, and each part's gradients from the whole's."""
+def test_two_blocks_of_keys_combine_to_the_whole():
+    """A ring of devices does this: `lse` combines the outputs, and each block's gradients use the combined `lse`."""
     query, key, value, gradient = draw(150, 90)
     parts = [(key[:, :30], value[:, :30]), (key[:, 30:], value[:, 30:])]
     outs, lses = zip(*(CHUNKED.forward(query, *part) for part in parts), strict=True)
@@ -100,7 +102,7 @@ def test_keys_in_two_parts_give_the_whole():
 
 @pytest.mark.parametrize(("queries", "keys"), [(130, 200), (600, 513), (7, 128)])
 def test_splash_is_exact(queries, keys):
-    """Also `lse`, and with keys that pad their block: 200 want 256, 513 want 1024."""
+    """`lse` is exact too, also where keys are padded to whole blocks: 200 to 256, 513 to 1024."""
     arrays = draw(queries, keys, width=16)
     assert furthest(of_kernel(INTERPRETED)(*arrays), exact(arrays)) < 3e-6
     assert furthest([INTERPRETED.forward(*arrays[:3])[1]], [CHUNKED.forward(*arrays[:3])[1]]) < 3e-6
@@ -114,7 +116,7 @@ def test_splash_in_bfloat16():
 
 
 def test_scan_checkpoint_vmap_and_jit():
-    """A loss over layers under every transformation at once, against plain attention without any."""
+    """A loss over layers under all transformations at once equals plain attention without them."""
     weights = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 16, 16)) / 4, jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 140, 16)), jnp.float32)
 
@@ -135,7 +137,7 @@ def test_scan_checkpoint_vmap_and_jit():
 
 @pytest.mark.parametrize(("saved", "runs"), [((), 3), ((ATTENTION_OUTPUT,), 2)])
 def test_a_remat_policy_can_save_the_output(saved, runs):
-    """Forward, backward, and one more forward unless `out` and `lse` are saved."""
+    """The kernels run forward, backward, and forward once more unless `out` and `lse` are saved."""
     policy = jax.checkpoint_policies.save_only_these_names(*saved)
 
     @partial(jax.checkpoint, policy=policy)
@@ -147,9 +149,9 @@ def test_a_remat_policy_can_save_the_output(saved, runs):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory_grows_linearly(backward):
-    """Peak temporary memory of the compiled program at S, 2 S, 4 S: each doubling adds twice what the last one did.
+    """Each doubling of the length adds at most twice the temporary memory that the previous doubling added.
 
-    XLA does not count what a CPU kernel allocates inside, so the program must also hold no array of S x S.
+    XLA does not count allocations inside CPU kernels, so the program must not contain an S x S array either.
     """
     function = with_gradients(attention) if backward else jax.jit(attention)
 
@@ -163,7 +165,7 @@ def test_memory_grows_linearly(backward):
     assert third - second < 2.1 * (second - first)
 
 
-# Batch over 4 devices and heads over 2: prints the collectives of forward and backward pass, and how results are split.
+# Batch over 4 devices and heads over 2: prints the collectives of both passes, and whether the results stay split.
 ON_A_MESH = r"""
 import re, sys
 import jax, jax.numpy as jnp
@@ -191,26 +193,20 @@ def test_batch_and_heads_split_without_communication():
     assert out.stdout.split("\n")[:2] == ["[]", "True"]
 
 
-@pytest.fixture
-def cuda(monkeypatch):
-    """A machine with cuDNN, as far as tracing and lowering can tell."""
-    monkeypatch.setattr(module, "backends", lambda: {"cpu": None, "cuda": None})
-    monkeypatch.setattr(module.cudnn, "check_cudnn_version", lambda: 91300)
-
-
 def lowered_for_cuda(function, queries, keys, width, dtype):
     arrays = [jax.ShapeDtypeStruct((2, n, 4, width), dtype) for n in (queries, keys, keys, queries)]
     return with_gradients(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def cudnn_calls(text):
-    """The calls to cuDNN in a program, with all their settings, without the numbers of their operands."""
+    """Return the calls to cuDNN in a program with all their settings, but without the names of their operands."""
     calls = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
     return [re.sub(r"%\w+(:\d+)?(#\d+)?", "%", call).strip() for call in calls]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_nvidia_gets_the_calls_that_jax_makes(cuda, dtype):
+def test_the_cudnn_calls_are_those_of_jax(monkeypatch, dtype):
+    monkeypatch.setattr(cudnn.stablehlo, "check_cudnn_version", lambda: 91300)  # JAX requires cuDNN to trace its own
     theirs = partial(jax.nn.dot_product_attention, implementation="cudnn")
     calls = cudnn_calls(lowered_for_cuda(attention, 130, 78, 64, dtype))
     assert len(calls) == 2
@@ -227,24 +223,34 @@ def test_nvidia_gets_the_calls_that_jax_makes(cuda, dtype):
         (130, 77, 64, jnp.bfloat16),
     ],
 )
-def test_what_cudnn_cannot_do_is_done_in_chunks(cuda, queries, keys, width, dtype):
+def test_chunks_replace_cudnn_where_it_does_not_support_the_shapes(queries, keys, width, dtype):
     text = lowered_for_cuda(attention, queries, keys, width, dtype)
     assert "cudnn" not in text
     assert "stablehlo.exponential" in text
 
 
-@pytest.mark.parametrize("platform", ["cpu", "rocm"])
-def test_no_kernel_of_another_platform(cuda, platform):
+@pytest.mark.parametrize(("platform", "calls"), [("cpu", set()), ("rocm", set()), ("tpu", {"tpu_custom_call"})])
+def test_a_program_contains_no_kernel_of_another_platform(platform, calls):
+    """The branches of all platforms are traced; lowering keeps one."""
     arrays = [jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)] * 4
     text = with_gradients(attention).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
-    assert "custom_call" not in text
+    assert set(re.findall(r"custom_call @(\w+)", text)) == calls
+
+
+def test_tracing_for_a_gpu_needs_no_gpu_and_no_cudnn(monkeypatch):
+    def unavailable(*args):
+        raise AssertionError("looked for a device")
+
+    for name in ("check_cudnn_version", "check_compute_capability", "is_cuda_compute_capability_equal"):
+        monkeypatch.setattr(cudnn.stablehlo, name, unavailable)
+    assert len(cudnn_calls(lowered_for_cuda(attention, 130, 78, 64, jnp.bfloat16))) == 2
 
 
 @pytest.mark.parametrize(
     ("topology", "queries", "keys"), [("v5e:2x2", 1560, 512), ("v5p:2x2x1", 1560, 1560), ("v6e:2x4", 32760, 32760)]
 )
 def test_a_program_compiled_for_tpu_runs_splash(monkeypatch, topology, queries, keys):
-    """Compiled by libtpu, which is in the extra `test`; it needs no TPU."""
+    """libtpu, which the extra `test` installs, compiles the program without a TPU."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies

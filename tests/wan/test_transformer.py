@@ -7,9 +7,8 @@ import pytest
 from flax import nnx
 from helpers.wan_reference import SIZES, inputs, reference_transformer, relative, run_reference, write_original
 
-from tfm_jax.wan import attention as attention_module
 from tfm_jax.wan import load_transformer
-from tfm_jax.wan.attention import attention
+from tfm_jax.wan.attention import attention, chunked
 from tfm_jax.wan.components import TRANSFORMER, abstract_model, named_parameters
 from tfm_jax.wan.names import transformer_rows
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, rotary_tables
@@ -103,7 +102,7 @@ def test_names_are_those_of_the_published_files():
 
 @pytest.mark.parametrize("queries", [7, 513, 1024])
 def test_attention_in_chunks_is_exact(queries, monkeypatch):
-    monkeypatch.setattr(attention_module, "QUERY_CHUNK", 512)
+    monkeypatch.setattr(chunked, "QUERY_CHUNK", 512)
     rng = np.random.default_rng(0)
     q = rng.standard_normal((2, queries, 3, 8), np.float32)
     k, v = rng.standard_normal((2, 2, 70, 3, 8), np.float32)
@@ -116,7 +115,7 @@ def test_attention_in_chunks_is_exact(queries, monkeypatch):
     assert relative(attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)), plain(q)) < 1e-5
 
     def of_chunks(size):
-        monkeypatch.setattr(attention_module, "QUERY_CHUNK", size)
+        monkeypatch.setattr(chunked, "QUERY_CHUNK", size)
         return jax.grad(lambda q: jnp.sum(attention(q, jnp.asarray(k), jnp.asarray(v)) ** 2))(jnp.asarray(q))
 
     assert relative(of_chunks(64), of_chunks(4096)) < 1e-5

@@ -1,7 +1,7 @@
-"""Kinds of chips, and the devices of a machine that is not there.
+"""Kinds of chips, and topologies of devices to compile for.
 
-JAX compiles for TPUs with libtpu and for NVIDIA GPUs with its CUDA plugin; neither needs the hardware. Memory is
-counted per device of JAX, which is a chip, but half of one on tpu7x.
+JAX compiles for TPUs with libtpu and for NVIDIA GPUs with its CUDA plugin; neither needs the hardware. Memory is given
+per JAX device, which is one chip, or half a chip on tpu7x.
 """
 
 import logging
@@ -9,31 +9,28 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 from jax.experimental import topologies
 
 from tfm_jax.errors import InputError
-from tfm_jax.wan import attention
 
 GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """A kind of device."""
+    """A kind of chip, described per JAX device."""
 
     memory: int
-    """Bytes for programs on one device."""
+    """Bytes that programs can use."""
     peak: float
-    """bfloat16 operations a second of one device, dense."""
+    """Dense bfloat16 operations per second."""
     per_chip: int = 1
-    """Devices a chip."""
+    """Devices per chip."""
     target: str = ""
-    """For GPUs: what the compiler has to know of them (a GpuTargetConfigProto)."""
+    """The GPU's description for the compiler (a GpuTargetConfigProto); empty for TPUs."""
 
 
 def _tpu(gib: float, peak: float, per_chip: int = 1) -> Chip:
@@ -59,9 +56,9 @@ def _gpu(name: str, capability: str, cores: int, lanes: int, memory: int, bandwi
     return Chip(memory, peak, target=target)
 
 
-# Memory of TPUs is what libtpu 0.0.42 says is available when a program exceeds it; operations a second are those of
-# cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x). GPUs: OpenXLA's xla/backends/gpu/target_config/specs, and
-# NVIDIA's data sheets for operations a second.
+# TPUs: the memory that libtpu 0.0.42 reports as available when a program exceeds it, and the operations per second from
+# cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x). GPUs: OpenXLA's xla/backends/gpu/target_config/specs, and the
+# operations per second from NVIDIA's data sheets.
 CHIPS = {
     "v4": _tpu(30.75, 275e12),
     "v5e": _tpu(15.75, 197e12),
@@ -84,7 +81,7 @@ EXAMPLES = "such as v5e:4x4, v6e:2x4, v5p:4x4x4, tpu7x:2x2x1, 2xv5e:16x16 (two s
 
 
 class Topology(NamedTuple):
-    """Devices to compile for."""
+    """Devices to compile for; they need not exist."""
 
     name: str
     kind: str
@@ -100,26 +97,23 @@ class Topology(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Bytes for programs on one device. JAX takes 3/4 of a GPU's memory unless it is told otherwise."""
-        return round(self.chip.memory * (_gpu_share() if self.chip.target else 1))
-
-    def tracing(self) -> AbstractContextManager:
-        """While a program is traced and lowered for these devices."""
-        return _as_with_cudnn() if self.chip.target else nullcontext()
+        """Bytes that programs can use on one device; by default JAX reserves 3/4 of a GPU's memory."""
+        return round(self.chip.memory * (_gpu_memory_fraction() if self.chip.target else 1))
 
 
 def topology(name: str) -> Topology:
-    """The devices of a topology by its name: chips along each axis of a TPU slice, or hosts x GPUs.
+    """Return a topology by its name: v5e:4x4 has the chips along each axis of a TPU slice, h100:2x8 hosts x GPUs.
 
-    Nothing is attached, taken or locked: the devices can only be compiled for.
+    This neither connects to hardware nor takes a lock: programs can be compiled for the devices but not run.
 
     Raises:
-        InputError: no such topology, or its compiler is not installed.
+        InputError: the topology does not exist, or its compiler is not installed.
     """
     match = _NAME.fullmatch(name)
     if not match or match[2] not in CHIPS:
         raise InputError(f"--topology={name}: expected one of {', '.join(CHIPS)} and its shape, {EXAMPLES}")
-    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # it reports libraries that only running needs
+    # The CUDA plugin warns about missing libraries that are needed to run programs but not to compile them.
+    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)
     slices, kind, shape = int(match[1] or 1), match[2], match[3]
     devices = _gpus(name, kind, slices, shape) if CHIPS[kind].target else _tpus(name, slices, f"{kind}:{shape}")
     return Topology(name, kind, devices)
@@ -129,7 +123,7 @@ def _tpus(name: str, slices: int, shape: str) -> Sequence[Any]:
     if not find_spec("libtpu"):
         wheel = f"pip install 'jax[tpu]=={version('jax')}'"
         raise InputError(f"--topology={name}: needs the TPU compiler libtpu (no TPU is needed): {wheel}")
-    # It must not look for a TPU on this machine, nor take its lock from another program.
+    # libtpu must neither look for a TPU on this machine nor take the TPU lock from another program.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_HOST_BOUNDS": "1,1,1",
@@ -143,20 +137,20 @@ def _tpus(name: str, slices: int, shape: str) -> Sequence[Any]:
         more["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=shape, **more).devices
-    except Exception as error:  # the compiler's own, of several types
+    except Exception as error:  # libtpu raises exceptions of several types
         reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
         raise InputError(f"--topology={name}: {reason[:200]}; {_shape_hint(shape)}") from None
 
 
 def _shape_hint(shape: str) -> str:
-    """What to write instead of a shape that the compiler does not know."""
+    """Suggest a valid shape instead of one that the compiler rejected."""
     kind, _, sizes = shape.partition(":")
     if not sizes.isdecimal():
         return f"expected a shape that exists, {EXAMPLES}"
     axes = 2 if kind in ("v5e", "v6e") else 3
     sides = [1] * axes
     chips = int(sizes)
-    while chips % 2 == 0:  # slices double along their shortest axis
+    while chips % 2 == 0:  # each larger slice doubles the shortest axis
         shortest = sides.index(min(sides))
         sides[shortest] *= 2
         chips //= 2
@@ -179,7 +173,8 @@ def _gpus(name: str, kind: str, slices: int, shape: str) -> Sequence[Any]:
     ).devices
 
 
-def _gpu_share() -> float:
+def _gpu_memory_fraction() -> float:
+    """The fraction of a GPU's memory that JAX reserves."""
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the second is deprecated
         if given := os.environ.get(name):
             try:
@@ -187,11 +182,3 @@ def _gpu_share() -> float:
             except ValueError:
                 raise InputError(f"{name}={given}: expected a number, such as 0.9") from None
     return 0.75
-
-
-def _as_with_cudnn() -> AbstractContextManager:
-    """Attention takes cuDNN where JAX has found a GPU and the library; the machine that is planned for has both."""
-    stack = ExitStack()
-    stack.enter_context(patch.object(attention, "backends", lambda: {"cuda": None}))
-    stack.enter_context(patch.object(attention.cudnn, "check_cudnn_version", lambda: 91300))
-    return stack

@@ -114,8 +114,7 @@ def make_plan(run: TrainPlan | SamplePlan, topology: Topology) -> Plan:
     """
     mesh = make_mesh(run.mesh, topology.devices)
     start, cpu = time.perf_counter(), _cpu_seconds()
-    with topology.tracing():
-        lowered, arguments = programs.lower(run, mesh)
+    lowered, arguments = programs.lower(run, mesh)
     static = {**_static_fields(run, topology, mesh), "arguments": arguments}
     try:
         compiled = lowered.compile()

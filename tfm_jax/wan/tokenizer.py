@@ -59,8 +59,8 @@ def _read(folder: Path) -> PreTrainedTokenizerFast:
         raise InputError(f"{folder / 'tokenizer_config.json'}: {unnamed[0]} is missing; expected <pad> and </s>")
     if empty != [1, 0, 0]:
         raise InputError(
-            f"{folder}: an empty prompt, padded to three tokens, becomes {short_repr(empty)}; expected [1, 0, 0], which "
-            "is </s> <pad> <pad> in umT5 (see tokenizer.json and tokenizer_config.json)"
+            f"{folder}: an empty prompt, padded to three tokens, becomes {short_repr(empty)}; expected [1, 0, 0], "
+            "which is </s> <pad> <pad> in umT5 (see tokenizer.json and tokenizer_config.json)"
         )
     return tokenizer
 

@@ -24,8 +24,8 @@ from tfm_jax.arrays import Latents, PerVideo, Text
 from tfm_jax.config import Remat
 from tfm_jax.precision import precision_of
 from tfm_jax.sharding import check_split, constrain
+from tfm_jax.wan.attention import cross_attention, self_attention
 from tfm_jax.wan.layers import LayerNorm, Linear, RMSNorm, constant, gathered, param
-from tfm_jax.wan.parallel_attention import cross_attention, self_attention
 from tfm_jax.wan.remat import POLICIES
 
 PATCH = (1, 2, 2)

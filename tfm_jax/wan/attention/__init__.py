@@ -1,0 +1,11 @@
+"""Exact, unmasked attention whose memory grows linearly with the number of tokens.
+
+- `dispatch.py` defines `attention` on one device and selects the kernel for the platform.
+- `sharded.py` splits `attention` over a mesh.
+- `chunked.py`, `splash.py` and `cudnn.py` hold one kernel each; `kernel.py` defines what a kernel is.
+"""
+
+from tfm_jax.wan.attention.dispatch import ATTENTION_OUTPUT, attention
+from tfm_jax.wan.attention.sharded import cross_attention, self_attention
+
+__all__ = ["ATTENTION_OUTPUT", "attention", "cross_attention", "self_attention"]

@@ -1,0 +1,46 @@
+"""What an attention kernel is, and the layout that the kernels share.
+
+A kernel is a pair of functions over the arrays that one device holds:
+
+    forward(query, key, value) -> (out, lse)
+    backward(query, key, value, out, lse, out_gradient) -> (query gradient, key gradient, value gradient)
+
+`lse` is the logarithm of the sum of the exponentials of each query's scores. The scores are not saved: the backward
+pass recomputes them from `lse`, block by block (Dao 2023, arXiv:2307.08691, sections 2.3 and 3.1). `out` and `lse` may
+come from a softmax over more keys than those passed to `backward`, which then returns the contribution of these keys
+to the gradients.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Float32, Shaped
+
+Queries = Float[Array, "b s n k"]
+Keys = Float[Array, "b t n k"]
+LogSumExp = Float32[Array, "b n s"]
+
+
+class Kernel(NamedTuple):
+    """An implementation of attention; the module's docstring gives the signatures."""
+
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., tuple[Array, Array, Array]]
+
+
+def heads_first(x: Float[Array, "b s n k"], length: int | None = None) -> Float[Array, "b n u k"]:
+    """Move the heads before the tokens, and pad the tokens with zeros to `length` if it is given."""
+    x = rearrange(x, "b s n k -> b n s k")
+    return x if length is None else pad_tokens(x, length)
+
+
+def tokens_first(x: Float[Array, "b n u k"], length: int) -> Float[Array, "b s n k"]:
+    """Undo `heads_first`: keep the first `length` tokens and move them before the heads."""
+    return rearrange(x[:, :, :length], "b n s k -> b s n k")
+
+
+def pad_tokens(x: Shaped[Array, "b n s ..."], length: int) -> Shaped[Array, "b n u ..."]:
+    """Pad the tokens with zeros to `length`."""
+    return jnp.pad(x, [(0, length - size if axis == 2 else 0) for axis, size in enumerate(x.shape)])
