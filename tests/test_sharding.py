@@ -214,7 +214,7 @@ def test_only_data_spans_slices():
     chips = [Chip(number, 4) for number in range(8)]
     mesh = make_mesh(MeshConfig(data=4, sequence=2), chips[::-1])
     assert [{chip.slice_index for chip in row.ravel()} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
-    with pytest.raises(InputError, match=r"mesh\.data=1: the devices are 2 slices.*a multiple of 2, .* divisor of 4"):
+    with pytest.raises(InputError, match=r"mesh\.data=1: the devices form 2 slices.*a multiple of 2, .* divisor of 4"):
         make_mesh(MeshConfig(sequence=8), chips)
 
 
