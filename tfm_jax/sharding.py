@@ -130,8 +130,8 @@ def _devices() -> list[Any]:
     except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a default backend
         reason = " ".join(str(error).split()) or "no backend"
         raise InputError(
-            f"JAX finds no device ({reason}); expected at least one: check JAX_PLATFORMS and the installation of jax[cuda] "
-            "or jax[tpu]"
+            f"JAX finds no device ({reason}); expected at least one: check JAX_PLATFORMS and the installation of "
+            "jax[cuda] or jax[tpu]"
         ) from None
 
 
@@ -193,8 +193,8 @@ def per_device(
 ) -> Shaped[Array, "..."]:
     """Run `function` on each device's part of `arrays`, which have these logical `axes`.
 
-    The result is split as the first array is. For kernels that the compiler cannot partition, and for communication that it would not choose. Needs
-    `jax.set_mesh`; without a mesh, this is `function(*arrays)`.
+    The result is split as the first array is. This is for kernels that the compiler cannot partition, and for
+    communication that it would not choose. Needs `jax.set_mesh`; without a mesh, this is `function(*arrays)`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(*arrays)

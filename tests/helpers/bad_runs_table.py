@@ -77,7 +77,7 @@ OUTPUTS = [
         "the output is there",
         "$world/run",
         "$tmp/file",
-        words=("$tmp/file", "already there"),
+        words=("$tmp/file", "already exists"),
         broken=write("file", ""),
     ),
     row("export_lora", "the output is a folder", "$world/run", "$tmp/full", words="$tmp/full", broken=folder("full")),
