@@ -3,29 +3,16 @@
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from helpers import compiling
 
-# The helpers import our package, so they are imported in the fixtures: pytest has to prepare its type checks first.
+# Helpers that import our package are imported in the fixtures: pytest has to prepare its type checks first.
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_compilation(tmp_path_factory):
-    """Compile without optimizations, and every program only once."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilations")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: jax.config._read(name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with compiling.fast_compilation(tmp_path_factory.mktemp("compilations")):
+        yield
 
 
 @pytest.fixture(scope="session")
