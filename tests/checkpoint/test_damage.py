@@ -1,4 +1,4 @@
-"""No damage of any file gives wrong values or stops a run."""
+"""Whatever file is damaged, restoring never returns wrong values, and the run can go on."""
 
 import shutil
 import socket
@@ -37,7 +37,7 @@ def damages(target: Path, places: list[float], bits: list[int]) -> Iterator[tupl
 
 
 def check_every_damage(two_steps: Path, scratch: Path, capfd, places: list[float], bits: list[int]) -> None:
-    """Restoring gives the damaged step exactly (the file has no part in it), or the one before, never anything else."""
+    """Restoring returns either exactly what was saved, if the damage is in an unused part, or the step before."""
     step = two_steps / "checkpoints" / "2"
     outcomes = {}
     for target in sorted(step.rglob("*")):
@@ -61,7 +61,7 @@ def check_every_damage(two_steps: Path, scratch: Path, capfd, places: list[float
             shutil.rmtree(run)
     parts = {part.split("/d/")[0] for part, _ in outcomes}
     assert {"_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state", "state/d", "state/ocdbt.process_0"} <= parts
-    for (part, name), result in outcomes.items():  # no array of the two checkpoints is the same
+    for (part, name), result in outcomes.items():  # the two checkpoints have no array in common
         needed = part in ("_CHECKPOINT_METADATA", "state/manifest.ocdbt") or "/d/" in part
         if needed and name in ("deleted", "emptied", "cut", "overwritten"):
             assert result == 1, (part, name)
@@ -85,7 +85,7 @@ def test_a_checkpoint_is_restored_exactly(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_changed_metadata_is_noticed(folder, capsys):
+def test_changed_metadata_is_detected(folder, capsys):
     def change(content: dict) -> None:
         kept = content["custom_metadata"]
         assert '"alpha": 4.0' in kept["record"]
@@ -104,14 +104,14 @@ def test_a_checkpoint_under_the_number_of_another_step(folder, capsys):
     assert capsys.readouterr().out.endswith("now named 3.damaged: it is the checkpoint of step 2\n")
 
 
-def test_what_is_set_aside_stays_and_the_run_goes_on(folder, capsys):
-    """Several times, with an empty folder and a file among the checkpoints."""
+def test_damaged_checkpoints_are_kept_and_the_run_goes_on(folder, capsys):
+    """Even several times, and with an empty folder and a file among the checkpoints."""
     (folder / "2.damaged").mkdir()
     (folder / "2.damaged" / "mine").write_text("")
     damage(folder)
     (folder / "7").mkdir()
     (folder / "8").write_text("")
-    (folder / "0").mkdir()  # is not looked at, and must not disturb Orbax
+    (folder / "0").mkdir()  # is not read, and must not confuse Orbax
     with Checkpoints(folder, max_to_keep=2) as checkpoints:
         assert_is_of_step(checkpoints.restore(make_target), 1)
         assert checkpoints.steps == [0, 1]
@@ -125,7 +125,7 @@ def test_what_is_set_aside_stays_and_the_run_goes_on(folder, capsys):
         assert_is_of_step(checkpoints.restore(make_target), 2)
 
 
-def test_no_checkpoint_is_left(folder):
+def test_all_checkpoints_are_damaged(folder):
     damage(folder, 1)
     damage(folder, 2)
     with Checkpoints(folder, max_to_keep=3) as checkpoints:
@@ -155,7 +155,7 @@ def test_a_reader_renames_nothing(folder, capsys):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_another_run_is_refused_and_not_set_aside(folder):
+def test_a_checkpoint_of_another_run_is_refused_and_not_renamed(folder):
     def other(metadata: dict) -> dict:
         raise InputError("of another run")
 
@@ -170,7 +170,7 @@ def test_another_run_is_refused_and_not_set_aside(folder):
             checkpoints.restore(other)
         with pytest.raises(InputError, match=r"2: moment is bfloat16\[5\]; this configuration needs bfloat16\[6\]"):
             checkpoints.restore(wider)
-        with pytest.raises(InputError, match="2: moment is not of this run"):
+        with pytest.raises(InputError, match="2: moment does not belong to this run"):
             checkpoints.restore(fewer)
     assert names(folder) == ["1", "2"]
 
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_the_first_version_is_refused(folder):
 @pytest.mark.parametrize(
     "error", [MemoryError(), PermissionError(13, "Permission denied"), ValueError("RESOURCE_EXHAUSTED")]
 )
-def test_a_failure_of_the_machine_is_no_damage(folder, monkeypatch, error):
+def test_a_failure_of_the_machine_is_not_damage(folder, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
@@ -208,20 +208,20 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tfm_jax import checkpoint, hosts
-from tfm_jax.checkpoint import Checkpoints
+from tfm_jax import hosts
+from tfm_jax.checkpoint import Checkpoints, reading
 
 def value(step):
-    return jax.device_put(np.arange(16.0, dtype=np.float32) * step, where)
+    return jax.device_put(np.arange(16.0, dtype=np.float32) * step, sharding)
 
-def fail(place, abstract, read=checkpoint._read_arrays):
-    if jax.process_index() == 1 and place.name == "3":
+def fail(checkpoint, target, read=reading.read_arrays):
+    if jax.process_index() == 1 and checkpoint.name == "3":
         raise ValueError("only process 1 fails")
-    return read(place, abstract)
+    return read(checkpoint, target)
 
-checkpoint._read_arrays = fail
+reading.read_arrays = fail
 with hosts.distributed():
-    where = NamedSharding(jax.make_mesh((8,), "x"), PartitionSpec("x"))
+    sharding = NamedSharding(jax.make_mesh((8,), "x"), PartitionSpec("x"))
     folder = Path(sys.argv[1])
     with Checkpoints(folder, max_to_keep=9) as checkpoints:
         for step in (1, 2, 3, 4):
@@ -235,7 +235,7 @@ with hosts.distributed():
         data.write_bytes(content)
     hosts.barrier("damaged")
     with Checkpoints(folder, max_to_keep=9) as checkpoints:
-        restored = checkpoints.restore(lambda _: {"x": jax.ShapeDtypeStruct((16,), np.float32, sharding=where)})
+        restored = checkpoints.restore(lambda _: {"x": jax.ShapeDtypeStruct((16,), np.float32, sharding=sharding)})
         parts = restored.arrays["x"].addressable_shards
         same = all((part.data == 1.0 * np.arange(16)[part.index]).all() for part in parts)
         checkpoints.save(2, {"x": value(2)}, {})
@@ -244,7 +244,7 @@ with hosts.distributed():
 
 
 def test_two_processes_agree_on_what_is_damaged(tmp_path):
-    """Damaged metadata, an error of one process alone, and damaged data."""
+    """Damaged metadata, an error in one process only, and damaged data."""
     with socket.socket() as free:
         free.bind(("", 0))
         address = f"localhost:{free.getsockname()[1]}"

@@ -16,7 +16,7 @@ from tfm_jax.lora.files import read_lora
 from tfm_jax.train.export import export
 
 
-def test_exported_from_the_newest_that_is_undamaged(folder, tmp_path, capsys):
+def test_export_uses_the_newest_undamaged_checkpoint(folder, tmp_path, capsys):
     files = [tmp_path / f"{name}.safetensors" for name in ("newest", "chosen", "left")]
     assert export(folder.parent, files[0], "comfy", np.dtype(np.float32)) == (2, 2)
     assert export(folder.parent, files[1], "comfy", np.dtype(np.float32), step=1) == (1, 2)
@@ -32,7 +32,7 @@ def test_exported_from_the_newest_that_is_undamaged(folder, tmp_path, capsys):
     with pytest.raises(InputError, match=r"checkpoints/2: damaged: .*; undamaged steps: 1"):
         export(folder.parent, tmp_path / "none.safetensors", "comfy", np.dtype(np.float32), step=2)
     damage(folder, 1)
-    with pytest.raises(InputError, match="no usable checkpoint in it"):
+    with pytest.raises(InputError, match="contains no usable checkpoint"):
         export(folder.parent, tmp_path / "none.safetensors", "comfy", np.dtype(np.float32))
     assert names(folder) == ["1", "2"]
     assert not (tmp_path / "none.safetensors").exists()
@@ -43,7 +43,7 @@ def test_exported_from_the_newest_that_is_undamaged(folder, tmp_path, capsys):
     [
         ("", "a directory; expected the name of a new file"),
         (".", "a directory; expected the name of a new file"),
-        ("mine", "mine: already there; expected a new file"),
+        ("mine", "mine: already exists; expected a new file"),
         ("mine/lora.safetensors", "/mine is a file; expected a directory"),
     ],
 )

@@ -26,12 +26,12 @@ def test_fingerprints_see_every_change(dtype):
     seen = {fingerprint(x)}
 
     def changed(value: np.ndarray) -> None:
-        """Each change has a fingerprint of its own."""
+        """Check that this value has a new fingerprint."""
         before = len(seen)
         seen.add(fingerprint(value))
         assert len(seen) == before + 1
 
-    def bits_turned(mask: int, *places: tuple[int, ...]) -> np.ndarray:
+    def flipped(mask: int, *places: tuple[int, ...]) -> np.ndarray:
         copy = x.copy()
         for place in places:
             copy.view(unsigned)[place] ^= unsigned(mask)
@@ -39,11 +39,11 @@ def test_fingerprints_see_every_change(dtype):
 
     sign = 1 << (8 * x.dtype.itemsize - 1)
     for bit in range(8 * x.dtype.itemsize):
-        changed(bits_turned(1 << bit, (1, 2, 3)))
-    changed(bits_turned(1, (0, 0, 0)))
+        changed(flipped(1 << bit, (1, 2, 3)))
+    changed(flipped(1, (0, 0, 0)))
     for other in range(1, 8):
-        changed(bits_turned(sign, (0, 0, 0), (0, 0, other)))
-        changed(bits_turned(sign, (0, 0, 0), (other, 0, 0)))
+        changed(flipped(sign, (0, 0, 0), (0, 0, other)))
+        changed(flipped(sign, (0, 0, 0), (other, 0, 0)))
     changed((x.view(unsigned) ^ unsigned(sign)).view(x.dtype))  # the whole array negated
     for axes in ((0, 1), (1, 2), (0, 2)):
         changed(np.swapaxes(x, *axes))

@@ -56,11 +56,11 @@ def main(argv):
 
 cli.run(main)
 """
-"""Save with a limit on the size of files, which fails in Orbax's threads as a full disk does."""
+"""Saves with a limit on the size of files, which fails in Orbax's threads like a full disk."""
 
 
-def test_a_failed_write_is_one_line_and_costs_nothing(tmp_path):
-    """It is noticed at the end, by the next save, or while another error ends the program."""
+def test_a_failed_write_is_one_line_and_loses_nothing(tmp_path):
+    """It is reported at the end, by the next save, or while another error ends the program."""
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path)],
         env=virtual_devices.environment(1) | {"PYTHONPATH": str(ROOT)},
@@ -84,7 +84,7 @@ def test_a_failed_write_is_one_line_and_costs_nothing(tmp_path):
             np.testing.assert_array_equal(checkpoints.restore().arrays["x"], arrays["x"])
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         Checkpoints(tmp_path / "file" / "checkpoints", max_to_keep=1) as checkpoints,
@@ -93,8 +93,8 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         checkpoints.save(1, state(1), METADATA)
 
 
-def test_a_folder_that_is_lost_leaves_no_thread(folder):
-    """As if the disk had become read-only: the program must end instead of waiting for threads."""
+def test_a_lost_folder_leaves_no_thread(folder):
+    """As on a disk that becomes read-only: the program must end instead of waiting for threads."""
     threads = set(threading.enumerate())
     with Checkpoints(folder, max_to_keep=9) as checkpoints:
         checkpoints.save(3, state(3), METADATA)
@@ -109,7 +109,7 @@ def test_a_folder_that_is_lost_leaves_no_thread(folder):
 
 
 def test_a_step_before_the_newest_is_refused(folder):
-    """Orbax would not save it, and not say so."""
+    """Orbax would skip it silently."""
     with Checkpoints(folder, max_to_keep=3) as checkpoints:
         for step in (0, 1, 2):
             with pytest.raises(InputError, match=f"has step 2 already; expected only steps before {step}"):

@@ -22,7 +22,7 @@ METADATA = {
 
 
 def state(step: int) -> dict[str, jax.Array]:
-    """What a run has after `step` steps, of different values for every step."""
+    """The state of a run after `step` steps, with different values for every step."""
     key = jax.random.key(step)
     return {
         f"{FACTORS}/lora_a/value": jax.random.normal(key, (2, 160, 4)),
@@ -60,7 +60,7 @@ def edit(file: Path, change: Callable[[dict], None]) -> None:
 
 
 def damage(folder: Path, step: int = 2) -> None:
-    """Turn a bit of the array data of a checkpoint."""
+    """Flip a bit in the array data of a checkpoint."""
     flip(max((folder / str(step)).rglob("d/*"), key=lambda file: file.stat().st_size), 0.5)
 
 
