@@ -34,8 +34,8 @@ def state(step: int) -> dict[str, jax.Array]:
 
 def make_target(metadata: dict) -> dict[str, jax.ShapeDtypeStruct]:
     assert metadata == METADATA
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in state(0).items()}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in state(0).items()}
 
 
 def assert_is_of_step(restored: Restored | None, step: int) -> None:
@@ -50,10 +50,12 @@ def assert_is_of_step(restored: Restored | None, step: int) -> None:
 
 
 def names(folder: Path) -> list[str]:
+    """The names of all files in a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def edit(file: Path, change: Callable[[dict], None]) -> None:
+    """Apply `change` to the content of a JSON file."""
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
@@ -65,6 +67,7 @@ def damage(folder: Path, step: int = 2) -> None:
 
 
 def flip(file: Path, place: float, bit: int = 0) -> None:
+    """Flip one bit of the byte at the fraction `place` of a file."""
     content = bytearray(file.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1 << bit
     file.write_bytes(content)

@@ -7,7 +7,7 @@ for pure noise and 0 for the clean video, and unit(z) is z / |z|.
     a_i = unit(s_i - n_i)         its direction
     q_i in 0..D_i                 distance that frame i still has to move
     x_i = s_i - q_i a_i           position of frame i
-    phi_i = rho q_i + |x_i - x_{i-1}| + |x_i - x_{i+1}|
+    phi_i(x) = rho q_i + |x_i - x_{i-1}| + |x_i - x_{i+1}|
 
 rho weights the distance to the clean frame against the distances to the neighbours. The first and the last frame have
 one neighbour only; terms of missing neighbours are left out everywhere. The path is defined by making every phi_i
