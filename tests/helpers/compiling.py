@@ -17,7 +17,7 @@ def fast_compilation(cache: Path) -> Iterator[None]:
         "jax_compilation_cache_dir": str(cache),
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
-    before = {name: jax.config._read(name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
     _configure(settings)
     try:
         yield
