@@ -310,7 +310,7 @@ def checkpoint(data: st.DataObject, folder: Path) -> None:
     place = folder / "checkpoints"
     arrays = {"a": jnp.arange(6.0).reshape(2, 3), "step": jnp.int32(1)}
     if not place.exists():
-        with Checkpoints(place, keep=1) as checkpoints:
+        with Checkpoints(place, max_to_keep=1) as checkpoints:
             checkpoints.save(1, arrays, {"alpha": 4.0})
     files = sorted(path for path in place.rglob("*") if path.is_file())
     file = data.draw(st.sampled_from(files))

@@ -1,9 +1,10 @@
-"""Float32 is multiplied as float32 on TPUs and GPUs, as the programs lowered for them say.
+"""TPUs and GPUs multiply float32 as float32: the programs lowered for them ask for it.
 
-A CPU multiplies float32 exactly at every precision, so no number computed here could show a difference. Lowering for
-a platform does not need it.
+A CPU multiplies float32 at full precision whatever the setting, so results on a CPU cannot show a difference. A program
+can be lowered for a platform without its hardware.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ def operations(operation: Any) -> Iterator[Any]:
 
 
 def multiplied(value: Any) -> str:
-    """The type of the numbers of an operand: what was bfloat16 just before is bfloat16, if in float32 by now."""
+    """The dtype of an operand. A float32 operand that was just converted from bfloat16 counts as bfloat16."""
     types = [str(value.type.element_type)]
     while getattr(value.owner, "name", "") in ("stablehlo.convert", "stablehlo.transpose", "stablehlo.reshape"):
         value = value.owner.operands[0]
@@ -61,6 +62,7 @@ def multiplied(value: Any) -> str:
     return "bf16" if "bf16" in types else types[0]
 
 
+@functools.cache
 def products(traced: jax.stages.Traced, platform: str) -> list[Product]:
     module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     return [
@@ -74,7 +76,7 @@ def products(traced: jax.stages.Traced, platform: str) -> list[Product]:
 
 
 def check(found: list[Product]) -> None:
-    """The rule: HIGHEST wherever a number is float32, the default where all are bfloat16."""
+    """Check the rule: HIGHEST if any operand is float32, DEFAULT if all are bfloat16."""
     assert found
     for product in found:
         assert set(product.precision) == {"HIGHEST" if "f32" in product.dtypes else "DEFAULT"}, product
@@ -92,6 +94,7 @@ def network(component, dtype="float32"):
     return abstract_model(component, CONFIGS[component], jnp.dtype(dtype))
 
 
+@functools.cache
 def training_step(dtype: str, kind: str = "tfm") -> jax.stages.Traced:
     model: Any = network(TRANSFORMER, dtype)
     attach_lora(model, LoraConfig(rank=2))
@@ -103,21 +106,25 @@ def training_step(dtype: str, kind: str = "tfm") -> jax.stages.Traced:
     return step.trace(state, frozen, Batch(floats(*LATENTS), floats(*TEXT)))
 
 
+@functools.cache
 def sampling(dtype: str) -> jax.stages.Traced:
     args = (network(TRANSFORMER, dtype), floats(*LATENTS), floats(), floats(*TEXT), floats(*TEXT))
     return guided_velocity.trace(*args, guidance=5.0)
 
 
+@functools.cache
 def encoding_text(dtype: str) -> jax.stages.Traced:
     return jax.jit(lambda model, *args: model(*args)).trace(
         network(TEXT_ENCODER, dtype), integers(1, 8), integers(1, 8)
     )
 
 
+@functools.cache
 def encoding(dtype: str) -> jax.stages.Traced:
     return jax.jit(lambda vae, video: vae.encode(video)).trace(network(VAE, dtype), floats(*PIXELS))
 
 
+@functools.cache
 def decoding(dtype: str) -> jax.stages.Traced:
     return jax.jit(lambda vae, latents: vae.decode(latents)).trace(network(VAE, dtype), floats(*LATENTS))
 
@@ -159,6 +166,16 @@ def loss_of_autoencoder(vae, video):
     return jnp.sum(vae.decode(vae.encode(video)))
 
 
+@functools.cache
+def forward_and_gradient(loss, component, args) -> tuple[jax.stages.Traced, jax.stages.Traced]:
+    graph, weights = nnx.split(network(component))
+
+    def of_weights(weights, *args):
+        return loss(nnx.merge(graph, weights), *args)
+
+    return jax.jit(of_weights).trace(weights, *args), jax.jit(jax.value_and_grad(of_weights)).trace(weights, *args)
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize(
     ("loss", "component", "args"),
@@ -169,20 +186,14 @@ def loss_of_autoencoder(vae, video):
     ],
 )
 def test_gradients_of_all_weights(loss, component, args, platform):
-    """What pretraining trains, in float32. Every product has at least one more in the backward pass."""
-    graph, weights = nnx.split(network(component))
-
-    def of_weights(weights, *args):
-        return loss(nnx.merge(graph, weights), *args)
-
-    forward = products(jax.jit(of_weights).trace(weights, *args), platform)
-    both = products(jax.jit(jax.value_and_grad(of_weights)).trace(weights, *args), platform)
+    """Pretraining trains all weights in float32. Every product adds at least one more to the backward pass."""
+    forward, both = (products(traced, platform) for traced in forward_and_gradient(loss, component, args))
     check(both)
     assert len(both) >= 2 * len(forward)
 
 
 def test_no_kernel_for_tpus_gets_float32():
-    """Inside of one, products have a precision of their own."""
+    """A kernel sets the precision of its products itself."""
     texts = {
         dtype: training_step(dtype).lower(lowering_platforms=("tpu",)).as_text() for dtype in ("float32", "bfloat16")
     }

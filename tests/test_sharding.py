@@ -1,4 +1,4 @@
-"""Meshes: what eight virtual devices compute, how it lies on them and what they tell each other; and remat policies."""
+"""Meshes of eight virtual devices: results, placement and communication. Remat policies: values and memory."""
 
 import json
 import re
@@ -28,11 +28,11 @@ MESHES = ("2x2x2x1", "1x4x2x1", "8x1x1x1", "1x2x2x2")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What sharded_runs.py computes, with the adapters of its trainings."""
+    """The results of sharded_runs.py, with the adapters of its training runs."""
     folder = tmp_path_factory.mktemp("runs")
     done = subprocess.run(
         [sys.executable, HELPERS / "sharded_runs.py", folder],
-        env=virtual_devices.environment(8),
+        env=virtual_devices.environment(8) | virtual_devices.FAST_COMPILATION,
         capture_output=True,
         text=True,
     )
@@ -50,9 +50,9 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_ten_steps_agree_with_those_of_one_device(runs, mesh):
-    """Losses and adapters to 1e-5; what the steps added to the adapters to 1e-4.
+    """Losses and adapters agree to 1e-5, and the changes of the adapters to 1e-4.
 
-    Adam turns gradients into signs, so that rounding shows in full where a gradient is near zero.
+    Adam's first updates are close to the sign of the gradient, so rounding is amplified where a gradient is near zero.
     """
     one, many = runs["trainings"]["1x1x1x1"], runs["trainings"][mesh]
     assert len(one["losses"]) == len(set(one["losses"])) == 10
@@ -68,7 +68,7 @@ def test_ten_steps_agree_with_those_of_one_device(runs, mesh):
 
 
 def test_every_array_is_split_as_the_rules_say(runs):
-    """Shape of a device's part, and the number of different parts: 8 clips, width 96, 128 channels, rank 4."""
+    """The shape of one device's part, and the number of distinct parts: 8 clips, width 96, 128 channels, rank 4."""
     expected = {
         #            q kernel      down kernel    q's A        q's B        down's B     latents
         "2x2x2x1": ([24, 96, 4], [128, 24, 4], [24, 4, 4], [4, 96, 1], [4, 24, 4], [2, 4]),
@@ -91,7 +91,7 @@ def test_one_compilation_for_each_clip_shape(runs):
 
 
 def test_sampling_on_a_mesh(runs):
-    """The same videos, and one report of each step to the host, not one from each device."""
+    """The videos are the same, and each step reports to the host once, not once per device."""
     assert runs["samplings"]["difference"] < 1e-5
     assert runs["samplings"]["calls"] == 3
 
@@ -101,13 +101,13 @@ def test_sampling_on_a_mesh(runs):
 
 def test_split_attention_equals_whole(runs):
     """Outputs and gradients of self- and cross-attention, with tokens split 2, 4 and 8 ways, heads split or not."""
-    ways = {"8 heads on 2x1x4x1": "all-to-all", "8 heads on 1x2x2x2": "all-to-all"}
-    ways |= {f"6 heads on {mesh}": "collective-permute" for mesh in ("2x1x4x1", "1x2x2x2", "1x1x8x1")}
-    assert runs["attentions"].keys() == ways.keys()
-    for name, way in ways.items():
+    kinds = {"8 heads on 2x1x4x1": "all-to-all", "8 heads on 1x2x2x2": "all-to-all"}
+    kinds |= {f"6 heads on {mesh}": "collective-permute" for mesh in ("2x1x4x1", "1x2x2x2", "1x1x8x1")}
+    assert runs["attentions"].keys() == kinds.keys()
+    for name, expected in kinds.items():
         result = runs["attentions"][name]
         assert result["difference"] < 3e-6, name
-        assert {kind for kind in ("all-gather", "all-to-all", "collective-permute") if result[kind]} == {way}, name
+        assert {kind for kind in ("all-gather", "all-to-all", "collective-permute") if result[kind]} == {expected}, name
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,8 @@ def test_split_attention_equals_whole(runs):
     ],
 )
 def test_tokens_are_exchanged_and_never_gathered(runs, mesh, kind, shape):
-    """6 heads of 16 on 2 devices, or 3 of them that 2 do not divide. Gathered: weights, and what is outside blocks."""
+    """6 heads of 16 on 2 devices, or 3 heads, which 2 does not divide. Only weights, and activations outside of the
+    blocks, are gathered."""
     training = runs["trainings"][mesh]
     assert shape in training[kind]
     data, fsdp, _, tensor = map(int, mesh.split("x"))
@@ -145,7 +146,7 @@ def test_tokens_are_exchanged_and_never_gathered(runs, mesh, kind, shape):
                                                   "mesh.sequence=2 leaves; use one of 1, 2"),
     ],
 )  # fmt: skip
-def test_meshes_that_the_devices_cannot_form(settings, message):
+def test_meshes_that_do_not_fit_the_devices_are_refused(settings, message):
     with pytest.raises(InputError) as error:
         make_mesh(MeshConfig(**settings), jax.devices() * 8)
     assert str(error.value) == message
@@ -167,13 +168,13 @@ def abstract_mesh(**sizes):
          "and more by sequence or tensor"),
     ],
 )  # fmt: skip
-def test_what_a_mesh_cannot_split(check, message):
+def test_sizes_that_a_mesh_cannot_split_are_refused(check, message):
     with pytest.raises(InputError) as error:
         check()
     assert str(error.value) == message
 
 
-def test_what_a_mesh_can_split():
+def test_sizes_that_a_mesh_can_split():
     mesh = abstract_mesh(fsdp=2, sequence=8, tensor=4)
     check_split(40, 32760, mesh)
     check_batch(2, mesh)
@@ -202,7 +203,7 @@ def test_two_axes_of_an_array_cannot_share_a_mesh_axis():
 
 
 class Chip:
-    """A device of a pod of several slices, as far as a mesh can tell."""
+    """A fake device with the attributes that a mesh looks at, in a pod of several slices."""
 
     platform, device_kind = "cpu", "chip"
 
@@ -214,7 +215,7 @@ def test_only_data_spans_slices():
     chips = [Chip(number, 4) for number in range(8)]
     mesh = make_mesh(MeshConfig(data=4, sequence=2), chips[::-1])
     assert [{chip.slice_index for chip in row.ravel()} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
-    with pytest.raises(InputError, match=r"mesh\.data=1: the devices are 2 slices.*a multiple of 2, .* divisor of 4"):
+    with pytest.raises(InputError, match=r"mesh\.data=1: the devices form 2 slices.*a multiple of 2, .* divisor of 4"):
         make_mesh(MeshConfig(sequence=8), chips)
 
 
@@ -224,7 +225,7 @@ REMAT = TransformerConfig(dim=48, ffn_dim=128, heads=4, layers=3, text_dim=16, f
 
 
 def loss_and_gradient(config=REMAT):
-    """A jitted function (latents, model) -> loss, and its gradient in the latents."""
+    """A jitted function (latents, model) -> (loss, gradient in the latents)."""
 
     def loss(latents, model):
         text = jnp.sin(jnp.arange(32.0 * config.text_dim)).reshape(1, 32, -1)
@@ -259,24 +260,24 @@ def test_policies_change_no_value(programs):
 
 
 def test_attention_runs_forwards_once_where_its_output_is_saved(programs):
-    """A block has two attentions, and the program has one block forwards and one backwards."""
+    """A block has two attentions. The program contains one block of the forward pass and one of the backward pass."""
     passes = {name: _forward_passes(compiled.as_text()) / 2 for name, (compiled, *_) in programs.items()}
     assert passes == {"full": 2, "attention": 1, "attention_offload": 1, "none": 1}
 
 
 def test_splitting_keeps_what_a_policy_saves(runs):
-    """The same in training steps on meshes: with an all-to-all, and with a ring."""
+    """The same holds for training steps on meshes, with an all-to-all and with a ring."""
     passes = {name: training["forward passes"] / 2 for name, training in runs["trainings"].items()}
     assert passes == {"1x1x1x1": 2, "2x2x2x1": 2, "1x4x2x1": 1, "8x1x1x1": 1, "1x2x2x2": 1}
 
 
-def test_what_is_saved_takes_memory(programs):
-    """By 512 tokens of width 48 in each of 3 blocks: twice for the outputs of both attentions; more for everything."""
+def test_saved_activations_take_memory(programs):
+    """An activation is 512 tokens of width 48 in each of 3 blocks. Both attentions save one each, "none" many more."""
     activation = 3 * 512 * 48 * 4
     temporary = {name: compiled.memory_analysis().temp_size_in_bytes for name, (compiled, *_) in programs.items()}
     assert 1.5 * activation < temporary["attention"] - temporary["full"] < 3 * activation
     assert temporary["none"] - temporary["attention"] > 10 * activation
-    # A CPU has one memory; that TPUs are told to move the outputs to the host is seen before compiling.
+    # A CPU has one memory. The next test checks that programs for TPUs move the outputs to the host.
     assert temporary["attention_offload"] == temporary["attention"]
 
 
@@ -286,7 +287,7 @@ def _forward_passes(program):
 
 @pytest.mark.parametrize(("policy", "moves"), [("attention", 0), ("attention_offload", 4)])
 def test_outputs_go_to_the_host_and_back(policy, moves):
-    """Output and `lse` of two attentions: to the host in the forward pass, to the device in the backward pass."""
+    """The outputs and `lse` of two attentions move to the host in the forward pass, and back in the backward pass."""
     config = TransformerConfig(dim=256, ffn_dim=128, heads=2, layers=1, text_dim=16, freq_dim=16, channels=4)
     model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
     model.remat = policy
@@ -300,7 +301,7 @@ def test_outputs_go_to_the_host_and_back(policy, moves):
 
 
 def test_split_attention_compiles_for_tpu(monkeypatch):
-    """Splash below an all-to-all (12 heads, 4 devices) and in a ring (8 devices)."""
+    """Splash attention after an all-to-all (12 heads, 4 devices) and in a ring (8 devices)."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
@@ -324,7 +325,7 @@ def test_split_attention_compiles_for_tpu(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_of_the_policies_on_a_tpu(monkeypatch):
-    """Offloading keeps the device as empty as saving nothing does, and the host holds what the device would."""
+    """Offloading uses hardly more device memory than saving nothing, and the saved outputs are on the host."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies

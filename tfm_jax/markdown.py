@@ -1,9 +1,9 @@
-"""Markdown tables of the pages in docs/."""
+"""Markdown tables for the pages in docs/."""
 
 from collections.abc import Iterable, Sequence
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with a header row; `|` within a cell is escaped."""
+    """A Markdown table with a header row; `|` in cells is escaped."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

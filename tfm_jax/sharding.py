@@ -1,4 +1,4 @@
-"""Devices as a named mesh, and the one table that says which logical axis is split over which mesh axis."""
+"""The device mesh, and the table of rules that maps logical axes to mesh axes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,26 +28,27 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": (),
     "rank": (),
 }
-"""Logical axis -> the mesh axes it is split over. Adding a way to split is a row here."""
+"""Logical axis -> the mesh axes it is split over. To split another axis, add a row."""
 
 Axes = tuple[str | None, ...]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that a configuration names, over all devices or those given, neighbours in it being near on the network.
+    """The mesh of a configuration over `devices`, by default all. Neighbours in the mesh are close on the network.
 
-    Several slices of a TPU pod, which only a data-centre network joins, are split along `data` alone. GPUs lie in their
-    own order, host by host: the last axes are within a host.
+    Only `data` spans the slices of a TPU pod, which are connected by the slower data-centre network. GPUs keep their
+    order, host by host, so that the last axes stay within a host.
 
     Raises:
-        InputError: the product is not the number of devices, or `data` is not a multiple of the slices.
+        InputError: the product of the axes is not the number of devices, or `data` is not a multiple of the number of
+            slices.
     """
     devices = _devices() if devices is None else list(devices)
     sizes = _sizes(config, len(devices))
-    slices = slices_of(devices)
+    slices = num_slices(devices)
     if sizes[0] % slices:
         raise InputError(
-            f"mesh.data={sizes[0]}: the devices are {slices} slices, and only data spans slices; use a multiple of "
+            f"mesh.data={sizes[0]}: the devices form {slices} slices, and only data spans slices; use a multiple of "
             f"{slices}, with fsdp x sequence x tensor a divisor of {len(devices) // slices}"
         )
     within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
@@ -58,43 +59,47 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return _mesh(grid)
 
 
-def slices_of(devices: Sequence[Any]) -> int:
-    """How many slices of a TPU pod the devices are. To JAX every host of GPUs is a slice too, but not to us."""
+def num_slices(devices: Sequence[Any]) -> int:
+    """The number of TPU slices that the devices belong to, at least 1. GPUs count as one slice, though JAX gives each
+    of their hosts a slice index."""
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform != "gpu"}) or 1
 
 
 def one_device_mesh() -> Mesh:
-    """The mesh of the first device alone."""
+    """A mesh of the first device alone."""
     return _mesh(np.array(_devices()[:1]).reshape(1, 1, 1, 1))
 
 
 def _mesh(devices: np.ndarray) -> Mesh:
-    # Auto: the compiler derives every sharding from those of the arguments and of the constrained activations.
+    # Auto: the compiler derives all other shardings from those of the arguments and of the constrained activations.
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Length of every mesh axis, `data` worked out from the others where it is -1."""
+    """The length of every mesh axis; -1 for `data` stands for the devices that the other axes leave."""
     inner = {name: getattr(config, name) for name in MESH_AXES[1:]}
-    left = devices
+    remaining = devices
     for name, size in inner.items():
-        if left % size:
+        if remaining % size:
             before = [
                 f"mesh.{other}={inner[other]}" for other in MESH_AXES[1 : MESH_AXES.index(name)] if inner[other] > 1
             ]
             of = f" that {' x '.join(before)} leaves" if before else ""
-            raise InputError(f"mesh.{name}={size} does not divide the {left} devices{of}; use one of {divisors(left)}")
-        left //= size
-    if config.data not in (-1, left):
+            raise InputError(
+                f"mesh.{name}={size} does not divide the {remaining} devices{of}; use one of {_divisors(remaining)}"
+            )
+        remaining //= size
+    if config.data not in (-1, remaining):
         product = " x ".join(f"mesh.{name}={size}" for name, size in {"data": config.data, **inner}.items())
         raise InputError(
-            f"{product} is {config.data * devices // left}, but there are {devices} devices; use mesh.data={left} or -1"
+            f"{product} is {config.data * devices // remaining}, but there are {devices} devices; "
+            f"use mesh.data={remaining} or -1"
         )
-    return (left, *inner.values())
+    return (remaining, *inner.values())
 
 
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raise InputError unless every part of the mesh that shares the batch gets the same number of clips."""
+    """Raise InputError unless the batch divides evenly over the mesh."""
     parts = num_shards("batch", mesh)
     if batch_size % parts:
         above = -(-batch_size // parts) * parts
@@ -105,17 +110,17 @@ def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
 
 
 def check_split(heads: int, tokens: int, mesh: Mesh | AbstractMesh | None = None) -> None:
-    """Raise InputError unless a mesh, by default that of `jax.set_mesh`, can split that many heads and tokens."""
+    """Raise InputError unless heads and tokens divide evenly over `mesh`, by default that of `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     for axis, length, what in (("heads", heads, "heads of the model"), ("tokens", tokens, "tokens of a clip")):
         parts = num_shards(axis, mesh)
         if length % parts:
-            (name,), choices = RULES[axis], divisors(math.gcd(length, mesh.size))
+            (name,), choices = RULES[axis], _divisors(math.gcd(length, mesh.size))
             raise InputError(f"mesh.{name}={parts} does not divide the {length} {what}; use one of {choices}")
 
 
-def divisors(number: int) -> str:
-    """All of them, as errors list the values that would do."""
+def _divisors(number: int) -> str:
+    """All divisors of a number, as a list for error messages."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
@@ -125,15 +130,16 @@ def _devices() -> list[Any]:
     except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a default backend
         reason = " ".join(str(error).split()) or "no backend"
         raise InputError(
-            f"JAX finds no device ({reason}); expected one: check JAX_PLATFORMS and the jax[cuda] or jax[tpu] set-up"
+            f"JAX finds no device ({reason}); expected at least one: check JAX_PLATFORMS and the installation of "
+            "jax[cuda] or jax[tpu]"
         ) from None
 
 
 def partition_spec(axes: Axes) -> PartitionSpec:
-    """Mesh axes of an array with these logical axes.
+    """The partition spec of an array with these logical axes.
 
     Raises:
-        ValueError: two of its axes would be split over the same mesh axis.
+        ValueError: two of the axes would be split over the same mesh axis.
     """
     spec = [RULES[axis] if axis else () for axis in axes]
     used = [name for names in spec for name in names]
@@ -143,7 +149,7 @@ def partition_spec(axes: Axes) -> PartitionSpec:
 
 
 def num_shards(axis: str | None, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Into how many parts a logical axis is split on a mesh, by default that of `jax.set_mesh`; without one, 1."""
+    """The number of parts a logical axis is split into on `mesh`, by default that of `jax.set_mesh`; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty or axis is None:
         return 1
@@ -151,13 +157,13 @@ def num_shards(axis: str | None, mesh: Mesh | AbstractMesh | None = None) -> int
 
 
 def shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The sharding of every variable of a module or state, from its logical axes; other leaves are replicated.
+    """The sharding of every variable of a module or state, from its logical axes. Other leaves are replicated.
 
     Raises:
-        InputError: an axis has a length that its mesh axes do not divide.
+        InputError: the mesh axes do not divide the length of an axis.
     """
 
-    def one(variable: Any) -> Any:
+    def sharding_of(variable: Any) -> Any:
         if not isinstance(variable, nnx.Variable):
             return replicated(mesh)
         axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
@@ -169,7 +175,7 @@ def shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
                 )
         return variable.replace(NamedSharding(mesh, partition_spec(axes)))
 
-    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(sharding_of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -178,35 +184,36 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The sharding of arrays of which every device holds a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def per_device(
     function: Callable[..., Array], arrays: Sequence[Shaped[Array, "..."]], axes: Sequence[Axes]
 ) -> Shaped[Array, "..."]:
-    """`function` of each device's part of `arrays`, split as their logical `axes` say; its result as the first.
+    """Run `function` on each device's part of `arrays`, which have these logical `axes`.
 
-    For kernels that the compiler cannot split by itself, and for communication that it would not find. Under
-    `jax.set_mesh`; without a mesh, `function(*arrays)`.
+    The result is split as the first array is. This is for kernels that the compiler cannot partition, and for
+    communication that it would not choose. Needs `jax.set_mesh`; without a mesh, this is `function(*arrays)`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(*arrays)
     specs = tuple(partition_spec(names) for names in axes)
-    # Pallas calls do not say over which axes their results vary, so that JAX cannot check it.
+    # check_vma=False: Pallas calls do not declare over which axes their results vary, so JAX cannot check them.
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def constrain(x: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
-    """Tell the compiler how an activation is split, under `jax.set_mesh`; without a mesh, `x` itself."""
+    """Constrain how an activation is split. Needs `jax.set_mesh`; without a mesh, this returns `x`."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
 def gather(x: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
-    """A parameter as computation needs it: whole along the mesh axes that split batch or tokens, else left as it lies.
+    """Gather a parameter along the mesh axes that split batch or tokens; other axes stay split.
 
-    Left to itself the compiler may move the activations instead, which are larger.
+    Without this, the compiler may choose to move the activations, which are larger.
     """
-    whole = {*RULES["batch"], *RULES["tokens"]}
-    return constrain(x, tuple(None if axis and whole & set(RULES[axis]) else axis for axis in axes))
+    gathered = {*RULES["batch"], *RULES["tokens"]}
+    return constrain(x, tuple(None if axis and gathered & set(RULES[axis]) else axis for axis in axes))

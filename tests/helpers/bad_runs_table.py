@@ -1,4 +1,4 @@
-"""The table of bad input: outputs, runs that are resumed or exported, and the options of the other programs."""
+"""Rows of bad input: outputs, runs that are resumed or exported, and the options of the other programs."""
 
 from helpers.bad_input_table import CONFIG, Row, exactly, options, row
 from helpers.breaking import DEEP, Break, copied, cut, each, flip, folder, link, remove, rename, replace, write
@@ -6,7 +6,7 @@ from helpers.breaking import DEEP, Break, copied, cut, each, flip, folder, link,
 OUTPUTS = [
     row(
         "train",
-        "the output has a run already",
+        "the output already contains a run",
         "--train.output=$world/run",
         words=("train.output=$world/run", "already contains a run", "--resume"),
     ),
@@ -74,10 +74,10 @@ OUTPUTS = [
     ),
     row(
         "export_lora",
-        "the output is there",
+        "the output exists",
         "$world/run",
         "$tmp/file",
-        words=("$tmp/file", "already there"),
+        words=("$tmp/file", "already exists"),
         broken=write("file", ""),
     ),
     row("export_lora", "the output is a folder", "$world/run", "$tmp/full", words="$tmp/full", broken=folder("full")),
@@ -224,7 +224,7 @@ SUMMARY = f"{STEPS}/_CHECKPOINT_METADATA"
 
 
 def saved(wrong: str, broken: Break, *words: str) -> list[Row]:
-    """All checkpoints of a run are damaged, so that none is left to go on from."""
+    """Rows in which all checkpoints of a run are damaged, so that it cannot be resumed or exported."""
     resume = ("--train.output=$tmp/run", "--train.steps=5", "--resume")
     words = ("$tmp/run", *words)
     return [
@@ -232,8 +232,6 @@ def saved(wrong: str, broken: Break, *words: str) -> list[Row]:
         row("export_lora", wrong, "$tmp/run", "$tmp/new", words=words, broken=broken),
     ]
 
-
-NO_RUN = "expected the train.output"
 
 CHECKPOINTS = [
     row("export_lora", "no such run", "$tmp/none", "$tmp/new", words=("$tmp/none", "expected the train.output")),

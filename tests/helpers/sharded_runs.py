@@ -1,6 +1,6 @@
-"""What eight virtual devices compute, each thing on several meshes: run by test_sharding.py, printed as JSON.
+"""Training, attention and sampling on several meshes of eight virtual devices. Prints the results as JSON.
 
-In one process, because starting one and compiling in it is what costs.
+test_sharding.py runs this program once: a process for each mesh would spend most of its time on starting.
 """
 
 import json
@@ -24,12 +24,12 @@ from tfm_jax.train.step import init_state, make_step
 from tfm_jax.wan.attention import cross_attention, self_attention
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
-# No number of tokens (40) is the length of another axis, and a token's outputs (16) are fewer than its activations.
+# No other axis has the length 40, the number of tokens. A token has fewer outputs (16) than activations.
 CONFIG = TransformerConfig(dim=96, ffn_dim=128, heads=6, layers=2, text_dim=16, freq_dim=32, channels=4)
 LATENTS = (5, 4, 8, 4)
 STEPS = 10
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\(")
-FORWARD_PASS = re.compile(r"reduce_max\S* = f32\S* reduce\(")  # the greatest score of a query: only sought forwards
+FORWARD_PASS = re.compile(r"reduce_max\S* = f32\S* reduce\(")  # the maximum of a query's scores, needed once
 
 
 def mesh_of(sizes):
@@ -37,7 +37,7 @@ def mesh_of(sizes):
 
 
 def collectives(program):
-    """Kind -> shapes of the results, as lists of lengths."""
+    """Kind of collective -> shapes of the results, as lists of lengths."""
     found = {"all-gather": [], "all-to-all": [], "collective-permute": []}
     for result, kind in COLLECTIVE.findall(program):
         found[kind] += [[int(n) for n in shape.split(",") if n] for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
@@ -45,18 +45,18 @@ def collectives(program):
 
 
 def model_on(mesh, adapters):
-    """The same weights on every mesh; no factor of an adapter is zero, or some gradients would be."""
+    """A model with the same weights on every mesh. No factor is zero, because some gradients would then be zero."""
     model = jax.jit(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32))()
     nnx.update(model, jax.device_put(nnx.state(model), shardings(nnx.state(model), mesh)))
     if adapters:
         attach_lora(model, LoraConfig(rank=4, alpha=4))
         init_lora(model, jax.random.key(1), mesh)
         lora = split_lora(model).lora
-        where = shardings(lora, mesh)
-        shaken = jax.jit(
+        placement = shardings(lora, mesh)
+        perturbed = jax.jit(
             lambda t: jax.tree.map(lambda x: x + 0.05 * jnp.sin(1e4 * jnp.arange(x.size)).reshape(x.shape), t)
         )
-        nnx.update(model, jax.device_put(shaken(lora), where))
+        nnx.update(model, jax.device_put(perturbed(lora), placement))
     return model
 
 
@@ -89,7 +89,7 @@ class Training:
         return losses
 
     def parts(self):
-        """Shape of one device's part of some arrays, and how many different parts there are."""
+        """The shape of one device's part of some arrays, and the number of distinct parts."""
         moments = self.state.optimizer[1].mu["blocks"]
         batch, blocks, lora = batch_on(self.mesh), self.frozen["blocks"], self.state.lora["blocks"]
         arrays = {
@@ -109,7 +109,7 @@ class Training:
 
 
 def trainings(folder):
-    """Mesh -> losses, compiled collectives, forward passes of attention, parts. Adapters go into files."""
+    """Mesh -> losses, collectives, forward passes of attention and parts. Writes the adapters to files in `folder`."""
     plan = {(1, 1, 1, 1): "full", (2, 2, 2, 1): "full", (1, 4, 2, 1): "attention", (8, 1, 1, 1): "none",
             (1, 2, 2, 2): "attention_offload"}  # fmt: skip
     results = {}
@@ -130,7 +130,7 @@ def trainings(folder):
 
 
 def compilations():
-    """Of the step, after each of six calls: two shapes in turns, on a mesh that splits everything."""
+    """The number of compilations in each of six steps with two alternating shapes, on a mesh that splits everything."""
     training = Training((1, 2, 2, 2))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -146,7 +146,7 @@ def compilations():
 
 
 def attentions():
-    """Heads and mesh -> relative difference of output and gradients from those without a mesh, and the collectives."""
+    """Heads and mesh -> the collectives, and the relative difference of outputs and gradients from no mesh."""
     results = {}
     for heads, sizes in ((8, (2, 1, 4, 1)), (6, (2, 1, 4, 1)), (8, (1, 2, 2, 2)), (6, (1, 2, 2, 2)), (6, (1, 1, 8, 1))):
         rng = np.random.default_rng(heads)
@@ -171,7 +171,7 @@ def attentions():
 
 
 def samplings():
-    """Two videos by guided sampling, on one device and on eight."""
+    """Sample two videos with guidance, on one device and on eight."""
     results, calls = [], []
     for sizes in ((1, 1, 1, 1), (2, 1, 2, 2)):
         mesh = mesh_of(sizes)

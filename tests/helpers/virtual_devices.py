@@ -1,11 +1,15 @@
-"""Several devices on one CPU, for programs that run in a process of their own."""
+"""Several virtual devices on one CPU, for programs that run in a separate process."""
+
+FAST_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+"""Makes a process compile faster; its programs run slower."""
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Of a process in which JAX has so many CPU devices.
+    """The environment variables of a process in which JAX has this many CPU devices.
 
-    XLA's own pool has no more threads than cores or devices, and an all-reduce blocks one for each device: on two cores
-    the last participants may find none, and the program is killed after 40 seconds. NPROC is the size of the pool.
+    An all-reduce blocks one thread of XLA's pool for each device. By default the pool has no more threads than cores or
+    devices, so that on two cores the last participants may find none and the program is killed after 40 seconds. NPROC
+    sets the size of the pool.
     """
     return {
         "PATH": "",

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, with nothing to warn them, and started again with the same command."""
+"""Runs that are killed at random moments, without a warning, and started again with the same command."""
 
 import json
 import os
@@ -22,12 +22,12 @@ CONFIG = SIZES["small"]
 SCRIPT = ROOT / "scripts" / "train.py"
 CLIP = {"frames": 5, "height": 32, "width": 32, "fps": 16.0}
 PATIENCE = 900
-"""Seconds; many times what a run takes, for machines that have other work."""
+"""Seconds to wait for a run: many times its usual time, in case the machine is busy."""
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """Start the program with these options on a small model, with a checkpoint after every second step."""
+    """A function that starts the program with more options, on a small model, with a checkpoint every two steps."""
     folder = tmp_path_factory.mktemp("kills")
     reference_transformer(CONFIG).save_pretrained(folder / "model" / "transformer")
     rng = np.random.default_rng(0)
@@ -44,8 +44,7 @@ def command(tmp_path_factory):
         "train": {"output": str(folder / "run"), "steps": 1, "checkpoint_every": 2},
     }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(values))  # JSON is YAML
-    environment = virtual_devices.environment(1)
-    environment["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = virtual_devices.environment(1) | virtual_devices.FAST_COMPILATION
     environment |= {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
@@ -62,8 +61,8 @@ def command(tmp_path_factory):
     return start
 
 
-def undisturbed(start, steps: int) -> tuple[Path, float, float]:
-    """Train without a kill: the folder of the run, and the seconds that its start and its steps took."""
+def uninterrupted(start, steps: int) -> tuple[Path, float, float]:
+    """Train without a kill. Returns the folder of the run, and the seconds for starting and for the steps."""
     output = start.folder / f"whole{steps}"
     begin = time.monotonic()
     process = start(f"--train.output={output}", f"--train.steps={steps}")
@@ -76,20 +75,20 @@ def undisturbed(start, steps: int) -> tuple[Path, float, float]:
 
 
 def written(file: Path) -> int | None:
-    """When a file was written, in ns."""
+    """The time when a file was last written, in ns."""
     return file.stat().st_mtime_ns if file.exists() else None
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_as_one_that_nobody_disturbs(command, kills):
+def test_a_killed_run_ends_like_an_uninterrupted_one(command, kills):
     steps = 12 * kills
-    expected, starting, stepping = undisturbed(command, steps)
+    expected, starting, stepping = uninterrupted(command, steps)
     output = command.folder / f"killed{steps}"
     again = (f"--train.output={output}", f"--train.steps={steps}")
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed of the moments: {seed}")  # pytest shows it with a failure
     moments = random.Random(seed)
-    alive = 0  # when it was killed
+    alive = 0  # how often the run was still alive when it was killed
     for _ in range(kills):
         before = written(output / "config.yaml")
         process = command(*again)

@@ -1,4 +1,4 @@
-"""What the network is trained on: noise levels, the TFM path and its loss, and plain flow matching beside it."""
+"""The training objectives: noise levels, the TFM path and loss, and plain flow matching."""
 
 from tfm_jax.objective.losses import objective_loss
 from tfm_jax.objective.schedule import shift_sigma, timestep

@@ -1,12 +1,12 @@
-"""From a velocity function and clean latents to the training loss.
+"""The training loss, from a velocity function and clean latents.
 
-To add an objective: write a function like `temporal_flow_matching`, name it in OBJECTIVES and in
-`ObjectiveConfig.kind`. To add a term to one: compute it there, give it a weight in the configuration and return it
-among the terms.
+To add an objective, write a function like `temporal_flow_matching` and add its name to OBJECTIVES and to
+`ObjectiveConfig.kind`. To add a term to an objective, compute it there, give it a weight in the configuration and
+return it among the terms.
 
-TFM differs from flow matching in two things, the path and the loss. Beside the two stand the controls that change one
-of them at a time: the straight path with TFM's loss, TFM's path with the mean squared error, and the straight path
-with nothing of TFM's but the mean of its clocks.
+TFM differs from plain flow matching in its path and in its loss. The controls change one thing at a time:
+`fm_direction` is the straight path with TFM's loss, `tfm_mse` is TFM's path with the mean squared error, and `fm_warp`
+is plain flow matching with TFM's average timing.
 """
 
 from collections.abc import Callable
@@ -21,28 +21,28 @@ from tfm_jax.objective import schedule
 from tfm_jax.objective.temporal import safe_divide, temporal_loss, temporal_path
 
 Velocity = Callable[[Latents, PerVideo, Text], Latents]
-"""The network: (latents, timestep 0..1000, text) -> velocity, which has the sign of noise - clean."""
+"""The network: (latents, timestep in 0..1000, text) -> velocity, with the sign of noise - clean."""
 
 Predict = Callable[[Latents], Latents]
-"""The network at one noise level of each video: x_t -> velocity."""
+"""The network with timestep and text already given: x_t -> velocity."""
 
 Terms = dict[str, PerVideo]
 
-STRAIGHT = 1e6
-"""A pull of the clean frame so strong that TFM is flow matching, as far as float32 can tell."""
+STRAIGHT_PATH_RHO = 1e6
+"""A rho so large that TFM equals flow matching to float32 accuracy."""
 
 
 def objective_loss(
     velocity: Velocity, clean: Latents, text: Text, key: jax.Array, config: ObjectiveConfig
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """Loss of a batch at noise and noise levels drawn from `key`.
+    """The loss of a batch, with noise and noise levels drawn from `key`.
 
-    Every video has its own noise level, and its loss is scaled by the weight of that level; the result is the mean
-    over the videos.
+    Each video gets its own noise level, and its loss is scaled by the weight of that level. The loss of the batch is
+    the mean over the videos.
 
     Returns:
-        The loss, and its terms as plain means over the videos, without the weights: direction and residual for tfm
-        and fm_direction, mse for the others. All float32.
+        The loss, and its terms averaged over the videos without the weights: direction and residual for tfm and
+        fm_direction, mse for the others. All are float32.
     """
     noise_key, level_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, clean.shape, jnp.float32)
@@ -60,7 +60,7 @@ def objective_loss(
 def temporal_flow_matching(
     predict: Predict, clean: Latents, noise: Latents, sigma: PerVideo, config: ObjectiveConfig
 ) -> tuple[PerVideo, Terms]:
-    """Loss of each video on the TFM path: direction + beta residual."""
+    """TFM: direction + beta residual, on the TFM path."""
     x_t = temporal_path(clean, noise, sigma, config.rho).x_t
     return _direction_and_residual(predict(x_t), clean, noise, x_t, config.rho, config.beta)
 
@@ -68,22 +68,22 @@ def temporal_flow_matching(
 def flow_matching(
     predict: Predict, clean: Latents, noise: Latents, sigma: PerVideo, config: ObjectiveConfig
 ) -> tuple[PerVideo, Terms]:
-    """Loss of each video on the straight path: mean squared error against noise - clean."""
-    return _squared_error(predict(_between(clean, noise, sigma)), noise - clean)
+    """Plain flow matching: the mean squared error against noise - clean, on the straight path."""
+    return _squared_error(predict(_interpolate(clean, noise, sigma)), noise - clean)
 
 
 def directional_flow_matching(
     predict: Predict, clean: Latents, noise: Latents, sigma: PerVideo, config: ObjectiveConfig
 ) -> tuple[PerVideo, Terms]:
-    """Control: the straight path with TFM's loss, which there is 1 - cos(v_i, u_i) + beta | |v_i| / |u_i| - 1 |."""
-    x_t = _between(clean, noise, sigma)
-    return _direction_and_residual(predict(x_t), clean, noise, x_t, STRAIGHT, config.beta)
+    """Control: TFM's loss on the straight path, where it is 1 - cos(v_i, u_i) + beta | |v_i| / |u_i| - 1 |."""
+    x_t = _interpolate(clean, noise, sigma)
+    return _direction_and_residual(predict(x_t), clean, noise, x_t, STRAIGHT_PATH_RHO, config.beta)
 
 
 def temporal_regression(
     predict: Predict, clean: Latents, noise: Latents, sigma: PerVideo, config: ObjectiveConfig
 ) -> tuple[PerVideo, Terms]:
-    """Control: the TFM path with flow matching's loss, the mean squared error against the velocity there."""
+    """Control: the mean squared error against the velocity, on the TFM path."""
     path = temporal_path(clean, noise, sigma, config.rho)
     return _squared_error(predict(path.x_t), path.velocity)
 
@@ -91,15 +91,15 @@ def temporal_regression(
 def warped_flow_matching(
     predict: Predict, clean: Latents, noise: Latents, sigma: PerVideo, config: ObjectiveConfig
 ) -> tuple[PerVideo, Terms]:
-    """Control: flow matching on the mean of TFM's clocks, so that frames keep no distances but time is bent alike.
+    """Control: flow matching with TFM's average timing, but without its coupling of neighbouring frames.
 
-    On the TFM path frame i has the share q_i / D_i of its way left at sigma, and loses it at the rate h_i / D_i. Here
-    every frame has the mean share of its video, and moves at the mean rate, which is its derivative.
+    On the TFM path, the fraction q_i / D_i of the way of frame i remains at sigma, and its derivative is h_i / D_i.
+    Here all frames of a video share the mean fraction, and its derivative is the mean of theirs.
     """
     path = temporal_path(clean, noise, sigma, config.rho)
     distance = jnp.sqrt(jnp.sum(jnp.square(noise - clean), axis=(2, 3, 4)))
-    remaining, rate = (jnp.mean(safe_divide(x, distance), axis=1) for x in (path.remaining, path.speed))
-    return _squared_error(predict(_between(clean, noise, remaining)), _per_video(rate) * (noise - clean))
+    fraction, rate = (jnp.mean(safe_divide(x, distance), axis=1) for x in (path.remaining, path.speed))
+    return _squared_error(predict(_interpolate(clean, noise, fraction)), _per_video(rate) * (noise - clean))
 
 
 OBJECTIVES = {
@@ -111,9 +111,9 @@ OBJECTIVES = {
 }
 
 
-def _between(clean: Latents, noise: Latents, remaining: PerVideo) -> Latents:
-    """The point on the straight path with this share of the way to clean left."""
-    return (1 - _per_video(remaining)) * clean + _per_video(remaining) * noise
+def _interpolate(clean: Latents, noise: Latents, fraction: PerVideo) -> Latents:
+    """The point on the straight path at this fraction of noise."""
+    return (1 - _per_video(fraction)) * clean + _per_video(fraction) * noise
 
 
 def _squared_error(prediction: Latents, velocity: Latents) -> tuple[PerVideo, Terms]:

@@ -1,7 +1,7 @@
-"""Noise levels: the shifted grid, the law of the training timestep and the weight of each level.
+"""Noise levels: the shifted grid, how training samples it, and the loss weight of each level.
 
-Level k of LEVELS has sigma_k = shift_sigma(1 - k / LEVELS); k = 0 is pure noise. The network is given
-t = 1000 sigma. Tables are computed in float64 on the host and rounded to float32 once.
+Level k of the grid has sigma_k = shift_sigma(1 - k / LEVELS), so that k = 0 is pure noise. The network receives the
+timestep t = 1000 sigma. Tables are computed in float64 on the host, then rounded to float32.
 """
 
 from typing import TypeVar
@@ -15,32 +15,32 @@ from tfm_jax.arrays import PerVideo
 from tfm_jax.errors import InputError
 
 LEVELS = 1000
-TIMESTEPS = 1000.0  # the network's timestep of pure noise
+TIMESTEPS = 1000.0  # the timestep of pure noise
 
 Table = Float[np.ndarray, "levels"]
 Sigma = TypeVar("Sigma", Float[np.ndarray, "..."], Float[Array, "..."])
 
 
 def shift_sigma(sigma: Sigma, shift: float) -> Sigma:
-    """Move noise levels in 0..1 towards the noise: shift sigma / (1 + (shift - 1) sigma). shift = 1 changes nothing.
+    """Shift noise levels in 0..1 towards noise: shift sigma / (1 + (shift - 1) sigma).
 
     Args:
-        sigma: noise levels of any shape, evenly spaced for the sampling grid.
-        shift: 5 for Wan2.1 at 480p and for TFM.
+        sigma: noise levels, of any shape.
+        shift: 5 for Wan2.1 at 480p and for TFM; 1 leaves sigma unchanged.
     """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def sigmas(shift: float = 5.0) -> Table:
-    """The noise level of every grid index, float32, falling from 1 to shift / (shift + LEVELS - 1)."""
+    """The noise level of every grid index, float32, decreasing from 1 to shift / (shift + LEVELS - 1)."""
     return _grid(shift).astype(np.float32)
 
 
 def weights(shift: float = 5.0) -> Table:
-    """The loss weight of every grid index, float32: a bell around t = 500, minimum 0, sum LEVELS.
+    """The loss weight of every grid index, float32: a bell curve around t = 500 with minimum 0 and sum LEVELS.
 
-    y_k = exp(-2 ((t_k - 500) / 1000)^2), less its minimum over the grid, scaled. A property of the grid: the
-    levels that happen to be in a batch do not change it.
+    exp(-2 ((t_k - 500) / 1000)^2), minus its minimum over the grid, scaled to that sum. The weights depend on the
+    grid alone, not on the levels in a batch.
     """
     bell = np.exp(-2 * np.square(_grid(shift) - 0.5))
     bell -= bell.min()
@@ -48,21 +48,21 @@ def weights(shift: float = 5.0) -> Table:
 
 
 def sample_index(key: jax.Array, batch: int, low: float = 0.0, high: float = 1.0) -> Int[Array, "b"]:
-    """One grid index per video, uniform over the part [low, high) of the grid; 0 is the noisy end.
+    """Draw one grid index per video, uniformly from the fraction [low, high) of the grid; 0 is pure noise.
 
     Raises:
-        InputError: the part holds no level or leaves the grid.
+        InputError: the interval contains no level, or extends beyond the grid.
     """
     first, last = round(low * LEVELS), round(high * LEVELS)
     if not 0 <= first < last <= LEVELS:
         raise InputError(
             f"objective.low={low}, objective.high={high}: expected 0 <= low < high <= 1, at least {1 / LEVELS} apart"
         )
-    return jax.random.randint(key, (batch,), first, last, jnp.int32)  # the same numbers with 64-bit integers on
+    return jax.random.randint(key, (batch,), first, last, jnp.int32)  # int32: the same numbers with jax_enable_x64
 
 
 def timestep(sigma: PerVideo) -> PerVideo:
-    """The network's timestep t in 0..1000 of a noise level in 0..1."""
+    """The timestep in 0..1000 that the network receives for a noise level in 0..1."""
     return TIMESTEPS * sigma
 
 

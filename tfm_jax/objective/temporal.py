@@ -1,14 +1,32 @@
-"""Temporal-aware flow matching (TFM): a path on which neighbouring frames keep their distances in step, and its loss.
+"""Temporal-aware flow matching (TFM): a path that couples the motion of neighbouring frames, and its loss.
 
-Per video, with clean frames s_i, noise n_i and noise level sigma (1 is noise, 0 is clean):
+Each video is treated alone. Its F frames are vectors: s_i is clean frame i, n_i its noise. The noise level sigma is 1
+for pure noise and 0 for the clean video, and unit(z) is z / |z|.
 
-    D_i = |s_i - n_i|,  a_i = (s_i - n_i) / D_i       frame i travels on a straight line of length D_i
-    x_i = s_i - q_i a_i                               q_i in 0..D_i is the distance that remains
-    phi_i = rho q_i + |x_i - x_{i-1}| + |x_i - x_{i+1}|
+    D_i = |s_i - n_i|             length of the straight line on which frame i moves from n_i to s_i
+    a_i = unit(s_i - n_i)         its direction
+    q_i in 0..D_i                 distance that frame i still has to move
+    x_i = s_i - q_i a_i           position of frame i
+    phi_i(x) = rho q_i + |x_i - x_{i-1}| + |x_i - x_{i+1}|
 
-On the path every phi_i is linear in sigma. Its speeds h_i = dq_i / dsigma solve the tridiagonal system M h = c. The
-paper integrates them by Euler steps over the latents; here the F linear laws are solved for the F numbers q directly.
-Everything is float32 inside, whatever the inputs are. Frames closer than EPS count as equal, with no direction.
+rho weights the distance to the clean frame against the distances to the neighbours. The first and the last frame have
+one neighbour only; terms of missing neighbours are left out everywhere. The path is defined by making every phi_i
+linear in sigma:
+
+    phi_i(x) = sigma phi_i(n) + (1 - sigma) phi_i(s)
+
+Its derivative in sigma is a tridiagonal system M h = c for the speeds h_i = dq_i / dsigma:
+
+    c_i       = phi_i(s) - phi_i(n)
+    M_{i,i}   = unit(x_i - x_{i-1}).a_i + unit(x_i - x_{i+1}).a_i - rho
+    M_{i,i+1} = unit(x_{i+1} - x_i).a_{i+1}
+    M_{i,i-1} = unit(x_{i-1} - x_i).a_{i-1}
+
+The network learns the velocity u_i = -h_i a_i, which points from clean to noise. The paper integrates the speeds by
+Euler steps over the latents. Here Newton's method solves the F equations of the path for the F numbers q directly.
+
+All computation is in float32, whatever the dtype of the inputs. Frames closer than EPS count as equal and have no
+direction.
 """
 
 from functools import partial
@@ -21,13 +39,13 @@ from jaxtyping import Array, Float
 from tfm_jax.arrays import Latents, PerFrame, PerVideo, Scalar
 
 EPS = 1e-12
-# Latents reach float32 accuracy in 3, as the residual is squared by every step; frames of 2 numbers whose lengths
-# differ ten-thousandfold, the slowest found, take 6. A step costs F numbers, nothing beside the pass over the latents.
+# Latents reach float32 accuracy in 3 steps, since each step squares the error. The slowest case found, frames of 2
+# numbers whose lengths differ by a factor of 10,000, takes 6. A step works on F numbers, so its cost is negligible.
 NEWTON_STEPS = 6
 
 Frames = Float[Array, "f h w c"]
 FrameScalars = Float[Array, "f"]
-PairScalars = Float[Array, "pairs"]  # pair i is frames i and i + 1
+PairScalars = Float[Array, "pairs"]  # one number for each pair of neighbouring frames (i, i + 1)
 Matrix = Float[Array, "f f"]
 
 
@@ -35,16 +53,16 @@ class TemporalPath(NamedTuple):
     """A point on the TFM path and the velocity there, float32."""
 
     x_t: Latents
-    velocity: Latents  # u_i = -h_i a_i, the sign of noise - clean
+    velocity: Latents  # u_i = -h_i a_i, with the sign of noise - clean
     remaining: PerFrame  # q_i
     speed: PerFrame  # h_i
 
 
 def temporal_path(clean: Latents, noise: Latents, sigma: PerVideo, rho: float = 4.0) -> TemporalPath:
-    """Where the TFM path of each video is at noise level sigma in 0..1, and the velocity the network should give there.
+    """The point on the TFM path of each video at noise level sigma in 0..1, and the target velocity there.
 
-    Plain flow matching is the limit of large rho, and the case of one frame. With rho >= 4 the system has a
-    solution for any frames; with less, that depends on the frames.
+    With large rho, or with a single frame, this is plain flow matching. With rho >= 4 the system has a solution for
+    any frames; below 4, that depends on the frames.
     """
     clean, noise, sigma = _float32(clean, noise, sigma)
     return jax.vmap(partial(_path, rho=rho))(clean, noise, sigma)
@@ -53,12 +71,12 @@ def temporal_path(clean: Latents, noise: Latents, sigma: PerVideo, rho: float = 
 def temporal_loss(
     prediction: Latents, clean: Latents, noise: Latents, x_t: Latents, rho: float = 4.0
 ) -> tuple[PerVideo, PerVideo]:
-    """The two terms of the TFM loss of a predicted velocity at x_t, each a mean over frames, float32.
+    """The two terms of the TFM loss for a predicted velocity v at x_t, each averaged over the frames, float32.
 
-    direction: 1 - cos(v_i, u_i), blind to magnitudes.
-    residual: | |(M w)_i| / (|c_i| + 1e-6) - 1 | with w_i = |v_i|, blind to directions.
+    direction: 1 - cos(v_i, u_i), which ignores lengths.
+    residual: | |(M w)_i| / (|c_i| + 1e-6) - 1 | with w_i = |v_i|, which ignores directions.
 
-    Only the prediction is differentiated; where it is zero, so is its gradient.
+    Gradients flow through the prediction only. Frames where it is zero get a gradient of zero.
     """
     clean, noise, x_t = jax.lax.stop_gradient((clean, noise, x_t))
     prediction, clean, noise, x_t = _float32(prediction, clean, noise, x_t)
@@ -68,34 +86,36 @@ def temporal_loss(
 def _path(clean: Frames, noise: Frames, sigma: Scalar, rho: float) -> TemporalPath:
     back = noise - clean  # b_i = -D_i a_i
     distance = norm(back)  # D_i
-    # With p = q / D and m_i = (p_i + p_{i+1}) / 2, no term of this cancels at either end of the path:
-    # x_{i+1} - x_i = (1 - m_i) (s_{i+1} - s_i) + m_i (n_{i+1} - n_i) + (p_{i+1} - p_i) (b_i + b_{i+1}) / 2
+    # Neighbours differ by a combination of three vectors. With p_i = q_i / D_i and m_i = (p_i + p_{i+1}) / 2,
+    #     x_{i+1} - x_i = (1 - m_i) (s_{i+1} - s_i) + m_i (n_{i+1} - n_i) + (p_{i+1} - p_i) (b_i + b_{i+1}) / 2
+    # No terms cancel at either end of the path. The inner products of the three are all that q needs of the latents.
     basis = jnp.diff(clean, axis=0), jnp.diff(noise, axis=0), (back[:-1] + back[1:]) / 2
     gram = jnp.stack([jnp.stack([dot(x, y) for y in basis], axis=-1) for x in basis], axis=-1)
     clean_gap, noise_gap = jnp.sqrt(gram[:, 0, 0]), jnp.sqrt(gram[:, 1, 1])
     change = phi(0.0 * distance, clean_gap, rho) - phi(distance, noise_gap, rho)  # c_i
 
-    def neighbours(q: FrameScalars) -> tuple[PairScalars, Matrix]:
+    def growth_and_matrix(q: FrameScalars) -> tuple[PairScalars, Matrix]:
+        """How much further apart neighbours are at q than at q = 0, and M at q."""
         p = safe_divide(q, distance)
         middle, lag = (p[:-1] + p[1:]) / 2, p[1:] - p[:-1]
-        moved = jnp.stack([-middle, middle, lag], axis=-1)  # coefficients of x_{i+1} - x_i, less those at q = 0
-        weight = moved + jnp.array([1.0, 0.0, 0.0], jnp.float32)
-        inner = jnp.sum(gram * weight[:, None, :], axis=-1)  # (x_{i+1} - x_i) . basis
-        gap = jnp.sqrt(jnp.maximum(jnp.sum(weight * inner, axis=-1), 0.0))  # |x_{i+1} - x_i|
-        # |x|^2 - |y|^2 = (x - y).(x + y): the growth of the gap, accurate when it is tiny beside the gap
+        moved = jnp.stack([-middle, middle, lag], axis=-1)  # coefficients of x_{i+1} - x_i minus those at q = 0
+        coefficients = moved + jnp.array([1.0, 0.0, 0.0], jnp.float32)
+        inner = jnp.sum(gram * coefficients[:, None, :], axis=-1)  # (x_{i+1} - x_i) . basis
+        gap = jnp.sqrt(jnp.maximum(jnp.sum(coefficients * inner, axis=-1), 0.0))  # |x_{i+1} - x_i|
+        # |x| - |y| = (x - y).(x + y) / (|x| + |y|) stays accurate where the growth is much smaller than the gap.
         growth = safe_divide(jnp.sum(moved * (inner + gram[:, 0]), axis=-1), gap + clean_gap)
-        half = (inner[:, 1] - inner[:, 0]) / 2  # b_{i+1} - b_i is the difference of the first two
+        half = (inner[:, 1] - inner[:, 0]) / 2  # (x_{i+1} - x_i) . (b_{i+1} - b_i) / 2
         along_left = -safe_divide(safe_divide(inner[:, 2] - half, distance[:-1]), gap)  # unit(x_{i+1} - x_i) . a_i
         along_right = -safe_divide(safe_divide(inner[:, 2] + half, distance[1:]), gap)  # unit(x_{i+1} - x_i) . a_{i+1}
         return growth, tridiagonal(along_left, along_right, rho)
 
     def newton(q: FrameScalars) -> FrameScalars:
-        growth, matrix = neighbours(q)
-        excess = phi(q, growth, rho) + sigma * change  # phi_i(q) - sigma phi_i(noise) - (1 - sigma) phi_i(clean)
-        return q + jnp.linalg.solve(matrix, excess)  # the Jacobian of phi in q is -M
+        growth, matrix = growth_and_matrix(q)
+        excess = phi(q, growth, rho) + sigma * change  # phi_i(x) - sigma phi_i(n) - (1 - sigma) phi_i(s)
+        return q + jnp.linalg.solve(matrix, excess)  # the Jacobian of phi with respect to q is -M
 
     q = jax.lax.fori_loop(0, NEWTON_STEPS, lambda _, q: newton(q), sigma * distance)
-    speed = jnp.linalg.solve(neighbours(q)[1], change)  # M h = c
+    speed = jnp.linalg.solve(growth_and_matrix(q)[1], change)  # M h = c
     p, u = safe_divide(q, distance), safe_divide(speed, distance)
     return TemporalPath(clean + per_frame(p) * back, per_frame(u) * back, p * distance, speed)
 
@@ -110,10 +130,10 @@ def _loss(prediction: Frames, clean: Frames, noise: Frames, x_t: Frames, rho: fl
 
 
 def system(clean: Frames, noise: Frames, x_t: Frames, rho: float) -> tuple[Matrix, FrameScalars]:
-    """M and c of one video at any point x_t, on the path or off it: the speeds h there solve M h = c."""
+    """M and c of one video at any point x_t, whether or not it is on the path."""
     direction = unit(clean - noise)  # a_i
-    between = unit(jnp.diff(x_t, axis=0))
-    along_left, along_right = dot(between, direction[:-1]), dot(between, direction[1:])
+    to_next = unit(jnp.diff(x_t, axis=0))  # unit(x_{i+1} - x_i)
+    along_left, along_right = dot(to_next, direction[:-1]), dot(to_next, direction[1:])
     clean_gap, noise_gap = norm(jnp.diff(clean, axis=0)), norm(jnp.diff(noise, axis=0))
     distance = norm(clean - noise)
     change = phi(0.0 * distance, clean_gap, rho) - phi(distance, noise_gap, rho)
@@ -121,39 +141,39 @@ def system(clean: Frames, noise: Frames, x_t: Frames, rho: float) -> tuple[Matri
 
 
 def phi(remaining: FrameScalars, gap: PairScalars, rho: float) -> FrameScalars:
-    """phi_i from the distances: to the clean frame and to the two neighbours, of which the ends have one."""
+    """phi_i from the remaining distances q_i and the gaps |x_{i+1} - x_i|."""
     return rho * remaining + jnp.pad(gap, (1, 0)) + jnp.pad(gap, (0, 1))
 
 
 def tridiagonal(along_left: PairScalars, along_right: PairScalars, rho: float) -> Matrix:
-    """M from unit(x_{i+1} - x_i).a_i and unit(x_{i+1} - x_i).a_{i+1}: change of each phi_i by a step of each frame."""
+    """M from along_left_i = unit(x_{i+1} - x_i).a_i and along_right_i = unit(x_{i+1} - x_i).a_{i+1}."""
     diagonal = jnp.pad(along_right, (1, 0)) - jnp.pad(along_left, (0, 1)) - rho
     return jnp.diag(diagonal) + jnp.diag(along_right, 1) - jnp.diag(along_left, -1)
 
 
 def dot(x: Float[Array, "n h w c"], y: Float[Array, "n h w c"]) -> Float[Array, "n"]:
-    """Inner products of frames, as sums of products: float32 on every platform without a matrix product to round it."""
+    """Inner products of frames. Elementwise, since a matrix product may round float32 operands on accelerators."""
     return jnp.sum(x * y, axis=(1, 2, 3))
 
 
 def norm(x: Float[Array, "n h w c"]) -> Float[Array, "n"]:
-    """Lengths of frames, with gradient zero where the length is. NaN stays NaN, so that a diverged run is noticed."""
+    """Lengths of frames, with gradient zero where the length is zero. NaN stays NaN, so that divergence is noticed."""
     square = dot(x, x)
     return jnp.where(square == 0, 0.0, jnp.sqrt(jnp.where(square == 0, 1.0, square)))
 
 
 def safe_divide(x: Float[Array, "..."], length: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x / length, but 0 where the length is at most EPS, with finite gradients in both branches. NaN stays NaN."""
+    """x / length, or 0 where the length is at most EPS; gradients are finite in both cases. NaN stays NaN."""
     return jnp.where(length <= EPS, 0.0, x / jnp.where(length <= EPS, 1.0, length))
 
 
 def unit(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """x / |x|, and 0 for frames shorter than EPS: x / max(|x|, EPS) without its slope of 1 / EPS at zero."""
+    """x / |x|, or 0 for frames no longer than EPS. Unlike x / max(|x|, EPS), its slope at zero is not 1 / EPS."""
     return safe_divide(x, per_frame(norm(x)))
 
 
 def per_frame(scalars: Float[Array, "n"]) -> Float[Array, "n 1 1 1"]:
-    """One number per frame, shaped to scale the frames."""
+    """Reshape one number per frame to broadcast over the frames."""
     return scalars[:, None, None, None]
 
 

@@ -15,7 +15,7 @@ from tfm_jax.planning import programs
 from tfm_jax.planning.chips import Topology
 from tfm_jax.planning.plan import Plan, flops, gib, make_plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
-from tfm_jax.sharding import MESH_AXES, slices_of
+from tfm_jax.sharding import MESH_AXES, num_slices
 
 RULE = "memory margin (plans that fit tightly last), then recomputed operations, then bytes sent per device and clip"
 
@@ -109,7 +109,7 @@ def candidates(run: Run, topology: Topology) -> list[Candidate]:
     Raises:
         InputError: there is no such mesh.
     """
-    found, slices = [], slices_of(topology.devices)
+    found, slices = [], num_slices(topology.devices)
     for sizes in _factors(len(topology.devices), len(MESH_AXES)):
         mesh = MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True)))
         try:

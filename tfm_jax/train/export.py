@@ -1,4 +1,4 @@
-"""A training run's newest checkpoint -> a LoRA file for inference."""
+"""Export a checkpoint of a training run as a LoRA file for inference."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -12,27 +12,27 @@ from tfm_jax.lora.files import Dialect, write_lora
 
 
 def export(run: Path, file: Path, dialect: Dialect, dtype: np.dtype, step: int | None = None) -> tuple[int, int]:
-    """Write the LoRA of the run in `run` as `file`, with how it was made in the file's metadata.
+    """Write the LoRA of the training run in the folder `run` to `file`. The file's metadata says how it was trained.
 
-    Takes the newest checkpoint that is not damaged, or that of `step`. The run may still be training.
+    This uses the newest checkpoint that is not damaged, or the one of `step`. The run may still be training.
 
     Returns:
-        The step of the checkpoint and the number of adapted linear layers.
+        The step of the checkpoint, and the number of linear layers with an adapter.
 
     Raises:
-        InputError: the run has no (such) checkpoint, that of `step` is damaged, or `file` is not a new file.
+        InputError: there is no such checkpoint, the one of `step` is damaged, or `file` exists or cannot be created.
     """
     _check_new_file(file)
     if not (run / "checkpoints").is_dir():
-        raise InputError(f"{run}: no checkpoints/ in it; expected the train.output of a training run")
+        raise InputError(f"{run}: contains no checkpoints/; expected the train.output of a training run")
     with Checkpoints(run / "checkpoints") as checkpoints:
         restored = checkpoints.restore(step=step)
     if restored is None:
-        raise InputError(f"{run}: no usable checkpoint in it; expected at least one")
+        raise InputError(f"{run}: contains no usable checkpoint; expected at least one")
     config = restored.metadata["config"]
     factors = {n.removeprefix("lora/"): np.asarray(a) for n, a in restored.arrays.items() if n.startswith("lora/")}
     lora = lora_from_checkpoint(factors, config["lora"]["alpha"])
-    facts = {
+    metadata = {
         "base_model": config["model"]["path"],
         "rank": config["lora"]["rank"],
         "alpha": config["lora"]["alpha"],
@@ -42,16 +42,16 @@ def export(run: Path, file: Path, dialect: Dialect, dtype: np.dtype, step: int |
         "beta": config["objective"]["beta"],
         "tfm_jax": version("tfm_jax"),
     }
-    write_lora(file, lora, dialect, dtype, {name: str(value) for name, value in facts.items()})
+    write_lora(file, lora, dialect, dtype, {name: str(value) for name, value in metadata.items()})
     return restored.step, len(lora.adapters)
 
 
 def _check_new_file(file: Path) -> None:
-    """Raise InputError unless `file` is the name of a file that can be made."""
+    """Raise InputError if `file` exists or cannot be created."""
     if file.is_dir():
         raise InputError(f"{file}: a directory; expected the name of a new file")
     if file.exists():
-        raise InputError(f"{file}: already there; expected a new file")
-    above = next(folder for folder in file.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise InputError(f"{file}: {above} is a file; expected a directory")
+        raise InputError(f"{file}: already exists; expected a new file")
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise InputError(f"{file}: {parent} is a file; expected a directory")

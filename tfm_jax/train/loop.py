@@ -1,4 +1,4 @@
-"""A training run, from a configuration to checkpoints: prepare, restore, train."""
+"""A training run, from a configuration to checkpoints: prepare, restore, loop."""
 
 import contextlib
 import dataclasses
@@ -32,12 +32,12 @@ from tfm_jax.wan.transformer import WanTransformer, token_grid
 MAY_CHANGE = {"train.output", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
               "train.max_bad_steps", "train.remat", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
               "model.path", "data.path"}  # fmt: skip
-"""Fields in which a resumed run may differ from the run that it continues: they do not change what is computed."""
+"""Fields that may differ when a run is resumed, because they do not change what a step computes."""
 
 
 @section
 class TrainRun:
-    """The sections that training reads."""
+    """The sections of the configuration that training reads."""
 
     model: configs.ModelConfig
     clip: configs.ClipConfig
@@ -50,28 +50,29 @@ class TrainRun:
 
 
 class _Setup(NamedTuple):
-    """What a run works with."""
+    """Everything that a run needs, prepared once."""
 
     mesh: Mesh
     batches: Batches
     frozen: nnx.State
-    state: TrainState
-    """Before the first step."""
-    placement: TrainState
+    initial_state: TrainState
+    state_sharding: TrainState
     step: Step
     metadata: dict[str, Any]
-    """Saved with every checkpoint: configuration, base weights and data, by which a run is recognised."""
+    """Saved with every checkpoint: the configuration and the fingerprints of base weights and data, which are compared
+    when a run is resumed."""
 
 
 def train(run: TrainRun, resume: bool = False) -> None:
-    """Train a LoRA and leave config.yaml, metrics.jsonl and checkpoints/ in `run.train.output`.
+    """Train a LoRA. Writes config.yaml, metrics.jsonl and checkpoints/ to `run.train.output`.
 
-    With `resume`, continue from the newest checkpoint there, exactly as if the run had not been interrupted; start if
-    there is none. Several processes (`tfm_jax.hosts`) all call this with the same arguments and see the same files.
+    With `resume`, training continues from the newest checkpoint, exactly as if it had not been interrupted, or starts
+    if there is none. In a run of several processes (`tfm_jax.hosts`), all call this with the same arguments, on a
+    shared filesystem.
 
     Raises:
-        InputError: what the configuration names is missing, does not fit together or would be overwritten, or another
-            run is using the folder.
+        InputError: an input is missing, inputs do not fit together, results would be overwritten, or another run is
+            using the folder.
         NonFiniteLoss: training diverged.
         CompilerError: the training step could not be compiled.
         StoppedEarly: Ctrl-C or SIGTERM stopped the run before its last step.
@@ -79,30 +80,20 @@ def train(run: TrainRun, resume: bool = False) -> None:
     output, steps = run.train.output, run.train.steps
     files.check_output_directory("train.output", output)
     hosts.print_once(f"training a LoRA in {output}: {steps} steps, batches of {run.train.batch_size}")
-    with contextlib.ExitStack() as held:
-        with _nothing_to_keep():
-            # A new folder is made only after everything that can be wrong with the input has been checked.
-            is_new = not output.exists()
-            if not is_new:
-                held.enter_context(_alone(output, resume))
-            setup = _prepare(run)
-            if is_new:
-                held.enter_context(_alone(output, resume))
-            hosts.barrier("every process has checked its input")
+    with contextlib.ExitStack() as folder:
+        with _stopping_before_the_first_step():
+            setup = folder.enter_context(_prepared_in_folder(run, resume))
             first, state = _restore(run, setup)
             if first >= steps:
                 hosts.print_once(f"{output} is complete: it has {first} steps, and train.steps={steps}")
                 return
             step = _compile(setup, state, first)
-        _train(run, setup._replace(step=step), state, first)
-
-
-# --- Prepare ---------------------------------------------------------------------------------------------------------
+        _loop(run, setup._replace(step=step), state, first)
 
 
 @contextlib.contextmanager
-def _nothing_to_keep() -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM before the first step into `StoppedEarly`."""
+def _stopping_before_the_first_step() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into `StoppedEarly`. There is no work to save yet."""
     try:
         yield
     except KeyboardInterrupt as signal:
@@ -110,27 +101,50 @@ def _nothing_to_keep() -> Iterator[None]:
         raise StoppedEarly(f"stopped by {name} before the first step; the same command starts again") from None
 
 
+# --- Prepare ---------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def _alone(output: Path, resume: bool) -> Iterator[None]:
-    """Hold the folder of a run, made if it does not exist, as its only run.
+def _prepared_in_folder(run: TrainRun, resume: bool) -> Iterator[_Setup]:
+    """Prepare a run, and lock its folder until the block ends.
+
+    An existing folder is locked before anything else. A new one is created only after all input has been checked, so
+    that bad input leaves nothing behind.
+    """
+    output = run.train.output
+    with contextlib.ExitStack() as lock:
+        is_new = not output.exists()
+        if not is_new:
+            lock.enter_context(_locked(output, resume))
+        setup = _prepare(run)
+        if is_new:
+            lock.enter_context(_locked(output, resume))
+        hosts.barrier("every process has checked its input")
+        yield setup
+
+
+@contextlib.contextmanager
+def _locked(output: Path, resume: bool) -> Iterator[None]:
+    """Lock the folder of a run, so that no other run uses it. Creates the folder if it does not exist.
 
     Raises:
-        InputError: another run holds it, or it has a checkpoint and `resume` was not asked for.
+        InputError: another run has locked it, or it contains a checkpoint and `resume` is false.
     """
     if not hosts.is_first():
         yield
         return
-    with files.lock(output / ".lock") as free:
-        if not free:
-            raise InputError(f"train.output={output}: another run is using this folder; expected a folder of its own")
+    with files.lock(output / ".lock") as acquired:
+        if not acquired:
+            raise InputError(f"train.output={output}: another run is using this folder; expected an unused folder")
         if not resume and Checkpoints(output / "checkpoints").steps:
             raise InputError(
-                f"train.output={output}: already contains a run; pass --resume to continue it, or name another folder"
+                f"train.output={output}: already contains a run; pass --resume to continue it, or use another folder"
             )
         yield
 
 
 def _prepare(run: TrainRun) -> _Setup:
+    """Check the input, load the model and build the training step."""
     settings = run.train
     mesh = make_mesh(run.mesh)
     processes = f" in {jax.process_count()} processes" if hosts.is_distributed() else ""
@@ -139,55 +153,57 @@ def _prepare(run: TrainRun) -> _Setup:
     check_batch(settings.batch_size, mesh)
 
     records = open_records(run.data.path)
-    _check_clip(records, run)
+    _check_clip_settings(records, run)
     shape = records[0].latents.shape
     hosts.print_once(f"data: {len(records)} clips in {run.data.path}, latents {' x '.join(map(str, shape))}")
     check_split(run.model.heads, math.prod(token_grid(shape)), mesh)
     batches = Batches(records, settings.batch_size, settings.seed, mesh)
 
     model = load_base(run.model, mesh)
-    _check_records(records, model, run)
+    _check_widths(records, model, run)
     attach_lora(model, run.lora)
     init_lora(model, run_keys(settings.seed).adapters, mesh)
-    graph, lora, frozen = split_lora(model)
-    hosts.print_once(f"model: {_parameters(frozen):,} parameters in the base, {_parameters(lora):,} in the adapters")
+    graphdef, lora, frozen = split_lora(model)
+    base_size, adapter_size = _count_parameters(frozen), _count_parameters(lora)
+    hosts.print_once(f"model: {base_size:,} parameters in the base, {adapter_size:,} in the adapters")
     optimizer = make_optimizer(run.optimizer)
-    state, placement = init_state(lora, optimizer, mesh)
-    step = make_step(graph, optimizer, run.objective, settings.seed, placement, settings.remat)
-    metadata = {"config": _plain(run), "base": _digest(frozen), "data": records.fingerprint}
-    return _Setup(mesh, batches, frozen, state, placement, step, metadata)
+    state, state_sharding = init_state(lora, optimizer, mesh)
+    step = make_step(graphdef, optimizer, run.objective, settings.seed, state_sharding, settings.remat)
+    metadata = {"config": _config_dict(run), "base": _fingerprint(frozen), "data": records.fingerprint}
+    return _Setup(mesh, batches, frozen, state, state_sharding, step, metadata)
 
 
-def _check_clip(records: Records, run: TrainRun) -> None:
-    """Raise InputError unless the clips were prepared as the configuration says."""
-    for name, value in _plain(run)["clip"].items():
+def _check_clip_settings(records: Records, run: TrainRun) -> None:
+    """Raise InputError unless the clips were prepared with the settings of the configuration."""
+    for name, value in _config_dict(run)["clip"].items():
         prepared = records.metadata.get(name)
         if prepared is None:
-            raise InputError(f"{run.data.path}: does not say with which clip.{name} it was prepared; prepare it again")
+            raise InputError(f"{run.data.path}: its metadata has no clip.{name}; expected one: prepare the data again")
         if prepared != value:
             raise InputError(
                 f"clip.{name}={value}: data.path={run.data.path} was prepared with {prepared}; expected the same"
             )
 
 
-def _check_records(records: Records, model: WanTransformer, run: TrainRun) -> None:
+def _check_widths(records: Records, model: WanTransformer, run: TrainRun) -> None:
+    """Raise InputError unless latents and text have the widths that the transformer takes."""
     record = records[0]
     channels, text_dim = record.latents.shape[-1], record.text.shape[-1]
     if (channels, text_dim) != (model.config.channels, model.config.text_dim):
         raise InputError(
             f"{run.data.path}: prepared with {channels} channels and text width {text_dim}; the transformer of "
-            f"{run.model.path} takes {model.config.channels} and {model.config.text_dim}; prepare the data with it"
+            f"{run.model.path} takes {model.config.channels} and {model.config.text_dim}; prepare the data for it"
         )
 
 
-def _plain(run: TrainRun) -> dict[str, dict[str, Any]]:
-    """The configuration as it is kept: without the folder of clips, which preparing reads, not training."""
+def _config_dict(run: TrainRun) -> dict[str, dict[str, Any]]:
+    """The configuration to save, as plain dictionaries. It omits `data.source`, which training does not read."""
     values = configs.plain(run)
     del values["data"]["source"]
     return values
 
 
-def _parameters(state: nnx.State) -> int:
+def _count_parameters(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
@@ -195,41 +211,41 @@ def _parameters(state: nnx.State) -> int:
 
 
 def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
-    """How many steps are done, and the state after them."""
+    """The number of steps done, and the state after them."""
     output = run.train.output
 
-    def wanted(metadata: dict[str, Any]) -> Arrays:
+    def make_target(metadata: dict[str, Any]) -> Arrays:
         _check_same_run(metadata, setup.metadata, run)
-        where = flatten(setup.placement)
+        sharding = flatten(setup.state_sharding)
         return {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name])
-            for name, x in flatten(setup.state).items()
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding[name])
+            for name, x in flatten(setup.initial_state).items()
         }
 
     with Checkpoints(output / "checkpoints", run.train.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore(wanted)
-    if restored is None and checkpoints.set_aside:
-        names = ", ".join(path.name for path in checkpoints.set_aside)
+        restored = checkpoints.restore(make_target)
+    if restored is None and checkpoints.damaged:
+        names = ", ".join(path.name for path in checkpoints.damaged)
         raise InputError(
-            f"train.output={output}: all checkpoints are damaged ({names}); expected a good one to resume from; "
-            "to start at step 0, name another folder or remove this one"
+            f"train.output={output}: all checkpoints are damaged ({names}); expected an undamaged one; "
+            "to start again from step 0, use another folder or remove this one"
         )
     if restored is None:
         hosts.print_once(f"started {output}")
-        return 0, setup.state
-    state = unflatten(setup.state, restored.arrays)
+        return 0, setup.initial_state
+    state = unflatten(setup.initial_state, restored.arrays)
     hosts.print_once(f"resumed {output} after step {restored.step}")
     bad_steps = int(state.bad_steps)
-    if restored.step >= run.train.steps and bad_steps >= _most_bad_steps(run):
+    if restored.step >= run.train.steps and bad_steps >= _max_bad_steps(run):
         raise NonFiniteLoss(f"train.output={output}: the run is complete, but its last {bad_steps} steps were skipped")
     return restored.step, state
 
 
 def _check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) -> None:
-    """Raise InputError if a checkpoint with the metadata `saved` is not of the run with the metadata `now`."""
+    """Raise InputError unless the metadata `saved` of a checkpoint belongs to the run with the metadata `now`."""
     output = run.train.output
     config = configs.from_plain(TrainRun, saved["config"], str(output / "checkpoints"))
-    before, after = _leaves(_plain(config)), _leaves(now["config"])
+    before, after = _fields(_config_dict(config)), _fields(now["config"])
     for name, value in after.items():
         if name not in MAY_CHANGE and before[name] != value:
             raise InputError(f"{name}={value}: the run in {output} was started with {before[name]}")
@@ -239,15 +255,16 @@ def _check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) -
         raise InputError(f"model.path={run.model.path}: not the base weights that the run in {output} was started with")
 
 
-def _leaves(sections: dict[str, Any]) -> dict[str, Any]:
+def _fields(sections: dict[str, Any]) -> dict[str, Any]:
+    """The values of all fields by their full names, such as `lora.rank`."""
     return {f"{name}.{field}": value for name, part in sections.items() for field, value in part.items()}
 
 
-# --- Train -----------------------------------------------------------------------------------------------------------
+# --- Loop ------------------------------------------------------------------------------------------------------------
 
 
 def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
-    """The training step as a compiled program, so that the clock of the run starts without the compiler."""
+    """Compile the training step ahead of time, so that the measured speed does not include compilation."""
     hosts.print_once("compiling the training step ...")
     start = time.monotonic()
     batch, _ = setup.batches.read(first)
@@ -261,8 +278,8 @@ def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
     return compiled
 
 
-def _train(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
-    """The steps after `first`, until the last one, a signal or too many bad steps; then a checkpoint is saved."""
+def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
+    """Train from step `first` to the last step, a signal or too many bad steps in a row, then save a checkpoint."""
     settings, output, done = run.train, run.train.output, first
     signal: str | None = None
     diverged: NonFiniteLoss | None = None
@@ -276,8 +293,8 @@ def _train(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
             state, report = setup.step(state, setup.frozen, setup.batches.place(batch))
             done = number + 1
             signal = hosts.stop_requested(done)
-            last = done == settings.steps or signal is not None
-            save = last or done % settings.checkpoint_every == 0
+            stop = done == settings.steps or signal is not None
+            save = stop or done % settings.checkpoint_every == 0
             try:
                 metrics.add(done, report, clips)
                 if save:
@@ -285,10 +302,10 @@ def _train(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
             except NonFiniteLoss as error:
                 diverged = error
                 with contextlib.suppress(NonFiniteLoss):
-                    metrics.flush()  # the step that was computed meanwhile
+                    metrics.flush()  # metrics are one step late: one more step has been computed
             if save or diverged:
                 checkpoints.save(done, flatten(state), setup.metadata)
-            if last or diverged:
+            if stop or diverged:
                 break
     hosts.barrier("the last checkpoint is complete")
     if diverged:
@@ -300,24 +317,24 @@ def _train(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
 
 
 def _open_metrics(run: TrainRun, setup: _Setup, first: int) -> Metrics:
-    """metrics.jsonl of the run, and config.yaml beside it; both are written by the first process."""
+    """Open metrics.jsonl and write config.yaml; only the first process writes them."""
     settings, output = run.train, run.train.output
     file = None
     if hosts.is_first():
         file = output / "metrics.jsonl"
-        configs.dump(_plain(run), output / "config.yaml")
+        configs.dump(_config_dict(run), output / "config.yaml")
     return Metrics(
-        file, first, settings.steps, settings.batch_size, settings.log_every, _most_bad_steps(run),
+        file, first, settings.steps, settings.batch_size, settings.log_every, _max_bad_steps(run),
         lambda clip: setup.batches.records[clip].video,
     )  # fmt: skip
 
 
-def _most_bad_steps(run: TrainRun) -> int:
-    """The number of bad steps in a row that ends the run. A short run in which all are bad has not trained anything."""
+def _max_bad_steps(run: TrainRun) -> int:
+    """The number of bad steps in a row that ends the run, at most all of its steps."""
     return min(run.train.max_bad_steps, run.train.steps)
 
 
-def _digest(frozen: Any) -> str:
-    """A name for the base weights, the same on every mesh."""
-    marks = fingerprints(flatten(frozen))
-    return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
+def _fingerprint(frozen: Any) -> str:
+    """The fingerprint of the base weights. It is the same on every mesh."""
+    text = json.dumps(fingerprints(flatten(frozen)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

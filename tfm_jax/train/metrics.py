@@ -1,4 +1,4 @@
-"""The numbers of a run: every step in metrics.jsonl, some on the console."""
+"""The metrics of a run: metrics.jsonl records every step, the console shows some."""
 
 import contextlib
 import json
@@ -13,61 +13,64 @@ from typing import Any
 from tfm_jax.errors import NonFiniteLoss
 from tfm_jax.files import replacing
 
-NAMED = 8
-"""Clips of a bad step that are named on the console; metrics.jsonl names all of them."""
+MAX_CLIPS_SHOWN = 8
+"""How many clips of a bad step the console names; metrics.jsonl names all of them."""
 
 
 class Metrics:
-    """Writes what each step reports, one step late, so that the devices never wait for the host.
+    """Writes the report of each step, one step late, so that the devices never wait for the host.
 
-    On the console: loss and its terms, learning rate, gradient norm, clips per second and the time that is left, both
-    over the steps since the last line; the clock starts at the end of the first step. A step is bad if one of its
-    numbers is not finite, or if its report says `bad_steps`, the number of bad steps in a row up to this one.
+    A line on the console has the loss and its terms, learning rate, gradient norm, clips per second and the remaining
+    time. The last two are measured over the steps since the previous line, beginning at the end of the first step.
+
+    A step is bad if one of its values is not finite, or if its report has `bad_steps` above 0: the number of bad steps
+    in a row up to this one.
 
     Args:
-        file: metrics.jsonl; None writes nothing and only watches for bad steps.
+        file: metrics.jsonl; with None, nothing is written and only bad steps are detected.
+        first_step: the number of steps done before; later lines of an existing file are removed.
         max_bad_steps: the number of bad steps in a row that ends the run.
-        name_of: the name of a clip, by its index.
+        clip_name: index of a clip -> its name.
     """
 
     def __init__(
         self, file: Path | None, first_step: int, last_step: int, batch_size: int, log_every: int,
-        max_bad_steps: int = 1, name_of: Callable[[int], str] = str,
+        max_bad_steps: int = 1, clip_name: Callable[[int], str] = str,
     ):  # fmt: skip
         self._file = file
         self._last_step = last_step
         self._batch_size = batch_size
         self._log_every = log_every
         self._max_bad_steps = max_bad_steps
-        self._name_of = name_of
+        self._clip_name = clip_name
         self._pending: tuple[int, dict[str, Any], Sequence[int]] | None = None
         self._since: tuple[int, float] | None = None
         self._stream = None
         if file is not None:
-            _keep_steps(file, first_step)
+            _remove_steps_after(file, first_step)
             self._stream = open(file, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
 
     def add(self, step: int, report: dict[str, Any], clips: Sequence[int]) -> None:
-        """Take the report of a step (still being computed) and write that of the step before.
+        """Accept the report of a step, which may still be being computed, and write the report of the step before.
 
         Raises:
-            NonFiniteLoss: the step before was the last of `max_bad_steps` bad steps in a row. The report is kept.
+            NonFiniteLoss: the step before was bad step number `max_bad_steps` in a row. `flush` still writes this one.
         """
         before, self._pending = self._pending, (step, report, clips)
         if before:
             self._write(*before)
 
     def flush(self) -> None:
-        """Write the report that was taken last. Raises as `add` does."""
+        """Write the last report. Raises as `add` does."""
         if self._pending is not None:
-            last, self._pending = self._pending, None
-            self._write(*last)
+            pending, self._pending = self._pending, None
+            self._write(*pending)
 
     def _write(self, step: int, report: dict[str, Any], clips: Sequence[int]) -> None:
         values = {name: float(report[name]) for name in sorted(report, key=lambda name: name != "loss")}
         bad_steps = int(values.pop("bad_steps", not all(map(math.isfinite, values.values()))))
         if bad_steps:
-            self._write_bad(step, values, [self._name_of(clip) for clip in clips], bad_steps)
+            self._write_bad(step, values, [self._clip_name(clip) for clip in clips], bad_steps)
         else:
             self._append({"step": step, **values})
             if self._stream and (step % self._log_every == 0 or step == self._last_step):
@@ -77,15 +80,15 @@ class Metrics:
     def _write_bad(self, step: int, values: dict[str, float], clips: list[str], bad_steps: int) -> None:
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._append({"step": step, **numbers, "skipped": True, "clips": clips})
-        wrong = [f"the {name} is {values[name]}" for name, number in numbers.items() if number is None]
-        more = f" and {len(clips) - NAMED} more" if len(clips) > NAMED else ""
-        what = (
-            f"{' and '.join(wrong) or 'the update is not finite'}; clips of this step: {', '.join(clips[:NAMED])}{more}"
-        )
+        reasons = [f"the {name} is {values[name]}" for name, number in numbers.items() if number is None]
+        reason = " and ".join(reasons) or "the update is not finite"
+        shown = ", ".join(clips[:MAX_CLIPS_SHOWN])
+        more = f" and {len(clips) - MAX_CLIPS_SHOWN} more" if len(clips) > MAX_CLIPS_SHOWN else ""
+        message = f"{reason}; clips of this step: {shown}{more}"
         if bad_steps >= self._max_bad_steps:
-            raise NonFiniteLoss(f"step {step}: {what} (bad steps in a row: {bad_steps})")
+            raise NonFiniteLoss(f"step {step}: {message} (bad steps in a row: {bad_steps})")
         if self._stream:
-            print(f"step {step}/{self._last_step}  skipped: {what}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self._last_step}  skipped: {message}", file=sys.stderr, flush=True)
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._stream is None:
@@ -104,8 +107,8 @@ class Metrics:
             now = time.monotonic()
             steps, seconds = step - self._since[0], now - self._since[1]
             self._since = (step, now)
-            left = timedelta(seconds=round((self._last_step - step) * seconds / steps))
-            line += f"  {steps * self._batch_size / seconds:.3g} clips/s  ETA {left}"
+            remaining = timedelta(seconds=round((self._last_step - step) * seconds / steps))
+            line += f"  {steps * self._batch_size / seconds:.3g} clips/s  ETA {remaining}"
         print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Metrics":
@@ -113,19 +116,19 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._stream:
-            # A line that could not be written is still in the buffer, and closing tries to write it once more.
+            # A line that could not be written is still in the buffer, and closing the file tries to write it again.
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
                 self._stream.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. That of a bad step has `skipped`, its clips, and None for what was not finite."""
+    """The lines of metrics.jsonl. A bad step has `skipped`, its clips, and None for values that are not finite."""
     with open(file, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
-def _keep_steps(file: Path, last: int) -> None:
-    """Drop what a run that was cut off wrote after its last checkpoint."""
+def _remove_steps_after(file: Path, last: int) -> None:
+    """Remove the lines that an interrupted run wrote after its last checkpoint."""
     if file.exists():
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         with replacing(file) as scratch:
@@ -133,7 +136,7 @@ def _keep_steps(file: Path, last: int) -> None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that a crash cut off."""
+    """The step of a line; infinity for a line that a crash cut off."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""AdamW for the adapters, each rule masked to the factors it is meant for."""
+"""AdamW for the adapters, with a separate learning rate for their B factors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,9 @@ FACTORS = ("lora_a", "lora_b")
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW as in torch: decoupled decay, scaled by the learning rate of its factor.
+    """AdamW as in torch, with decoupled weight decay that is scaled by the learning rate of each factor.
 
-    B learns `lora_b_factor` times as fast as A (LoRA+, Hayou et al. 2024).
+    The learning rate of B is `lora_b_factor` times that of A (LoRA+, Hayou et al. 2024).
     """
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity(),
@@ -27,7 +27,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Update (from 0) -> learning rate of the A factors: a linear warm-up that does not begin at 0, then constant."""
+    """The learning rate of the A factors at update 0, 1, ...: a linear warm-up that starts above 0, then constant."""
     warmup = optax.linear_schedule(
         config.learning_rate / (config.warmup_steps + 1), config.learning_rate, config.warmup_steps
     )
@@ -35,17 +35,17 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def last_learning_rate(state: Any) -> Scalar:
-    """The learning rate of the update that led to this state of the optimizer."""
+    """The learning rate of the last update, from the state of the optimizer after it."""
     return state[-1].hyperparams["learning_rate"]
 
 
 def _factors(*names: str) -> Callable[[Any], Any]:
-    """A mask over a tree of adapters: true at the leaves of these factors."""
+    """A function that masks a tree of adapters: true for the leaves of these factors."""
 
     def mask(tree: Any) -> Any:
-        def chosen(path: tuple, _: Any) -> bool:
+        def is_selected(path: tuple, _: Any) -> bool:
             return any(getattr(key, "key", None) in names for key in path)
 
-        return jax.tree.map_with_path(chosen, tree)
+        return jax.tree.map_with_path(is_selected, tree)
 
     return mask

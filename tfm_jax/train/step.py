@@ -1,6 +1,6 @@
-"""The training step: loss of a batch -> gradient of the adapters -> new adapters. One jitted function.
+"""The training step, one jitted function: the loss of a batch, its gradient in the adapters, and their update.
 
-A step that is not finite changes nothing but the count of steps: it is skipped on the devices, without the host.
+A step with a value that is not finite is bad. It is skipped on the devices, without the host: only counters change.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from tfm_jax.train.optimizer import last_learning_rate
 
 
 class TrainState(NamedTuple):
-    """All that changes during a run."""
+    """Everything that changes during a run."""
 
     step: Int[Array, ""]
     bad_steps: Int[Array, ""]
-    """How many steps in a row, up to the last one, were skipped."""
+    """The number of steps skipped in a row, up to the last step."""
     lora: nnx.State
     optimizer: Any
 
@@ -36,56 +36,56 @@ Step = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Report]]
 
 
 class RunKeys(NamedTuple):
-    """The random keys of a run, independent of each other."""
+    """The independent random keys of a run."""
 
     adapters: jax.Array
-    """For the initial adapters."""
+    """Draws the initial adapters."""
     steps: jax.Array
-    """Folded with the number of a step: for its noise and noise levels."""
+    """Folded with the index of a step, draws its noise and noise levels."""
 
 
 def run_keys(seed: int) -> RunKeys:
-    """The keys of the run with this seed."""
+    """The random keys of a run with this seed."""
     return RunKeys(*jax.random.split(jax.random.key(seed)))
 
 
 def init_state(lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """The state before the first step, and its shardings: the optimizer's moments are split as the adapters are."""
+    """The state before the first step, and its shardings. The optimizer's moments are split like the adapters."""
 
     def init(lora: nnx.State) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, lora, optimizer.init(lora))
 
-    placement = shardings(jax.eval_shape(init, lora), mesh)
-    return jax.jit(init, out_shardings=placement)(lora), placement
+    state_sharding = shardings(jax.eval_shape(init, lora), mesh)
+    return jax.jit(init, out_shardings=state_sharding)(lora), state_sharding
 
 
 def make_step(
-    graph: nnx.GraphDef,
+    graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     objective: ObjectiveConfig,
     seed: int,
-    placement: TrainState,
+    state_sharding: TrainState,
     remat: Remat = "full",
 ) -> Step:
-    """The jitted step (state, frozen weights, batch) -> (new state, what to report). The old state is consumed.
+    """The jitted step (state, frozen weights, batch) -> (new state, report). It donates the buffers of the old state.
 
-    Noise and noise levels depend on the seed and the number of the step alone, so that a resumed run repeats them.
+    Noise and noise levels depend only on the seed and the index of the step, so a resumed run draws the same ones.
 
-    Where the loss, one of its terms, the norm of the gradient, a new adapter or the new state of the optimizer is not
-    finite, adapters and optimizer stay as they were. The report has loss, its terms, grad_norm, learning_rate, and
-    bad_steps as in the new state: 0 unless this step was skipped.
+    If the loss, one of its terms, the gradient norm, an updated adapter or the updated optimizer state is not finite,
+    adapters and optimizer state stay unchanged. The report contains the loss, its terms, grad_norm, learning_rate and
+    bad_steps; bad_steps is that of the new state, 0 unless this step was skipped.
 
     Args:
-        graph: of the transformer with its adapters.
-        placement: the sharding of every part of the state.
-        remat: what the backward pass finds saved of each block, as `TrainConfig.remat`.
+        graphdef: of the transformer with its adapters.
+        state_sharding: the sharding of every part of the state.
+        remat: which activations are saved for the backward pass, as in `TrainConfig.remat`.
     """
     key = run_keys(seed).steps
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Report]:
         def loss_of(lora: nnx.State) -> tuple[Scalar, dict[str, Scalar]]:
-            velocity = nnx.merge(graph, lora, frozen)
+            velocity = nnx.merge(graphdef, lora, frozen)
             velocity.remat = remat
             step_key = jax.random.fold_in(key, state.step)
             clean, text = jnp.asarray(batch.latents), jnp.asarray(batch.text)
@@ -94,15 +94,15 @@ def make_step(
         (loss, terms), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.lora)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.lora)
         report: Report = {"loss": loss, **terms, "grad_norm": optax.tree.norm(gradient)}
-        new: Any = (optax.apply_updates(state.lora, updates), optimizer_state)
-        good = _finite((report, new))
-        lora, kept = jax.tree.map(lambda x, y: jnp.where(good, x, y), new, (state.lora, state.optimizer))
+        updated: Any = (optax.apply_updates(state.lora, updates), optimizer_state)
+        good = _all_finite((report, updated))
+        lora, kept = jax.tree.map(lambda x, y: jnp.where(good, x, y), updated, (state.lora, state.optimizer))
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         report |= {"learning_rate": last_learning_rate(optimizer_state), "bad_steps": bad_steps}
         return TrainState(state.step + 1, bad_steps, lora, kept), report
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None))
 
 
-def _finite(tree: Any) -> Bool[Array, ""]:
+def _all_finite(tree: Any) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

@@ -1,0 +1,61 @@
+"""Training runs of a tiny transformer on random clips, for the tests of training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from helpers.wan_reference import SIZES
+
+from tfm_jax.checkpoint import Checkpoints
+from tfm_jax.config import parse
+from tfm_jax.data.records import Record, RecordWriter
+from tfm_jax.train.loop import TrainRun, train
+
+CONFIG = SIZES["many heads"]
+CLIP = {"frames": 9, "height": 32, "width": 48, "fps": 16.0}
+
+
+def write_latents(path: Path, seed: int) -> Path:
+    """Write twelve prepared clips."""
+    rng = np.random.default_rng(seed)
+    with RecordWriter(path, CLIP) as writer:
+        for number in range(12):
+            clip = rng.standard_normal((3, 4, 6, CONFIG.channels), np.float32)
+            text = rng.standard_normal((3 + number, CONFIG.text_dim), np.float32)
+            writer.write(Record(clip, text, f"clip {number}", f"{number}.mp4"))
+    return path
+
+
+def arguments(model: Path, latents: Path, folder: Path) -> list[str]:
+    """The command line of a run of four steps in `folder / "run"`."""
+    values = {
+        "model": {"path": str(model), "dim": CONFIG.dim, "ffn_dim": CONFIG.ffn_dim, "heads": CONFIG.heads,
+                  "layers": CONFIG.layers, "dtype": "float32"},
+        "clip": CLIP,
+        "data": {"path": str(latents)},
+        "lora": {"rank": 4, "alpha": 4},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
+        "train": {"output": str(folder / "run"), "steps": 4, "batch_size": 2, "checkpoint_every": 1,
+                  "keep_checkpoints": 9},
+    }  # fmt: skip
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(values))  # JSON is YAML
+    return ["--config", str(file)]
+
+
+def start(options: list[str], resume: bool = False) -> Path:
+    """Train with these options in this process, and return the folder of the run."""
+    config = parse(TrainRun, options, "train.py", "")
+    train(config, resume)
+    return config.train.output
+
+
+def saved(output: Path, step: int) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint."""
+    restored = Checkpoints(output / "checkpoints").restore(step=step)
+    return {name: np.asarray(array) for name, array in restored.arrays.items()}
+
+
+def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)

@@ -1,0 +1,115 @@
+"""Adapters: how they start, which layers have one, and what they do in PyTorch after an export."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+from diffusers import WanTransformer3DModel
+from flax import nnx
+from helpers.training_runs import CONFIG
+from helpers.wan_reference import inputs, relative, run_reference
+
+from tfm_jax.checkpoint import flatten
+from tfm_jax.config import LoraConfig
+from tfm_jax.errors import InputError
+from tfm_jax.lora.adapters import (
+    attach_lora,
+    init_lora,
+    load_adapters,
+    lora_from_checkpoint,
+    split_lora,
+    target_linears,
+)
+from tfm_jax.lora.files import read_lora, write_lora
+from tfm_jax.wan import load_transformer
+from tfm_jax.wan.components import TRANSFORMER, abstract_model
+from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
+
+LORA = LoraConfig(rank=4, alpha=6)
+run = jax.jit(WanTransformer.__call__)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_new_adapters_leave_every_bit_of_the_output(model_folder, dtype):
+    batch = inputs(CONFIG, 1, 3, 4, 6)
+    model = load_transformer(model_folder, dtype)
+    before = np.asarray(run(model, **batch))
+    attach_lora(model, LORA)
+    init_lora(model, jax.random.key(0))
+    assert float(jnp.abs(model.blocks.ffn.up.lora_a[...]).max()) > 0
+    assert (np.asarray(run(model, **batch)) == before).all()
+
+
+def test_a_factors_start_as_in_peft(model_folder):
+    model = load_transformer(model_folder, jnp.float32)
+    attach_lora(model, LoraConfig(rank=32))
+    init_lora(model, jax.random.key(0))
+    for linear in (model.blocks.self_attn.q, model.blocks.ffn.down):
+        a = np.asarray(linear.lora_a[...])
+        bound = a.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt 5
+        assert np.abs(a).max() <= bound
+        assert a.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
+        assert not np.asarray(linear.lora_b[...]).any()
+    assert (np.asarray(model.blocks.self_attn.q.lora_a[...]) != np.asarray(model.blocks.self_attn.k.lora_a[...])).any()
+
+
+@pytest.mark.parametrize(
+    ("config", "modules", "parameters"),
+    [
+        (TransformerConfig(dim=5120, ffn_dim=13824, heads=40, layers=40), 400, 153_354_240),
+        (TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30), 300, 43_745_280),
+    ],
+)
+def test_trainable_parameters_of_the_published_models(config, modules, parameters):
+    model = abstract_model(TRANSFORMER, config, jnp.bfloat16)
+    attach_lora(model, LoraConfig())
+    lora = split_lora(model).lora
+    leaves = jax.tree.leaves(lora)
+    assert sum(leaf.shape[0] for leaf in leaves) == 2 * modules
+    assert sum(leaf.size for leaf in leaves) == parameters
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
+
+
+def test_targets_are_found_by_the_end_of_their_name():
+    everything = target_linears(LoraConfig().targets)
+    assert len(everything) == 10
+    assert everything[-2:] == ["ffn.0", "ffn.2"]
+    assert target_linears(("self_attn.q", "o")) == ["self_attn.q", "self_attn.o", "cross_attn.o"]
+    with pytest.raises(InputError, match=r"lora\.targets: 'attn' names no linear layer; expected some of q, k, v, o"):
+        target_linears(("q", "attn"))
+
+
+def test_rank_above_the_width_is_refused(model_folder):
+    model = abstract_model(TRANSFORMER, CONFIG, jnp.float32)
+    with pytest.raises(InputError, match=r"lora\.rank=97 is above the width of self_attn\.q, 96"):
+        attach_lora(model, LoraConfig(rank=97))
+
+
+@pytest.mark.parametrize("dialect", ["comfy", "diffusers", "kohya"])
+def test_exported_adapters_do_in_pytorch_what_they_do_here(model_folder, tmp_path, dialect):
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+    model = load_transformer(model_folder, jnp.float32)
+    attach_lora(model, LORA)
+    init_lora(model, jax.random.key(0))
+    lora = jax.tree.map(lambda x: x + 0.1, split_lora(model).lora)
+    nnx.update(model, lora)
+    batch = inputs(CONFIG, 1, 3, 4, 6)
+    ours = run(model, **batch)
+    file = tmp_path / "lora.safetensors"
+    write_lora(file, lora_from_checkpoint(flatten(lora), LORA.alpha), dialect, np.dtype(np.float32), {})
+
+    reference = WanTransformer3DModel.from_pretrained(model_folder / "transformer").eval()
+    plain = run_reference(reference, batch)
+    state, metadata = WanLoraLoaderMixin.lora_state_dict(file, return_lora_metadata=True)
+    WanLoraLoaderMixin.load_lora_into_transformer(state, reference, metadata=metadata)
+    matched = [m for m in reference.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert len(matched) == 10 * CONFIG.layers
+    theirs = run_reference(reference, batch)
+    assert relative(ours, theirs) <= 1e-5
+    assert relative(plain, theirs) > 1e-2  # the adapters do something
+
+    again = load_transformer(model_folder, jnp.float32)
+    load_adapters(again, read_lora(file))
+    assert relative(run(again, **batch), theirs) <= 1e-5

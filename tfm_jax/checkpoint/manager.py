@@ -1,0 +1,153 @@
+"""The checkpoints of a run: save them, list them, and restore the newest one that is not damaged.
+
+Orbax's format does not detect every change of the data. Each checkpoint therefore has a record (`record.py`) with a
+fingerprint of every array, and the record has a checksum.
+"""
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tfm_jax import errors, hosts
+from tfm_jax.checkpoint.fingerprints import summarize
+from tfm_jax.checkpoint.reading import MakeTarget, Restored, first_text, one_line, read_checkpoint
+from tfm_jax.checkpoint.record import DamagedError, make_record, to_orbax
+from tfm_jax.checkpoint.trees import Arrays
+from tfm_jax.checkpoint.writing import open_writer
+from tfm_jax.errors import InputError, NonFiniteLoss
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use it as a context manager: leaving it waits for the last save.
+
+    With `max_to_keep`, the number of newest checkpoints that are kept, it is the only writer of the run: it renames
+    damaged checkpoints, and removes what a killed run left unfinished. Without `max_to_keep` it only reads, even while
+    the run is training.
+
+    In a run of several processes, all make the same calls and get the same results.
+    """
+
+    def __init__(self, directory: Path, max_to_keep: int | None = None):
+        self.directory = directory.absolute()
+        self._max_to_keep = max_to_keep
+        self._writer: Any = None
+
+    def save(self, step: int, arrays: Arrays, metadata: dict[str, Any]) -> None:
+        """Save `arrays` and JSON `metadata` as the checkpoint after `step` steps, in the background.
+
+        Raises:
+            NonFiniteLoss: an array has a value that is not finite; nothing is written.
+            InputError: a checkpoint of this step or a later one exists.
+            InputError, OSError: this save or the previous one cannot be written.
+        """
+        summaries = summarize(arrays)
+        for name, summary in summaries.items():
+            if not summary.is_finite:
+                raise NonFiniteLoss(f"step {step}: {name} has values that are not finite; no checkpoint is written")
+        if hosts.is_first() and self.steps and self.steps[-1] >= step:  # Orbax would skip the save silently
+            raise InputError(f"{self.directory}: has step {self.steps[-1]} already; expected only steps before {step}")
+        record = make_record(step, arrays, summaries, metadata)
+        try:
+            # The writer is opened here, not before: its cleanup must come after damaged checkpoints are renamed.
+            self._writer = self._writer or open_writer(self.directory, self._max_to_keep)
+            self._writer.save_async(step, arrays, custom_metadata=to_orbax(record))
+        except Exception as error:
+            self._raise_failed_write(error)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, oldest first. Some may be damaged."""
+        # Orbax gives a checkpoint its final name when it is complete.
+        return sorted(int(path.name) for path in self.directory.glob("*") if _is_step(path.name))
+
+    @property
+    def damaged(self) -> list[Path]:
+        """The damaged checkpoints that a writer has renamed."""
+        return sorted(self.directory.glob("*.damaged*"))
+
+    def restore(self, make_target: MakeTarget | None = None, step: int | None = None) -> Restored | None:
+        """Read the newest checkpoint that is not damaged, or that of `step`. None if there is none.
+
+        Each damaged checkpoint found on the way is reported in one printed line, and renamed by a writer.
+
+        Args:
+            make_target: called with the metadata of a checkpoint. It returns the abstract arrays to load, with their
+                shardings, or raises InputError if the checkpoint belongs to another run. By default, all arrays are
+                placed on one device.
+
+        Raises:
+            InputError: from `make_target`; or the checkpoint has other arrays than the target; or the checkpoint of
+                `step` is missing or damaged.
+        """
+        if step is not None and self.steps:
+            return self._restore_step(step, make_target)
+        tried: set[int] = set()
+        # Process 0 chooses: listings of a shared folder may differ for a while.
+        while (newest := int(first_text(str(max(set(self.steps) - tried, default=-1))))) >= 0:
+            try:
+                return self._read(newest, make_target)
+            except DamagedError as damage:
+                self._report_damage(newest, str(damage))
+            tried.add(newest)
+        return None
+
+    def _restore_step(self, step: int, make_target: MakeTarget | None) -> Restored:
+        if step not in self.steps:
+            choice = ", ".join(map(str, self.steps))
+            raise InputError(f"{self.directory}: no checkpoint of step {step}; expected one of {choice}")
+        try:
+            return self._read(step, make_target)
+        except DamagedError as damage:
+            reason = str(damage)
+        others = ", ".join(str(other) for other in self.steps if other != step and self._is_intact(other, make_target))
+        raise InputError(f"{self.directory / str(step)}: damaged: {reason}; undamaged steps: {others or 'none'}")
+
+    def _is_intact(self, step: int, make_target: MakeTarget | None) -> bool:
+        try:
+            self._read(step, make_target)
+        except DamagedError:
+            return False
+        return True
+
+    def _read(self, step: int, make_target: MakeTarget | None) -> Restored:
+        return read_checkpoint(self.directory / str(step), make_target)
+
+    def _report_damage(self, step: int, reason: str) -> None:
+        """Print that a checkpoint is damaged. A writer also renames it, so that its name is no longer a step."""
+        checkpoint = self.directory / str(step)
+        if self._max_to_keep is None:
+            hosts.print_once(f"note: {checkpoint} is damaged and not used: {reason}")
+            return
+        if hosts.is_first():
+            renamed, number = checkpoint.with_name(f"{step}.damaged"), 1
+            while renamed.exists():
+                number += 1
+                renamed = checkpoint.with_name(f"{step}.damaged-{number}")
+            checkpoint.rename(renamed)
+            hosts.print_once(f"note: {checkpoint} is damaged and now named {renamed.name}: {reason}")
+        hosts.barrier(f"checkpoint {step} is renamed")
+
+    def _raise_failed_write(self, error: Exception) -> NoReturn:
+        failure = errors.failed_write(error)
+        if failure is None:
+            raise error
+        last = f"step {self.steps[-1]}" if self.steps else "none"
+        raise InputError(f"{self.directory}: writing failed: {failure}; last complete checkpoint: {last}") from None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Closing waits for the other processes, which may have been left behind by an error.
+        if self._writer is None or (kind is not None and hosts.is_distributed()):
+            return
+        try:
+            self._writer.close()
+        except Exception as error:
+            if kind is None:
+                self._raise_failed_write(error)
+            # The exception that ends the block is the one to report.
+            hosts.print_once(f"note: {self.directory}: the last save failed: {one_line(error)}")
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and name == str(int(name))
