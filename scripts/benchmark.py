@@ -11,6 +11,7 @@ same chunks differentiated by JAX, and beside JAX's own with all scores at once;
 their ratios hold on a busy machine too.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from tfm_jax import cli
+from tfm_jax.cli import command
 from tfm_jax.wan import layouts
 from tfm_jax.wan.attention import attention
 from tfm_jax.wan.config_json import config_json
@@ -52,7 +53,7 @@ class Watched(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="what")
     convert = commands.add_parser("convert", help="speed and memory of convert_weights.py beside a plain copy")
     convert.add_argument("--directory", type=Path, required=True, help="where 12 GB can be written")
@@ -206,4 +207,4 @@ def _report(what: str, size: int, seconds: float, note: str = "") -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

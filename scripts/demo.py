@@ -1,9 +1,9 @@
-"""The whole chain on the embedded model, in minutes on two CPU cores: clips, latents, TFM training, LoRA, videos.
+"""Run the whole chain on the embedded model, in minutes on two CPU cores: clips, latents, training, LoRA, videos.
 
     python scripts/demo.py
 
-teaches a model that knows even motion to let shapes bounce off the walls. Runs the same programs as a real fine-tuning,
-shows each command, and leaves everything in runs/demo/, which it makes anew.
+Teaches a model that only knows uniform motion to let shapes bounce off the walls. It runs the same programs as a real
+fine-tuning, prints each command, and writes everything into runs/demo/ after removing what was there.
 """
 
 import json
@@ -23,8 +23,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
-from tfm_jax import cli, video
-from tfm_jax.config import parse
+from tfm_jax import config, video
+from tfm_jax.cli import command
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.moving_shapes.world import write_clips
 from tfm_jax.sampling.pipeline import SampleRun
@@ -32,21 +32,26 @@ from tfm_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("runs/demo")
-CONFIG = "configs/wan_tiny.yaml"
+CONFIG = "wan_tiny"
 LAW = "bouncing"
 """A motion that the embedded model does not know."""
 SETS = {"clips": (64, 1), "reference": (64, 2)}
-"""Folder of real clips -> how many, and the seed of their world: to train on, and to compare with."""
+"""Folder of real clips -> number of clips and seed of their world: to train on, and to compare with."""
 PROMPTS = 16
-"""Captions of the reference."""
+"""Number of prompts of the reference to sample."""
 SHOWN = 4
-"""Prompts in report.png."""
+"""Number of prompts in report.png."""
+
+
+@config.section
+class Options:
+    """The demo has none."""
 
 
 def main(argv: Sequence[str]) -> None:
-    cli.parser(__doc__).parse_args(argv)
+    command.parse(Options, argv, "python scripts/demo.py", __doc__)
     if (ROOT / DEMO).exists():
-        shutil.rmtree(ROOT / DEMO)  # an error must not go unnoticed: the programs would continue from what is left
+        shutil.rmtree(ROOT / DEMO)  # the programs would continue from it, which can hide an error
     for name, (count, seed) in SETS.items():
         print(f"making {count} clips of {LAW} shapes in {DEMO / name}/", flush=True)
         write_clips(ROOT / DEMO / name, count, seed=seed, laws=[LAW], objects=[1])
@@ -67,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def program(name: str, *arguments: str) -> None:
-    """Run one of the programs as a user would, from the top of the repository; if it fails, exit with its code."""
+    """Run one of the programs in the root of the repository, as a user would; if it fails, exit with its code."""
     print(f"\n$ python scripts/{name} {shlex.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, f"scripts/{name}", *arguments], cwd=ROOT)
     if done.returncode:
@@ -75,14 +80,14 @@ def program(name: str, *arguments: str) -> None:
 
 
 def report(demo: Path) -> None:
-    """report.png: the loss of every step, the metrics of motion, and frames of samples and of real clips."""
+    """Draw report.png: the loss of every step, the metrics of motion, and frames of samples and real clips."""
     figure, axes = plt.subplot_mosaic(
         [["loss", "samples"], ["table", "samples"]], figsize=(17, 11), width_ratios=(1, 1), layout="constrained"
     )
     draw_losses(axes["loss"], read_metrics(demo / "metrics.jsonl"))
     draw_table(axes["table"], json.loads((demo / "evaluation.json").read_text(encoding="utf-8"))["metrics"])
 
-    clip = parse(SampleRun, ["--config", str(ROOT / CONFIG)], "demo.py", "").clip
+    clip = config.load(SampleRun, CONFIG).clip
     folders = {"base": demo / "samples" / "base", "LoRA": demo / "samples" / "lora", "real": demo / "reference"}
     clips, labels = [], []
     for number in range(SHOWN):
@@ -107,7 +112,7 @@ def draw_losses(axis: Axes, metrics: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_table(axis: Axes, metrics: dict[str, dict[str, Any]]) -> None:
-    """The rows of evaluation.json that say most, base beside LoRA beside real clips."""
+    """Draw the most telling rows of evaluation.json, with a column each for base, LoRA and real clips."""
     rows = {
         "objects kept in every frame": "tracked", "physics residual, pixels": "residual",
         "residual below half a pixel": "faithful", "motion, pixels a frame": "speed", "right colours": "colours",
@@ -136,4 +141,4 @@ def running_mean(values: list[float], window: int = 20) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -93,7 +94,7 @@ class CommandLine(Generic[T]):
         values = {name: reading.literal(name, value) for name, value in own.items()}
         hints = get_type_hints(self.kind, include_extras=True)
         if "run" in hints:
-            file = own.get("config", getattr(self.kind, "config", None))
+            file: Any = own.get("config", getattr(self.kind, "config", None))
             values["run"] = config.load(hints["run"], file, self.fields)
         origin = {
             name: f"{'' if _POSITIONAL in _unwrap(hints[name])[1] else '--'}{name}={reading.shown(value)}"
@@ -129,13 +130,13 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, about: str | None) -> C
 
 
 def _find_config(argv: Sequence[str]) -> str | None:
-    for token, following in zip(argv, [*argv[1:], None], strict=True):
+    for token, following in zip_longest(argv, argv[1:]):
         if token == "--config" or token.startswith("--config="):
             return token.partition("=")[2] or following
     return None
 
 
-def _texts(kind: type, values: Mapping[str, Any], sections: bool = False) -> type:
+def _texts(kind: Any, values: Mapping[str, Any], sections: bool = False) -> type:
     """A copy of a dataclass of options for tyro: the same names, defaults and help, but all values stay text.
 
     Args:

@@ -96,3 +96,7 @@ def _command(best: Plan, line: command.CommandLine) -> str:
 
 def main() -> None:
     command.run(execute)
+
+
+if __name__ == "__main__":
+    main()  # tfm_jax.planning.scaling starts it as a module

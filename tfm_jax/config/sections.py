@@ -23,7 +23,11 @@ _strict = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def section(cls: type[T]) -> type[T]:
     """A frozen dataclass of keyword fields that checks its values; the docstring below a field is its help."""
-    return cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)(cls))
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)(cls)
+    for base in filter(pydantic.dataclasses.is_pydantic_dataclass, cls.__mro__[1:]):  # pydantic reads only the docstrings of the class
+        for name, field in base.__pydantic_fields__.items():
+            made.__pydantic_fields__[name].description = field.description
+    return cast(type[T], made)
 
 
 def _not_empty(value: Any) -> Any:
@@ -68,7 +72,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         width, rest = divmod(self.dim, self.heads)
         fits = not rest and width >= 6 and width % 2 == 0  # rotary positions turn pairs of channels along three axes
-        _require(fits, "heads", self.heads, f"a divisor of dim={self.dim} with an even quotient of at least 6")
+        _require(fits, "heads", self.heads, f"a divisor of dim={self.dim} that gives heads of an even width, 6 or more")
 
 
 @section

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
 
 import matplotlib
 
@@ -29,8 +30,8 @@ from tfm_jax.planning.programs import TrainPlan
 from tfm_jax.planning.search import Run, search
 from tfm_jax.sharding import MESH_AXES
 
-ROOT = Path(__file__).resolve().parents[2]
-MODELS = {"1.3B": "configs/wan2.1_t2v_1.3b.yaml", "14B": "configs/wan2.1_t2v_14b.yaml"}
+MODELS = {"1.3B": "wan2.1_t2v_1.3b", "14B": "wan2.1_t2v_14b"}
+"""Model -> the shipped configuration."""
 CLIPS = {"480p": (480, 832), "720p": (720, 1280)}
 MACHINES = {
     "v5e-8": "v5e:2x4",
@@ -53,7 +54,7 @@ SMALL_BATCH, SMALL = 4, 16
 GROWING = ("v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16")
 FIXED_BATCH = 16
 
-POLICIES_ON, POLICIES_MESH = "v5p:2x2x1", "--mesh.sequence=4"
+POLICIES_ON, POLICIES_MESH = "v5p:2x2x1", {"mesh.sequence": 4}
 """Where even the policy that keeps everything fits: 1.3B at 480p, one clip."""
 
 
@@ -117,8 +118,8 @@ def _options(run: Run, where: Topology) -> list[str]:
 
 
 def _compile(file: str, options: Sequence[str]) -> dict:
-    """What scripts/plan.py prints."""
-    command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", str(ROOT / file), "--json", *options]
+    """What tfm-plan prints."""
+    command = [sys.executable, "-m", "tfm_jax.cli.plan", "--config", file, "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout:
         raise CompilerError(f"plan.py ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
@@ -155,7 +156,7 @@ def growth(scaling: Scaling) -> dict[str, list[Plan]]:
             ),
         }
         for name, (batch, mesh) in cases.items():
-            run = _run("14B", "480p", batch, [f"--mesh.{axis}={size}" for axis, size in mesh.items()])
+            run = _run("14B", "480p", batch, {f"mesh.{axis}": size for axis, size in mesh.items()})
             with contextlib.suppress(LookupError, CompilerError):
                 curves.setdefault(name, []).append(scaling.plan("14B", run, where))
     return curves
@@ -166,15 +167,15 @@ def policies(scaling: Scaling) -> list[Plan]:
     where, plans = topology(POLICIES_ON), []
     for remat in get_args(Remat):
         with contextlib.suppress(LookupError, CompilerError):
-            run = _run("1.3B", "480p", 1, [POLICIES_MESH, f"--train.remat={remat}"])
+            run = _run("1.3B", "480p", 1, {**POLICIES_MESH, "train.remat": remat})
             plans.append(scaling.plan("1.3B", run, where))
     return plans
 
 
-def _run(model: str, clip: str, batch: int, more: Sequence[str] = ()) -> TrainPlan:
+def _run(model: str, clip: str, batch: int, more: Mapping[str, Any] = MappingProxyType({})) -> TrainPlan:
     height, width = CLIPS[clip]
-    fields = [f"--clip.height={height}", f"--clip.width={width}", f"--train.batch_size={batch}", *more]
-    return config.parse(TrainPlan, ["--config", str(ROOT / MODELS[model]), *fields], "scaling.py", "")
+    fields = {"clip.height": height, "clip.width": width, "train.batch_size": batch, **more}
+    return config.load(TrainPlan, MODELS[model], fields)
 
 
 def write_document(found: Found, levers: Sequence[Plan], curves: Curves, docs: Path, command: str) -> Path:
@@ -241,7 +242,7 @@ def _document(found: Found, levers: Sequence[Plan], curves: Curves, command: str
         rule=RULE,
         batch=FIXED_BATCH,
         where=POLICIES_ON,
-        mesh=POLICIES_MESH.removeprefix("--"),
+        mesh=", ".join(f"{name}={value}" for name, value in POLICIES_MESH.items()),
         table=table(COLUMNS, (_cells(case, plan) for case, plan in found)),
         levers=table(LEVERS, map(_lever, levers)),
         growth=table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), ((str(p.chips), *_facts(p)) for p in plans)),
