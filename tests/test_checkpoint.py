@@ -451,7 +451,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import jax
-from tfm_jax import cli
+from tfm_jax.cli import command
+from tfm_jax.errors import InputError
 from tfm_jax.checkpoint import Checkpoints
 
 def main(argv):
@@ -466,14 +467,14 @@ def main(argv):
             with Checkpoints(folder, keep=1) as checkpoints:
                 checkpoints.save(2, arrays, {})
                 if folder.name == "error":
-                    raise cli.InputError("something else")
+                    raise InputError("something else")
                 checkpoints.save(3, arrays, {})
-        except cli.InputError as error:
+        except InputError as error:
             print(error)
     with Checkpoints(folders[-1], keep=1) as checkpoints:
         checkpoints.save(2, arrays, {})
 
-cli.run(main)
+command.run(main)
 """
 """Save with a limit on the size of files, which fails in Orbax's threads as a full disk does."""
 

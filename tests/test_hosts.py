@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import virtual_devices
+from helpers.configured import configured
 from helpers.paths import ROOT
 from helpers.wan_reference import SIZES, reference_transformer
 from safetensors.numpy import load_file
 
-from tfm_jax import config, hosts, interrupts
+from tfm_jax import hosts, interrupts
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import Record, RecordWriter, open_records
@@ -301,7 +302,7 @@ def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypat
 
     monkeypatch.setattr(Metrics, "add", watched)
     options = ["--config", str(folder / "config.yaml"), "--mesh.fsdp=1", "--train.batch_size=1"]
-    run = config.parse(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"], "train.py", "")
+    run = configured(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"])
     with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), hosts.distributed():
         loop.train(run)
     (step,) = saved(tmp_path / "run")[0]

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from tfm_jax import video
-from tfm_jax.config import parse
+from tfm_jax.config import load
 from tfm_jax.data.records import open_records
 from tfm_jax.lora.files import DIALECTS, read_lora
 from tfm_jax.moving_shapes.world import write_clips
@@ -60,8 +60,8 @@ def test_prepared_data_and_run(world):
     assert [line["step"] for line in read_metrics(world / "run" / "metrics.jsonl")] == [1, 2]
     names = [".lock", "checkpoints", "config.yaml", "metrics.jsonl"]
     assert sorted(path.name for path in (world / "run").iterdir()) == names
-    again = parse(TrainRun, ["--config", str(world / "run" / "config.yaml"), f"--data.source={world}/clips"], "", "")
-    assert again == parse(TrainRun, config(world), "", "")
+    again = load(TrainRun, world / "run" / "config.yaml", {"data.source": f"{world}/clips"})
+    assert again == load(TrainRun, world / "config.yaml")
 
 
 def test_the_configuration_of_a_run_serves_sampling(call, world, tmp_path):
@@ -109,7 +109,7 @@ def test_samples(call, world, tmp_path):
     assert clips[0].shape == (5, 32, 48, 3)
     assert (clips[0] != clips[1]).any()
     assert Image.open(output / "contact_sheet.png").width > 5 * 100
-    assert parse(SampleRun, ["--config", str(output / "config.yaml")], "", "").sampling.output == output
+    assert load(SampleRun, output / "config.yaml").sampling.output == output
 
 
 @pytest.mark.parametrize("layout", ["original", "tfm_jax"])

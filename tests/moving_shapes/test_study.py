@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.random_model import write_model
-from helpers.tiny_world import program
+from helpers.tiny_world import execute
 from jax.tree_util import Partial
 from PIL import Image
 
@@ -26,7 +26,6 @@ from tfm_jax.moving_shapes.study.sensitivity import measure_sensitivity
 from tfm_jax.moving_shapes.study.statistics import bootstrap, coverage, paired
 from tfm_jax.moving_shapes.world import write_clips
 
-STUDY = program("study")
 METRICS = (*GUARDED, *protocol.SECONDARY)
 
 
@@ -194,7 +193,7 @@ def small(tmp_path_factory) -> list[str]:
     (folder / "config.yaml").write_text(json.dumps(values, default=str), encoding="utf-8")  # JSON is YAML
     return [
         f"--config={folder / 'config.yaml'}", f"--output={folder / 'runs'}", f"--docs={folder / 'docs'}",
-        "--arms=fm,tfm", "--seeds=2", "--steps=3", "--clips=6", "--prompts=3", "--reference=6", "--rounds=8",
+        "--arms=[fm, tfm]", "--seeds=2", "--steps=3", "--clips=6", "--prompts=3", "--reference=6", "--rounds=8",
     ]  # fmt: skip
 
 
@@ -202,7 +201,7 @@ def small(tmp_path_factory) -> list[str]:
 def findings(small, tmp_path):
     """Findings of a study of 3 arms and 5 seeds whose numbers are made up: metric -> what TFM adds to it."""
     config = small[0].removeprefix("--config=")
-    run = STUDY.config.parse(STUDY.StudyRun, ["--config", config, "--train.steps=10"], "", "")
+    run = load(StudyRun, config, {"train.steps": 10})
     study = Study(run, Size(("fm", "tfm", "tfm_mse")), tmp_path)
 
     def make(**effects: float | None) -> Findings:
@@ -282,7 +281,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(small, option, messag
     output = Path(small[1].removeprefix("--output="))
     before = list(output.rglob("*"))
     with pytest.raises(InputError, match=re.escape(message)):
-        STUDY.main([*small, option])
+        execute("study", [*small, option])
     assert list(output.rglob("*")) == before
 
 
@@ -292,7 +291,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(small, option, messag
 @pytest.mark.slow
 def test_a_small_study(small, capsys):
     output, docs = (Path(option.partition("=")[2]) for option in small[1:3])
-    STUDY.main(small)
+    execute("study", small)
     file = output / "results.jsonl"
     first = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     runs = [(r["arm"], r["seed"]) for r in first if r["kind"] == "run"]
@@ -314,7 +313,7 @@ def test_a_small_study(small, capsys):
 
     # The numbers are those of the program that measures folders.
     folder = next(output.glob("tfm/seed0_steps3")) / "samples"
-    program("evaluate").main([
+    execute("evaluate", [
         str(folder), f"--reference={output / 'reference'}", f"--prompts={output / 'prompts.txt'}",
         f"--json={output / 'one.json'}", "--frames=5", "--height=32", "--width=48",
     ])  # fmt: skip
@@ -325,7 +324,7 @@ def test_a_small_study(small, capsys):
     # Cut off in the last run, the study goes on and comes to the same.
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
-    STUDY.main(small)
+    execute("study", small)
     again = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert again[:-1] == first[:-1]
     before, now = first[-1], again[-1]
@@ -334,6 +333,6 @@ def test_a_small_study(small, capsys):
     values = [np.array([*run["metrics"].values()], np.float64) for run in (now, before)]  # NaN for None
     np.testing.assert_array_equal(*values)
     size = file.stat().st_size
-    STUDY.main(small)
+    execute("study", small)
     assert file.stat().st_size == size
     assert "steps" not in capsys.readouterr().out.splitlines()[-1]

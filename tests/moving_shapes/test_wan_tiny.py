@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
-from helpers.paths import ROOT, WAN_TINY
+from helpers.paths import WAN_TINY
 
-from tfm_jax.config import parse
+from tfm_jax.config import load
 from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import Adapter, Lora, read_lora, write_lora
 from tfm_jax.moving_shapes.evaluation.report import measure
@@ -23,8 +23,7 @@ from tfm_jax.wan.names import block_linears
 from tfm_jax.wan.tokenizer import encode_prompts
 
 MODEL = WAN_TINY
-CONFIG = ["--config", str(ROOT / "configs" / "wan_tiny.yaml"), f"--model.path={MODEL}"]
-RUN = parse(SampleRun, CONFIG, "test", "")
+RUN = load(SampleRun, "wan_tiny")
 PROMPTS = [
     "a red disc moves right, fast, on a black ground",
     "a yellow square moves down and left, slowly, on a navy ground",

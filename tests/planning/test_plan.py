@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import pytest
 from helpers import virtual_devices
+from helpers.configured import configured
 from helpers.paths import ROOT, WAN_TINY
 
-from tfm_jax import config, errors
-from tfm_jax.config import LoraConfig, MeshConfig, ModelConfig
+from tfm_jax import errors
+from tfm_jax.config import LoraConfig, MeshConfig, ModelConfig, load
 from tfm_jax.errors import CompilerError, InputError
 from tfm_jax.planning import chips, hlo, programs, scaling
 from tfm_jax.planning import search as searching
@@ -45,7 +46,7 @@ def parsed(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
 
     def parsed(kind, *fields):
-        return config.parse(kind, ["--config", str(tmp_path / "tiny.yaml"), *fields], "plan.py", "")
+        return configured(kind, ["--config", str(tmp_path / "tiny.yaml"), *fields])
 
     return parsed
 
@@ -350,8 +351,7 @@ def nowhere(kind, devices):
 
 
 def paper(batch=4):
-    fields = ["--config", str(ROOT / "configs/wan2.1_t2v_14b.yaml"), f"--train.batch_size={batch}"]
-    return config.parse(TrainPlan, fields, "plan.py", "")
+    return load(TrainPlan, "wan2.1_t2v_14b", {"train.batch_size": batch})
 
 
 @pytest.mark.parametrize(
@@ -543,7 +543,6 @@ def run_program(tmp_path, *options):
     ("options", "problem"),
     [
         (["--topology=v9:2x2"], "--topology=v9:2x2: expected one of"),
-        ([], "--topology is missing; expected one of"),
         (["--topology=v5e:2x2", "--search", "--mesh.fsdp=2"], "--mesh.fsdp=2: --search chooses the mesh"),
         (["--topology=v5e:2x2", "--model.heads=7"], "--model.heads=7: expected a divisor of dim=64"),
     ],
@@ -553,6 +552,13 @@ def test_the_program_tells_bad_input_in_one_line(tmp_path, options, problem):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {problem}")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_topology_is_required(tmp_path):
+    done = run_program(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--topology" in done.stderr
+    assert "v5e:4x4" in done.stderr
 
 
 def test_help_has_the_options_and_all_fields(tmp_path):

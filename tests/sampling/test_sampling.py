@@ -19,13 +19,13 @@ import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 from flax import nnx
 from helpers import virtual_devices
-from helpers.paths import ROOT
 from helpers.random_model import write_model
 from helpers.wan_reference import SIZES, inputs, reference_transformer, relative, run_reference
 from safetensors.numpy import load_file, save_file
 
-from tfm_jax import cli, files, interrupts, video
-from tfm_jax.config import ClipConfig, ModelConfig, SamplingConfig, parse
+from tfm_jax import files, interrupts, video
+from tfm_jax.cli import command
+from tfm_jax.config import ClipConfig, ModelConfig, SamplingConfig, load
 from tfm_jax.errors import InputError, StoppedEarly
 from tfm_jax.lora.files import Adapter, Lora, write_lora
 from tfm_jax.moving_shapes.pretraining.network import initialise
@@ -210,7 +210,7 @@ VIDEOS = ["000.mp4", "001.mp4", "002.mp4"]
 
 def test_what_a_run_leaves(finished):
     assert sorted(content(finished)) == [".lock", *VIDEOS, "config.yaml", "contact_sheet.png", "samples.json"]
-    assert parse(SampleRun, ["--config", str(finished / "config.yaml")], "", "").sampling.output == finished
+    assert load(SampleRun, finished / "config.yaml").sampling.output == finished
     clips = [video.read_clip(finished / name, 5, 32, 48, 16) for name in VIDEOS]
     assert (clips[0] != clips[1]).any()
 
@@ -334,9 +334,8 @@ def test_networks_that_do_not_fit_together_are_refused(model, tmp_path):
 
 @pytest.mark.parametrize("guidance", ["1e38", "1001", "inf", "nan", "-1"])
 def test_absurd_guidance_is_refused(guidance):
-    config = str(ROOT / "configs" / "wan_tiny.yaml")
     with pytest.raises(InputError, match=rf"--sampling\.guidance={guidance}: expected"):
-        parse(SampleRun, ["--config", config, f"--sampling.guidance={guidance}"], "", "")
+        load(SampleRun, "wan_tiny", {"sampling.guidance": guidance})
 
 
 def test_a_video_that_is_not_finite_is_not_written_and_the_others_stay(finished, model, tmp_path, monkeypatch, rounds):
@@ -388,7 +387,7 @@ def test_a_signal_stops_after_the_step_and_the_same_command_continues(
         patch.setattr(video, "write_clip", send)
         patch.setattr(sys, "argv", ["sample.py"])
         with pytest.raises(SystemExit) as ended:
-            cli.run(lambda _: sample(run))
+            command.run(lambda _: sample(run))
     assert ended.value.code == 75
     assert len(rounds) == 2
     err = capfd.readouterr().err
@@ -482,11 +481,11 @@ def test_rounds_do_not_depend_on_what_is_missing():
 ON_TWO_DEVICES = """
 import sys
 from pathlib import Path
-from tfm_jax.config import parse
+from tfm_jax.config import load
 from tfm_jax.sampling.pipeline import SampleRun, sample
 
 folder = Path(sys.argv[1])
-run = parse(SampleRun, ["--config", f"{folder}/finished/config.yaml", f"--sampling.output={folder}/two"], "", "")
+run = load(SampleRun, f"{folder}/finished/config.yaml", {"sampling.output": f"{folder}/two"})
 sample(run)
 before = {path.name: path.read_bytes() for path in (folder / "two").iterdir()}
 (folder / "two" / "001.mp4").unlink()
@@ -538,6 +537,6 @@ def test_the_configuration_of_a_training_run_will_do(model, tmp_path):
         "lora": {"rank": 2},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
-    run = parse(SampleRun, ["--config", str(tmp_path / "config.yaml"), "--sampling.output=samples"], "", "")
+    run = load(SampleRun, tmp_path / "config.yaml", {"sampling.output": "samples"})
     assert run.sampling == SamplingConfig(output=Path("samples"))
     assert dataclasses.asdict(run.clip)["frames"] == 5

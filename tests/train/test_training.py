@@ -21,12 +21,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from flax import nnx
 from helpers import virtual_devices
+from helpers.configured import configured
 from helpers.paths import ROOT
 from helpers.wan_reference import SIZES, inputs, reference_transformer, relative, run_reference
 from jax.experimental.compilation_cache import compilation_cache
 
 from tfm_jax.checkpoint import Checkpoints, flatten
-from tfm_jax.config import LoraConfig, ObjectiveConfig, OptimizerConfig, parse
+from tfm_jax.config import LoraConfig, ObjectiveConfig, OptimizerConfig
 from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.data.records import Record, RecordWriter
 from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly, Terminated, describe
@@ -113,7 +114,7 @@ def options(folder, latents, tmp_path):
 
 
 def start(options: list[str], resume: bool = False) -> Path:
-    config = parse(TrainRun, options, "train.py", "")
+    config = configured(TrainRun, options)
     train(config, resume)
     return config.train.output
 
@@ -460,7 +461,7 @@ def test_resuming_changes_no_bit(options, stopped, tmp_path, capsys):
 
 
 def options_data(options: list[str]) -> str:
-    return str(parse(TrainRun, options, "", "").data.path)
+    return str(configured(TrainRun, options).data.path)
 
 
 def test_the_base_is_not_saved_and_the_adapters_change(two_steps):
@@ -515,7 +516,7 @@ def test_resuming_after_the_last_step_is_no_error(options, stopped, capsys):
 
 def test_fields_that_a_saved_configuration_lacks_have_their_defaults(options):
     """A checkpoint of an earlier version lacks them. An unknown field is reported."""
-    run = parse(TrainRun, options, "train.py", "")
+    run = configured(TrainRun, options)
     now = {"config": loop._plain(run), "base": "b", "data": "d"}
     saved = json.loads(json.dumps(now))
     del saved["config"]["objective"]["beta"], saved["config"]["optimizer"]
@@ -590,10 +591,10 @@ def test_clips_that_were_prepared_otherwise(options):
 
 def test_the_configuration_of_a_run_serves_sampling(options, two_steps, tmp_path):
     file = ["--config", str(two_steps / "config.yaml")]
-    sampling = parse(SampleRun, [*file, f"--sampling.output={tmp_path}"], "sample.py", "")
+    sampling = configured(SampleRun, [*file, f"--sampling.output={tmp_path}"])
     assert dataclasses.asdict(sampling.clip) == CLIP
-    run = parse(TrainRun, [*options, f"--train.output={two_steps}", "--train.steps=2"], "train.py", "")
-    assert parse(TrainRun, file, "train.py", "") == run
+    run = configured(TrainRun, [*options, f"--train.output={two_steps}", "--train.steps=2"])
+    assert configured(TrainRun, file) == run
     assert "source" not in (two_steps / "config.yaml").read_text()
 
 
