@@ -153,9 +153,9 @@ VALUES = [
             ("--train.stepz=5", "--train.steps INT"),
             ("--trian.steps=5", "--train.steps INT"),
             ("--tensorboard=1", "--help"),
-            ("--resume=yes", "--help"),
         )
     ),
+    malformed(row("train", "--resume=yes", "--resume=yes", words=("Unrecognized options", "yes"))),
     *options(
         "sample",
         ("--clip.frames=6", "expected 4 n + 1"),

@@ -180,7 +180,7 @@ OTHERS = [
         for option, words in (
             ("--share=0", "expected more than 0"),
             ("--share=1.5", "at most 1"),
-            ("--share=nan", "expected more than 0"),
+            ("--share=nan", "expected a finite number"),
             ("--share=half", "half"),
             ("--seed=x", "x"),
             ("--seed=-1", "expected"),

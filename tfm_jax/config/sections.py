@@ -24,9 +24,8 @@ _strict = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute
 def section(cls: type[T]) -> type[T]:
     """A frozen dataclass of keyword fields that checks its values; the docstring below a field is its help."""
     made: Any = pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)(cls)
-    for base in filter(
-        pydantic.dataclasses.is_pydantic_dataclass, cls.__mro__[1:]
-    ):  # pydantic reads only the docstrings of the class
+    # pydantic ignores the docstrings of fields that are inherited
+    for base in filter(pydantic.dataclasses.is_pydantic_dataclass, cls.__mro__[1:]):
         for name, field in base.__pydantic_fields__.items():
             made.__pydantic_fields__[name].description = field.description
     return cast(type[T], made)
