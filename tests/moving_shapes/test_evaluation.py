@@ -321,7 +321,7 @@ def test_without_captions(folders, tmp_path, capsys):
     assert found["faithful"]["samples"] == found["whole"]["samples"] == 1
 
 
-def test_bad_input(folders, tmp_path):
+def test_bad_input(folders, tmp_path, capsys):
     def refused(message: str, *arguments) -> None:
         with pytest.raises(InputError, match=message) as caught:
             evaluate(*arguments)
@@ -406,13 +406,13 @@ def test_sizes_of_a_configuration(stage_read):
     assert stage_read("--fps=16", "--frames=5", config=CLIP) == (5, 32, 48, 16)
 
 
-def test_a_configuration_without_a_clip(stage_read):
+def test_a_configuration_without_a_clip(stage_read, folders):
     with pytest.raises(InputError, match=r"config.yaml: clip is missing; expected it in the file"):
         stage_read(config="lora: {rank: 4}\n")
     with pytest.raises(InputError, match=r"config.yaml: clip.frames=1: expected 5 to 1000"):
         stage_read(config=CLIP.replace("frames: 9", "frames: 1"))
     with pytest.raises(InputError, match=r"none.yaml: no such file"):
-        stage_read("--config=none.yaml", config=CLIP)
+        evaluate(folders / "samples", folders / "real", "--config=none.yaml")
 
 
 def test_bad_input_ends_with_code_2(tmp_path, capsys, monkeypatch):

@@ -55,20 +55,21 @@ def _check_environment() -> None:
 
 
 class IfBare(NamedTuple):
-    """Annotates an option that may be given without a value, which then is `text`."""
+    """Annotates an option that may be given without a value, which means `text`."""
 
     text: str
 
 
 class _Given(str):
-    """Text from the command line."""
+    """Text from the command line, as opposed to a default."""
 
 
 class _Default(NamedTuple):
-    """A value that the command line may replace."""
+    """The default of an option, for the help."""
 
     value: Any
-    required: bool = False
+    required: bool
+    """Whether there is none: neither the file nor the dataclass gives a value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,7 @@ _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", NoneType: "n
 
 
 def _metavar(hint: Any) -> str:
-    """How the help shows the type of a value."""
+    """The name of a type in the help, such as INT or PATH|null."""
     hint, _ = _unwrap(hint)
     if get_origin(hint) is Literal:
         return "{" + ",".join(get_args(hint)) + "}"
@@ -207,7 +208,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _given(parsed: Any, prefix: str = "") -> dict[str, Any]:
-    """Option -> value for all that are not defaults."""
+    """Option -> value for every option on the command line."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(parsed):
         value = getattr(parsed, field.name)

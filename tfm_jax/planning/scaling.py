@@ -122,7 +122,7 @@ def _compile(file: str, options: Sequence[str]) -> dict:
     command = [sys.executable, "-m", "tfm_jax.cli.plan", "--config", file, "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout:
-        raise CompilerError(f"plan.py ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
+        raise CompilerError(f"tfm-plan ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
     return json.loads(done.stdout)
 
 
