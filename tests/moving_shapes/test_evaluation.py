@@ -355,7 +355,7 @@ def test_bad_input(folders, tmp_path, capsys):
     (tmp_path / "fewer").mkdir()
     for number in range(2):
         shutil.copy(samples / "000.mp4", tmp_path / "fewer" / f"{number}.mp4")
-    expected = "samples has 3, fewer has 2 clips; expected as many in each folder"
+    expected = "samples has 3, fewer has 2 clips; expected the same number in each folder"
     refused(expected, samples, tmp_path / "fewer", real, "--frames=9")
 
 

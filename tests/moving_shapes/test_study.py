@@ -14,6 +14,7 @@ from helpers.tiny_world import execute
 from jax.tree_util import Partial
 from PIL import Image
 
+from tfm_jax.config import load
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.errors import InputError
 from tfm_jax.moving_shapes.study import protocol, report
@@ -21,7 +22,7 @@ from tfm_jax.moving_shapes.study import results as results_module
 from tfm_jax.moving_shapes.study.cost import relative, steps_in_the_same_time
 from tfm_jax.moving_shapes.study.report import GUARDED, Findings
 from tfm_jax.moving_shapes.study.results import Results
-from tfm_jax.moving_shapes.study.runs import Size, Study, plan, settings
+from tfm_jax.moving_shapes.study.runs import Size, Study, StudyRun, plan, settings
 from tfm_jax.moving_shapes.study.sensitivity import measure_sensitivity
 from tfm_jax.moving_shapes.study.statistics import bootstrap, coverage, paired
 from tfm_jax.moving_shapes.world import write_clips
@@ -269,10 +270,10 @@ def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--arms=tfm", "--arms=tfm: expected fm among them"),
-        ("--arms=fm,mse", "--arms=mse: expected some of fm, "),
+        ("--arms=[tfm]", "--arms=tfm: expected fm among them"),
+        ("--arms=[fm, mse]", "--arms=mse: expected some of fm, "),
         ("--seeds=1", "--seeds=1: expected at least 2"),
-        ("--laws=falling", "--laws=falling: expected some of still, "),
+        ("--laws=[falling]", "--laws=falling: expected some of still, "),
         ("--train.steps=3", "--train.steps=3: the study sets it"),
         ("--model.dim=64", "weights of a model with dim 96"),
     ],
@@ -281,7 +282,8 @@ def test_what_cannot_be_is_refused_before_anything_is_made(small, option, messag
     output = Path(small[1].removeprefix("--output="))
     before = list(output.rglob("*"))
     with pytest.raises(InputError, match=re.escape(message)):
-        execute("study", [*small, option])
+        others = [other for other in small if other.partition("=")[0] != option.partition("=")[0]]
+        execute("study", [*others, option])
     assert list(output.rglob("*")) == before
 
 

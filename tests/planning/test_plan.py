@@ -93,7 +93,7 @@ def test_the_width_of_text_is_that_of_the_weights_if_they_are_here():
 
 
 def test_operations_of_14b_by_hand():
-    network = programs.network(config.ModelConfig(path=Path(), dim=5120, ffn_dim=13824, heads=40, layers=40))
+    network = programs.network(ModelConfig(path=Path(), dim=5120, ffn_dim=13824, heads=40, layers=40))
     counted = training_flops(network, LoraConfig(), "full", 1, 32760)
     weights = 40 * (6 * 5120**2 + 2 * 5120 * 13824)  # that see the video
     attention = 40 * 4 * 5120 * 32760 * (32760 + 512)
