@@ -281,8 +281,8 @@ def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
 def test_what_cannot_be_is_refused_before_anything_is_made(small, option, message):
     output = Path(small[1].removeprefix("--output="))
     before = list(output.rglob("*"))
+    others = [other for other in small if other.partition("=")[0] != option.partition("=")[0]]
     with pytest.raises(InputError, match=re.escape(message)):
-        others = [other for other in small if other.partition("=")[0] != option.partition("=")[0]]
         execute("study", [*others, option])
     assert list(output.rglob("*")) == before
 
