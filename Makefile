@@ -13,11 +13,11 @@ setup: $(VENV)/.setup
 
 $(VENV)/.setup: requirements.txt pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --constraint requirements.txt --editable .
 	touch $@
 
 $(VENV)/.setup-test: $(VENV)/.setup
-	$(PIP) install --quiet --editable '.[test]'
+	$(PIP) install --quiet --constraint requirements.txt --editable '.[test]'
 	touch $@
 
 demo: $(VENV)/.setup

@@ -12,6 +12,7 @@ chunks differentiated by JAX, and with JAX's own, which holds all scores in memo
 ratios are meaningful on a busy machine too.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from tfm_jax import cli
+from tfm_jax.cli import command
 from tfm_jax.wan.attention import attention
 from tfm_jax.wan.checks import expected_shapes
 from tfm_jax.wan.components import TRANSFORMER, abstract_parameters
@@ -53,7 +54,7 @@ class Usage(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="benchmark")
     convert = commands.add_parser("convert", help="speed and memory of convert_weights.py, compared with a plain copy")
     convert.add_argument("--directory", type=Path, required=True, help="directory with 12 GB of free space")
@@ -207,4 +208,4 @@ def _report(name: str, size: int, seconds: float, note: str = "") -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

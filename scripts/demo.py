@@ -23,8 +23,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
-from tfm_jax import cli, video
-from tfm_jax.config import parse
+from tfm_jax import config, video
+from tfm_jax.cli import command
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.moving_shapes.numbers import format_number
 from tfm_jax.moving_shapes.world import write_clips
@@ -34,7 +34,7 @@ from tfm_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("runs/demo")
-CONFIG = "configs/wan_tiny.yaml"
+CONFIG = "wan_tiny"
 LAW = "bouncing"
 """A law of motion that the embedded model does not know."""
 CLIP_SETS = {"clips": (64, 1), "reference": (64, 2)}
@@ -45,8 +45,13 @@ NUM_SHOWN = 4
 """Number of prompts in report.png."""
 
 
+@config.section
+class Options:
+    """The demo has none."""
+
+
 def main(argv: Sequence[str]) -> None:
-    cli.parser(__doc__).parse_args(argv)
+    command.parse(Options, argv, "python scripts/demo.py", __doc__)
     if (ROOT / DEMO).exists():
         shutil.rmtree(ROOT / DEMO)  # an error must stop the demo, or the programs would continue with the old files
     for name, (count, seed) in CLIP_SETS.items():
@@ -84,7 +89,7 @@ def draw_report(demo: Path) -> None:
     draw_losses(axes["loss"], read_metrics(demo / "metrics.jsonl"))
     draw_table(axes["table"], json.loads((demo / "evaluation.json").read_text(encoding="utf-8"))["metrics"])
 
-    clip = parse(SampleRun, ["--config", str(ROOT / CONFIG)], "demo.py", "").clip
+    clip = config.load(SampleRun, CONFIG).clip
     folders = {"base": demo / "samples" / "base", "LoRA": demo / "samples" / "lora", "real": demo / "reference"}
     clips, labels = [], []
     for number in range(NUM_SHOWN):
@@ -134,4 +139,4 @@ def running_mean(values: list[float], window: int = 20) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

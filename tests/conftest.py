@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,20 +21,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture
 def call(capsys, monkeypatch):
-    """Run a program as its `__main__` does: (name, *arguments) -> Outcome."""
+    """Run a program as its console command does: (name, *arguments) -> Outcome."""
     from helpers.tiny_world import (  # not above: pytest first has to prepare the type checks of our package
         Outcome,
-        program,
+        execute,
     )
 
-    from tfm_jax import cli
+    from tfm_jax.cli import command
 
     def run(name: str, *arguments: str | Path) -> "Outcome":
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capsys.readouterr()
         code = 0
         try:
-            cli.run(program(name).main)
+            command.run(partial(execute, name))
         except SystemExit as done:
             code = done.code
         return Outcome(code, *capsys.readouterr())

@@ -1,14 +1,14 @@
-"""Configurations: YAML and the command line, what --help tells, and what is said about mistakes."""
+"""Configurations: YAML and the command line, the help, and the reports of mistakes."""
 
-import os
-import random
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers.paths import ROOT
+from helpers.configured import configured
+from helpers.paths import ROOT, WAN_TINY
 
-from tfm_jax.config import Config, dump, parse, plain
+from tfm_jax.config import Config, dump, load, plain
 from tfm_jax.data.prepare import PrepareRun
 from tfm_jax.errors import InputError
 from tfm_jax.sampling.pipeline import SampleRun
@@ -38,7 +38,7 @@ def file(tmp_path):
 
 
 def read(file, *options, kind=Config):
-    return parse(kind, ["--config", str(file), *options], "train.py", "About it.")
+    return configured(kind, ["--config", str(file), *options])
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -112,32 +112,83 @@ def test_values_cannot_be_changed(file):
         read(file).train.steps = 5
 
 
+def help_of(capsys, *options, kind=TrainRun) -> str:
+    """The help, without its boxes and line breaks."""
+    with pytest.raises(SystemExit) as done:
+        configured(kind, options)
+    assert done.value.code == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("kind", RUNS)
 def test_help_lists_every_field_with_its_value(file, capsys, kind):
-    with pytest.raises(SystemExit) as done:
-        read(file, "--help", kind=kind)
-    text = capsys.readouterr().out
-    assert done.value.code == 0
+    text = help_of(capsys, "--config", str(file), "--help", kind=kind)
     assert "About it." in text
     for name, part in plain(read(file, kind=kind)).items():
         for field in part:
-            line = next(line for line in text.splitlines() if line.startswith(f"  --{name}.{field}="))
-            about = text.splitlines()[text.splitlines().index(line) + 1].strip()
-            assert about
-            assert about != "None"
-    assert "--model.dim=96\n" in text
-    assert "--model.path=weights\n" in text
+            assert re.search(rf"--{name}\.{field} \S+( \S+\])? [^-]\S* .*?\((default: |required)", text), field
+    assert re.search(r"--model.dim INT [^(]* \(default: 96\)", text)
+    assert re.search(r"--model.path PATH .{,200} \(default: weights\)", text)
     if kind is TrainRun:
-        assert "--lora.targets=[q, k]\n" in text
-        assert "--optimizer.learning_rate=1e-3\n" in text
-        assert "--optimizer.max_grad_norm=null\n" in text
+        assert re.search(r"--lora.targets \[TEXT, ...\] [^-]* \(default: \[q, k\]\)", text)
+        assert re.search(r"--optimizer.learning_rate FLOAT [^(]* \(default: 1e-3\)", text)
+        assert re.search(r"--optimizer.max_grad_norm FLOAT\|null [^-]* \(default: null\)", text)
         assert "sampling" not in text
 
 
 def test_help_without_a_file(capsys):
-    with pytest.raises(SystemExit):
-        parse(TrainRun, ["-h"], "train.py", "")
-    assert "--train.steps=required\n" in capsys.readouterr().out
+    text = help_of(capsys, "-h")
+    assert re.search(r"--train.steps INT [^-]* \(required\)", text)
+    assert re.search(r"--train.seed INT [^-]* \(default: 0\)", text)
+
+
+# --- Configurations and the model of the package ---------------------------------------------------------------------
+
+
+def test_a_shipped_configuration_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for config in CONFIGS:
+        assert load(Config, config.stem) == load(Config, config)
+
+
+def test_a_file_wins_over_a_shipped_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wan_tiny").write_text(TEXT)
+    assert load(Config, "wan_tiny").model.dim == 96
+
+
+def test_an_unknown_name_is_refused_with_the_shipped_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = "tiny: no such file; expected a configuration file or one of wan2.1_t2v_1.3b, wan2.1_t2v_14b, wan_tiny"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        load(Config, "tiny")
+
+
+def test_the_embedded_model_from_another_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load(Config, "wan_tiny")
+    assert config.model.path == WAN_TINY
+    assert plain(config)["model"]["path"] == "wan_tiny"  # valid on any machine
+    dump(config, tmp_path / "again.yaml")
+    assert load(Config, "again.yaml") == config
+
+
+def test_a_directory_wins_over_the_embedded_model(tmp_path, monkeypatch):
+    embedded = load(Config, "wan_tiny")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wan_tiny").mkdir()
+    assert load(Config, CONFIGS[-1]).model.path == Path("wan_tiny")
+    dump(embedded, tmp_path / "embedded.yaml")
+    assert load(Config, "embedded.yaml").model.path == WAN_TINY
+
+
+def test_overrides_without_a_command_line(file):
+    overrides = {"train.steps": 3, "train.output": Path("x"), "lora.targets": ("v",), "optimizer.max_grad_norm": "null"}
+    config = load(Config, file, overrides)
+    assert (config.train.steps, config.train.output, config.lora.targets) == (3, Path("x"), ("v",))
+    assert config.optimizer.max_grad_norm is None
+    with pytest.raises(InputError, match=r"^--train.steps=0: expected at least 1$"):
+        load(Config, file, {"train.steps": 0})
 
 
 # --- Mistakes --------------------------------------------------------------------------------------------------------
@@ -183,7 +234,7 @@ def refusal(file, *options, kind=Config) -> str:
         ("--objective.kind=mse", "expected 'tfm', 'fm', 'fm_direction', 'tfm_mse' or 'fm_warp'"),
         ("--model.dtype=float16", "expected 'float32' or 'bfloat16'"),
         ("--mesh.data=-2", "expected at least -1"),
-        ("--mesh.data=0", "expected 1 or more, or -1 for all that the other axes leave"),
+        ("--mesh.data=0", "expected 1 or more, or -1 for all devices that the other axes leave"),
         ("--mesh.tensor=0", "expected at least 1"),
         ("--train.output=", "expected a path"),
         ("--data.source=", "expected a path"),
@@ -205,44 +256,77 @@ def test_the_same_mistakes_in_the_file(file):
     file.write_text(TEXT.replace("path: weights", "path: 5"))
     assert refusal(file) == f"{file}: model.path=5: expected a path"
     file.write_text(TEXT.replace("rank: 8", "rank: yes"))
-    assert refusal(file) == f"{file}: lora.rank=true: expected no truth value; put text into quotes"
+    assert refusal(file) == f"{file}: lora.rank=true: booleans are not accepted here; put text into quotes"
     file.write_text(TEXT.replace("path: latents", 'path: ""'))
     assert refusal(file) == f"{file}: data.path=: expected a path"
     file.write_text(TEXT.replace("rank: 8", f"rank: {'8' * 999}x"))
     assert len(refusal(file)) < len(str(file)) + 200
 
 
-def test_missing(file):
-    assert refusal(file.parent / "none.yaml").endswith(
-        "none.yaml: No such file or directory; expected a configuration such as configs/wan_tiny.yaml"
+def test_missing(file, capsys):
+    assert refusal(file.parent / "none.yaml").startswith(
+        f"{file.parent}/none.yaml: no such file; expected a configuration file or one of wan2.1_t2v_1.3b, "
     )
     file.write_text(TEXT.replace("steps: 200", ""))
     assert refusal(file) == f"{file}: train.steps is missing; expected it in the file or as --train.steps=..."
     file.write_text(TEXT.replace("sampling: {output: samples}", ""))
     assert refusal(file, kind=SampleRun) == f"{file}: sampling is missing; expected it in the file"
-    with pytest.raises(InputError, match=r"^train\.py: --config FILE is missing, such as --config configs/wan_tiny"):
-        parse(TrainRun, ["--train.steps=2"], "train.py", "")
+    with pytest.raises(SystemExit, match="2"):
+        configured(TrainRun, ["--train.steps=2"])
+    assert "--config PATH" in capsys.readouterr().err
+
+
+def malformed(capsys, file, *options, kind=Config) -> str:
+    """What tyro reports of a command line."""
+    with pytest.raises(SystemExit, match="2"):
+        read(file, *options, kind=kind)
+    out, err = capsys.readouterr()
+    assert not out
+    return err
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("option", "nearest"),
     [
-        ("--train.stepz=1", "did you mean train.steps or sampling.steps?"),
-        ("--trian.log_every=1", "did you mean train.log_every?"),
-        ("--rank=1", "did you mean lora.rank?"),
-        ("--train.learning_rate=1", "did you mean optimizer.learning_rate?"),
-        ("--mesh.pipeline=1", "expected one of mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor"),
-        ("--xyz=1", "expected one of model.*, clip.*, data.*, train.*, sampling.*, lora.*, objective.*, "
-                    "optimizer.*, mesh.*"),
+        ("--train.stepz=1", "--train.steps INT"),
+        ("--trian.log_every=1", "--train.log_every INT"),
+        ("--rank=1", ""),
+        ("--train.learning_rate=1", ""),
+        ("--mesh.pipeline=1", ""),
+        ("--xyz=1", ""),
+    ],
+)
+def test_unknown_options(file, option, nearest, capsys):
+    text = malformed(capsys, file, option)
+    assert f"Unrecognized options: {option}" in text
+    assert nearest in text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train.stepz", "did you mean train.steps or sampling.steps?"),
+        ("trian.log_every", "did you mean train.log_every?"),
+        ("rank", "did you mean lora.rank?"),
+        ("train.learning_rate", "did you mean optimizer.learning_rate?"),
+        ("mesh.pipeline", "expected one of mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor"),
+        (
+            "xyz",
+            "expected one of model.*, clip.*, data.*, train.*, sampling.*, lora.*, objective.*, optimizer.*, mesh.*",
+        ),
     ],
 )  # fmt: skip
-def test_unknown_options(file, option, message):
-    assert refusal(file, option) == f"{option}: unknown field {option[2:-2]}; {message}"
+def test_unknown_overrides(file, name, message):
+    with pytest.raises(InputError) as error:
+        load(Config, file, {name: 1})
+    assert str(error.value) == f"--{name}=1: unknown field {name}; {message}"
 
 
-def test_an_option_of_another_program(file):
+def test_an_option_of_another_program(file, capsys):
+    assert "Unrecognized options: --train.steps=1" in malformed(capsys, file, "--train.steps=1", kind=SampleRun)
     message = "--train.steps=1: unknown field train.steps; did you mean sampling.steps?"
-    assert refusal(file, "--train.steps=1", kind=SampleRun) == message
+    with pytest.raises(InputError, match=re.escape(message)):
+        load(SampleRun, file, {"train.steps": 1})
 
 
 def test_unknown_names_in_the_file(file):
@@ -263,124 +347,14 @@ def test_given_twice(file):
 
 
 @pytest.mark.parametrize("option", ["train.steps=5", "-x", "--train.steps"])
-def test_arguments_that_are_no_options(file, option):
-    assert "expected" in refusal(file, option)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", ": expected sections (model, "),
-        (b"# nothing\n", ": expected sections (model, "),
-        (b"- a\n- b\n", ": expected sections (model, "),
-        (b"train: 5\n", ": expected sections (model, "),
-        (b"train:\n", ": expected sections (model, "),
-        (b"lora: {}\ntrain: {steps: [}\n", ":2: not a YAML file: "),
-        (b"lora: {}\n\xff\xfe\x00\x01", ":2: not a YAML file: byte 9 is not UTF-8"),
-        (b"lora: {}\n\0", ": not a YAML file: "),
-        (b"lora:\n\trank: 8\n", ":2: not a YAML file: "),
-        (b"lora: {rank: 8}\n---\nlora: {rank: 9}\n", ":2: not a YAML file: "),
-        (b"{[a]: {b: c}}\n", ":1: expected a name before the colon"),
-        (b"? {a: b}\n: c\n", ":1: expected a name before the colon"),
-        (b"? " + b"x" * 101 + b"\n: c\n", ":1: expected a name before the colon"),
-        (b"a: &a {b: c}\nd: *a\n", ":1: anchor or alias a: write the value out"),
-        (b"d: *a\n", ":1: anchor or alias a"),
-        (b"[" * 3000, ": nested too deeply"),
-        (b"a: {b: c}\n" * 30_000, ": longer than 256 KiB"),
-    ],
-)
-def test_files_that_are_no_configurations(file, content, message):
-    file.write_bytes(content)
-    assert refusal(file).startswith(f"{file}{message}")
-
-
-VALUES = {
-    "2020-13-45": "YAML reads this as a timestamp; put text into quotes",
-    "2020-01-01 10:00:00": "YAML reads this as a timestamp; put text into quotes",
-    "!!int x": "tag !!int: expected a value without a tag",
-    "!!float y": "tag !!float: expected a value without a tag",
-    "!!bool x": "tag !!bool: expected a value without a tag",
-    "!!timestamp x": "tag !!timestamp: expected a value without a tag",
-    "!!binary x": "tag !!binary: expected a value without a tag",
-    "!!set {a}": "tag !!set: expected a value without a tag",
-    "!!python/object/apply:os.system [ls]": "tag !!python/object/apply:os.system: expected a value",
-    "!mine x": "tag !mine: expected a value without a tag",
-    "&a b": "anchor or alias a",
-    "*a": "anchor or alias a",
-    "=": "YAML reads this as a value",
-    "<<": "YAML reads this as a merge",
-    "1:30": "expected a decimal number",
-    "0x1f": "expected a decimal number",
-    ".nan": "expected a decimal number",
-    "9" * 5000: "expected a decimal number",
-    '"a\\0b"': "text with a NUL",
-    '"\\ud800"': "half a surrogate pair",
-}
-"""As the value of a field in line 2 -> what is said about it, whatever the field is."""
-
-
-@pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:20])
-def test_values_that_are_not_plain(file, value):
-    for field in ("train: {\nsteps", "sampling: {\nnegative_prompt", "data: {\npath", "lora: {\ntargets"):
-        for text in (value, f"[{value}]"):
-            file.write_text(f"{field}: {text} }}\n")
-            message = refusal(file)
-            assert message.startswith(f"{file}:2: ")
-            assert VALUES[value] in message
-            assert len(message) < len(str(file)) + 250
-
-
-def read_or_refuse(file) -> tuple[Config | None, str]:
-    try:
-        return read(file), ""
-    except InputError as error:
-        return None, str(error)
-
-
-def fields() -> list[tuple[str, str]]:
-    sections = plain(read(CONFIGS[0])).items()
-    return [(name, field) for name, part in sections for field in part]
-
-
-@pytest.mark.parametrize("value", ["{a: b}", "{}", "[[]]", "[1, [2]]", "[null]", "[yes]", "yes", "-1.5e400", "'{gt}'"])
-def test_values_of_the_wrong_kind(file, value):
-    """In every field: an InputError that names the field, or a value that is read back as it is written."""
-    for name, field in fields():
-        values = yaml.safe_load(TEXT)
-        values.setdefault(name, {})[field] = "VALUE"
-        file.write_text(yaml.safe_dump(values).replace("VALUE", value))
-        config, message = read_or_refuse(file)
-        if config:
-            assert str(plain(config)[name][field]) == yaml.safe_load(value)
-        else:
-            assert message.startswith(f"{file}: {name}.{field}=")
-            assert "expected" in message
-
-
-def test_damaged_files(file):
-    rng = random.Random(0)
-    for _ in range(300):
-        content = bytearray(TEXT.encode())
-        for _ in range(rng.randint(1, 4)):
-            place = rng.randrange(len(content))
-            new = bytes(rng.choices(b"\0\t\n !&*[]{}:-#\"'<>%@`?|~,\xff\x80ab019.e", k=rng.randrange(4)))
-            content[place : place + rng.randrange(4)] = new
-        file.write_bytes(content)
-        config, message = read_or_refuse(file)
-        assert config or str(file) in message
-        assert "\n" not in message
+def test_malformed_arguments(file, option, capsys):
+    assert option in malformed(capsys, file, option)
 
 
 def test_a_decimal_number_means_the_same_in_the_file_and_on_the_command_line(file):
     for text in ("010", "1_0", "+10", "10"):
         file.write_text(TEXT.replace("rank: 8", f"rank: {text}"))
         assert read(file).lora.rank == read(file, f"--lora.rank={text}").lora.rank == 10
-
-
-def test_things_that_are_no_files(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
-        assert refusal(path) == f"{path}: not a regular file; expected a YAML file"
 
 
 def test_a_configuration_is_replaced_at_once(file, tmp_path, monkeypatch):

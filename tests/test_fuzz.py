@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.configured import configured
 from helpers.fuzzing import JUNK, TEXT, damaged_bytes, damaged_json, damaged_text
 from helpers.paths import ROOT, WAN_TINY
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +25,7 @@ from safetensors.numpy import save
 
 from tfm_jax import config, video
 from tfm_jax.checkpoint import Checkpoints
+from tfm_jax.config import reading
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.data.prepare import PrepareRun
 from tfm_jax.data.records import Record, RecordWriter, open_records
@@ -85,15 +87,22 @@ def prompts(data: st.DataObject, folder: Path) -> None:
 KINDS = st.sampled_from([TrainRun, SampleRun, PrepareRun])
 
 
+def read(kind: type, arguments: list[str]) -> Any:
+    try:
+        return configured(kind, arguments)
+    except SystemExit:  # tyro reports a malformed option
+        raise InputError("malformed") from None
+
+
 def parse(data: st.DataObject, arguments: list[str]) -> None:
     """Every accepted configuration can be written as plain values."""
-    found = refused(lambda: config.parse(data.draw(KINDS), arguments, "program.py", ""))
+    found = refused(lambda: read(data.draw(KINDS), arguments))
     assert found is None or config.plain(found)
 
 
 def sound_values() -> dict[str, Any]:
     """The configuration of the embedded model, with all required fields."""
-    values = config._read(CONFIG)
+    values = reading.read(CONFIG)
     values["train"]["output"] = values["sampling"]["output"] = values["data"]["path"] = "new"
     return values
 
@@ -134,7 +143,7 @@ def configuration_values(data: st.DataObject, folder: Path) -> None:
 
 def arguments(data: st.DataObject, folder: Path) -> None:
     file = fresh(folder / "config.yaml", json.dumps(sound_values()))
-    names = st.sampled_from(sorted(config._fields(config.Config)))
+    names = st.sampled_from(sorted(reading._fields(config.Config)))
     values = (
         TEXT | JUNK.map(str) | JUNK.map(json.dumps) | st.sampled_from(["4", "16", "0.5", "null", "[q, k]", "[[", "fm"])
     )

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import virtual_devices
+from helpers.configured import configured
 from helpers.paths import ROOT
 from helpers.processes import (
     BATCH,
@@ -29,7 +30,7 @@ from helpers.processes import (
 )
 from safetensors.numpy import load_file
 
-from tfm_jax import config, hosts, interrupts, jax_distributed
+from tfm_jax import hosts, interrupts, jax_distributed
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import open_records
@@ -174,7 +175,7 @@ def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypat
 
     monkeypatch.setattr(Metrics, "add", watched)
     options = ["--config", str(folder / "config.yaml"), "--mesh.fsdp=1", "--train.batch_size=1"]
-    run = config.parse(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"], "train.py", "")
+    run = configured(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"])
     with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), hosts.distributed():
         loop.train(run)
     (step,) = saved(tmp_path / "run")[0]

@@ -13,7 +13,8 @@ from tfm_jax import interrupts
 
 PROGRAM = """
 import sys, time
-from tfm_jax import cli, interrupts
+from tfm_jax import interrupts
+from tfm_jax.cli import command
 from tfm_jax.errors import StoppedEarly
 
 def work(argv):
@@ -35,7 +36,7 @@ def work(argv):
     finally:
         print("cleaned", flush=True)
 
-cli.run(work)
+command.run(work)
 """
 
 

@@ -8,9 +8,15 @@ s: tokens of the transformer: f * (h / 2) * (w / 2)
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: dict[Dtype, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""The types of weights that can be chosen."""
 
 TEXT_LENGTH = 512
 """Tokens per prompt in the training of Wan, including the end-of-sequence token."""

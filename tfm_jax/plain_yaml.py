@@ -1,7 +1,6 @@
-"""Plain YAML: sections, lists, text, numbers, truth values and null, each written out where it is used.
+"""Plain YAML: only sections, lists, text, numbers, booleans and null.
 
-Nothing else of YAML is accepted: no tags, no anchors and aliases, no dates, no several documents. Files from anywhere
-can be read; at worst they are refused.
+Tags, anchors, aliases, dates and multiple documents are refused, so that files from untrusted sources are safe to read.
 """
 
 from collections.abc import Callable
@@ -15,13 +14,13 @@ from tfm_jax.errors import InputError
 
 MAX_BYTES = 2**18
 MAX_NAME = 100
-"""Characters of the name of a section or field."""
+"""Largest number of characters in the name of a section or field."""
 
 _CORE = "tag:yaml.org,2002:"
 
 
 def read(file: Path) -> Any:
-    """The content of a YAML file of at most 256 KiB.
+    """Read a YAML file of at most 256 KiB.
 
     Raises:
         InputError: with file and line, for anything that is not plain YAML.
@@ -40,10 +39,10 @@ def read(file: Path) -> Any:
 
 
 def parse(text: str, place: str) -> Any:
-    """The value of a YAML text; null where it is empty.
+    """Parse a YAML text; the value of an empty text is None.
 
     Args:
-        place: where the text is from; messages begin with it and the line.
+        place: the source of the text; messages begin with it and the line.
 
     Raises:
         InputError: for anything that is not plain YAML.
@@ -73,7 +72,7 @@ class _Refused(Exception):
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event: Any = self.peek_event()
-        if event.anchor:  # an alias has the name of its anchor
+        if event.anchor:  # an alias carries the name of its anchor
             raise _Refused(event.start_mark, f"anchor or alias {event.anchor[:MAX_NAME]}: write the value out")
         if event.tag:
             tag = event.tag.replace(_CORE, "!!")[:MAX_NAME]

@@ -32,7 +32,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import jax
-from tfm_jax import cli
+from tfm_jax.cli import command
+from tfm_jax.errors import InputError
 from tfm_jax.checkpoint import Checkpoints
 
 def main(argv):
@@ -47,14 +48,14 @@ def main(argv):
             with Checkpoints(folder, max_to_keep=1) as checkpoints:
                 checkpoints.save(2, arrays, {})
                 if folder.name == "error":
-                    raise cli.InputError("something else")
+                    raise InputError("something else")
                 checkpoints.save(3, arrays, {})
-        except cli.InputError as error:
+        except InputError as error:
             print(error)
     with Checkpoints(folders[-1], max_to_keep=1) as checkpoints:
         checkpoints.save(2, arrays, {})
 
-cli.run(main)
+command.run(main)
 """
 """Saves with a limit on the size of files, which fails in Orbax's threads like a full disk."""
 

@@ -1,8 +1,11 @@
 """The programs as a user meets them: the whole chain once."""
 
+import importlib
+import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import ml_dtypes
@@ -15,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from tfm_jax import video
-from tfm_jax.config import parse
+from tfm_jax.config import load
 from tfm_jax.data.records import open_records
 from tfm_jax.lora.files import DIALECTS, read_lora
 from tfm_jax.moving_shapes.world import write_clips
@@ -60,8 +63,8 @@ def test_prepared_data_and_run(world):
     assert [line["step"] for line in read_metrics(world / "run" / "metrics.jsonl")] == [1, 2]
     names = [".lock", "checkpoints", "config.yaml", "metrics.jsonl"]
     assert sorted(path.name for path in (world / "run").iterdir()) == names
-    again = parse(TrainRun, ["--config", str(world / "run" / "config.yaml"), f"--data.source={world}/clips"], "", "")
-    assert again == parse(TrainRun, config(world), "", "")
+    again = load(TrainRun, world / "run" / "config.yaml", {"data.source": f"{world}/clips"})
+    assert again == load(TrainRun, world / "config.yaml")
 
 
 def test_the_configuration_of_a_run_serves_sampling(call, world, tmp_path):
@@ -109,7 +112,7 @@ def test_samples(call, world, tmp_path):
     assert clips[0].shape == (5, 32, 48, 3)
     assert (clips[0] != clips[1]).any()
     assert Image.open(output / "contact_sheet.png").width > 5 * 100
-    assert parse(SampleRun, ["--config", str(output / "config.yaml")], "", "").sampling.output == output
+    assert load(SampleRun, output / "config.yaml").sampling.output == output
 
 
 @pytest.mark.parametrize("layout", ["original", "tfm_jax"])
@@ -144,25 +147,73 @@ def test_a_poor_environment(world, tmp_path):
     assert open_records(tmp_path / "my latents")[0].prompt == PROMPTS[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "prepare_data",
-        "train",
-        "sample",
-        "export_lora",
-        "convert_weights",
-        "benchmark",
-        "evaluate",
-        "demo",
-        "pretrain",
-        "study",
-    ],
-)
+PROGRAMS = {
+    "train": "tfm-train", "sample": "tfm-sample", "convert_weights": "tfm-convert", "prepare_data": "tfm-prepare",
+    "export_lora": "tfm-export", "plan": "tfm-plan", "evaluate": "tfm-evaluate",
+}  # fmt: skip
+"""Script -> console command."""
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, "benchmark", "demo", "pretrain", "study", "scaling"])
 def test_help(call, name):
     outcome = call(name, "--help")
     assert outcome.code == 0
-    assert f"python scripts/{name}.py" in outcome.out
+    assert PROGRAMS.get(name, f"python scripts/{name}.py") in outcome.out
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "prepare_data", "plan", "study"])
+def test_help_shows_the_values_of_the_configuration(call, world, name):
+    outcome = call(name, *config(world), "--help")
+    assert outcome.code == 0
+    text = " ".join(outcome.out.replace("│", " ").split())
+    assert "feed-forward network. (default: 256)" in text
+    assert "(default: 48)" in text
+
+
+def test_planning_a_sampling_step_has_the_fields_of_sampling(call, world):
+    assert "--sampling.steps INT" not in call("plan", *config(world), "--help").out
+    assert "--sampling.steps INT" in call("plan", *config(world), "--sampling", "--help").out
+
+
+def test_console_commands():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        commands = tomllib.load(file)["project"]["scripts"]
+    assert set(commands) == set(PROGRAMS.values())
+    for name, command in PROGRAMS.items():
+        module, function = commands[command].split(":")
+        main = getattr(importlib.import_module(module), function)
+        assert callable(main)
+        script = (ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8")
+        assert f"from {module} import {function}\n" in script
+        assert f"`{command}`" in script
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(call, tmp_path, shell):
+    outcome = call("train", "--tyro-write-completion", shell, tmp_path / "completion")
+    assert outcome.code in (0, None), outcome.err
+    text = (tmp_path / "completion").read_text(encoding="utf-8")
+    assert "tfm-train" in text
+    assert "train.batch_size" in text
+
+
+def test_a_shipped_configuration_from_another_directory(tmp_path):
+    """Neither the configuration nor the embedded model depends on the working directory."""
+    write_clips(tmp_path / "my clips", 1, frames=17, size=(64, 64))
+    options = ["--config", "wan_tiny", "--data.source=my clips", "--data.path=latents"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from tfm_jax.cli.prepare import main; main()", *options],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "latents: 1 clip\n", done.stderr
+    assert open_records(tmp_path / "latents").metadata["model"] == "wan_tiny"
+
+
+def test_planning_does_not_touch_accelerators():
+    code = "import os, tfm_jax.cli.plan, jax; print(os.environ['JAX_PLATFORMS'], jax.config.jax_platforms)"
+    environment = {**os.environ, "JAX_PLATFORMS": "tpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "cpu cpu\n", done.stderr
 
 
 # --- Mistakes beyond the table of bad input ------------------------------------------------------------------------

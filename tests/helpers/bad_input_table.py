@@ -23,20 +23,22 @@ USUAL: dict[str, tuple[str, ...]] = {
 
 
 class Row(NamedTuple):
-    """A mistake, and what the program must do. `$world` and `$tmp` stand for a sound world and the row's own folder."""
+    """A mistake, and what the program must do. In texts, `$world` is a sound world and `$tmp` the row's own folder."""
 
     program: str
     wrong: str
-    """What is wrong; the name of the test."""
+    """The mistake; the name of the test."""
     arguments: Sequence[str]
     words: Sequence[str]
-    """They are all in the one line that the program prints."""
+    """The one line that the program prints contains all of them."""
     broken: Sequence[Break] = ()
     """Applied to the row's own folder first."""
     code: int = 2
     set_aside: bool = False
     """Whether the program may rename what is damaged."""
     environment: Mapping[str, str] = MappingProxyType({})
+    malformed: bool = False
+    """Whether tyro reports the command line, in several lines."""
 
 
 def row(program: str, wrong: str, *arguments: str, words: str | Sequence[str], broken: Break | Sequence[Break] = ()):
@@ -60,6 +62,11 @@ def exactly(
     """A row with these arguments alone."""
     words = [words] if isinstance(words, str) else words
     return Row(program, wrong, arguments, words, [broken] if callable(broken) else broken)
+
+
+def malformed(row: Row) -> Row:
+    """The same row, reported by tyro."""
+    return row._replace(malformed=True)
 
 
 def options(program: str, *table: tuple[str, str]) -> list[Row]:
@@ -139,11 +146,16 @@ VALUES = [
         ("--train.output=.", "expected the path of a folder"),
         ("--train.output=..", "expected the path of a folder"),
         ("--train.output=/", "expected the path of a folder"),
-        ("--train.stepz=5", "did you mean train.steps"),
-        ("--trian.steps=5", "did you mean train.steps"),
-        ("--tensorboard=1", "unknown field tensorboard"),
-        ("--resume=yes", "unknown field resume"),
     ),
+    *(
+        malformed(row("train", option, option, words=("Unrecognized options", option, nearest)))
+        for option, nearest in (
+            ("--train.stepz=5", "--train.steps INT"),
+            ("--trian.steps=5", "--train.steps INT"),
+            ("--tensorboard=1", "--help"),
+        )
+    ),
+    malformed(row("train", "--resume=yes", "--resume=yes", words=("Unrecognized options", "yes"))),
     *options(
         "sample",
         ("--clip.frames=6", "expected 4 n + 1"),
@@ -175,11 +187,18 @@ VALUES = [
 
 COMMANDS = [
     *(
-        exactly(program, "no arguments", words=(f"{program}.py", "--config FILE is missing"))
-        for program in ("train", "prepare_data", "sample", "plan")
+        malformed(exactly(program, "no arguments", words=(command, missing)))
+        for program, command, missing in (
+            ("train", "tfm-train", "--config"),
+            ("prepare_data", "tfm-prepare", "--config"),
+            ("sample", "tfm-sample", "--config"),
+            ("plan", "tfm-plan", "--config"),
+            ("convert_weights", "tfm-convert", "SOURCE"),
+            ("export_lora", "tfm-export", "RUN_FOLDER"),
+            ("evaluate", "tfm-evaluate", "--reference"),
+            ("pretrain", "python scripts/pretrain.py", "OUTPUT"),
+        )
     ),
-    *(exactly(program, "no arguments", words=f"{program}.py") for program in ("convert_weights", "export_lora")),
-    *(exactly(program, "no arguments", words=f"{program}.py") for program in ("evaluate", "pretrain")),
     *(
         row(
             program,
@@ -189,9 +208,11 @@ COMMANDS = [
         )
         for program in ("train", "prepare_data", "sample", "plan", "study")
     ),
-    row("train", "a word that is no option", "quickly", words=("'quickly'", "expected --section.field=value")),
-    row("train", "an option without a value", "--train.steps", words=("--train.steps", "expected a value")),
-    row("train", "an option for a value", "--train.steps", "--resume", words=("--train.steps", "expected a value")),
+    malformed(row("train", "a word that is no option", "quickly", words=("Unrecognized options", "quickly"))),
+    malformed(row("train", "an option without a value", "--train.steps", words=("Missing value", "--train.steps"))),
+    malformed(
+        row("train", "an option for a value", "--train.steps", "--resume", words=("Missing value", "--train.steps"))
+    ),
     row("train", "an option twice", "--train.seed=1", "--train.seed=1", words=("--train.seed", "given twice")),
     row("train", "a folder for a configuration", "--config=$world", words=("$world", "expected a YAML file")),
     row(
@@ -206,8 +227,10 @@ COMMANDS = [
     row(
         "prepare_data", "no source", "--data.source=null", words=("data.source", "expected the folder of metadata.csv")
     ),
-    row("prepare_data", "a word that is no option", "now", words=("'now'", "expected --section.field=value")),
-    row("sample", "an option without a value", "--sampling.lora", words=("--sampling.lora", "expected a value")),
+    malformed(row("prepare_data", "a word that is no option", "now", words=("Unrecognized options", "now"))),
+    malformed(
+        row("sample", "an option without a value", "--sampling.lora", words=("Missing value", "--sampling.lora"))
+    ),
     Row("train", "64-bit numbers", USUAL["train"], ["JAX_ENABLE_X64=1"], environment={"JAX_ENABLE_X64": "1"}),
     Row(
         "export_lora", "64-bit numbers", USUAL["export_lora"], ["JAX_ENABLE_X64=1"], environment={"JAX_ENABLE_X64": "1"}
@@ -246,7 +269,7 @@ CONFIGURATIONS = [
     config("a mapping for a name", "? {a: b}\n: {dim: 1}\n", "config.yaml"),
     config("an unknown section", "optimiser: {}\n", "unknown section optimiser; did you mean optimizer?"),
     config("an unknown field", "lora: {ranck: 4}\n", "unknown field lora.ranck; did you mean lora.rank?"),
-    config("a truth value", "train: {steps: yes}\n", "train.steps=true", "expected no truth value"),
+    config("a truth value", "train: {steps: yes}\n", "train.steps=true", "booleans are not accepted here"),
     changed("text for a number", '"steps": 3', '"steps": soon', "train.steps=soon", "expected a whole number"),
     config("no section that is needed", "lora: {rank: 2}\n", "model is missing"),
     changed("a path with a zero byte", '/model"', '/mo\\0del"', "config.yaml"),

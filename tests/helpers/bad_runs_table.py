@@ -1,6 +1,6 @@
 """Rows of bad input: outputs, runs that are resumed or exported, and the options of the other programs."""
 
-from helpers.bad_input_table import CONFIG, Row, exactly, options, row
+from helpers.bad_input_table import CONFIG, Row, exactly, malformed, options, row
 from helpers.breaking import DEEP, Break, copied, cut, each, flip, folder, link, remove, rename, replace, write
 
 OUTPUTS = [
@@ -142,10 +142,10 @@ OTHERS = [
     ),
     row("study", "no such model", "--model.path=$tmp/none", words=("$tmp/none", "expected")),
     row("plan", "an empty topology", "--topology=", words=("--topology", "v5e:4x4")),
-    exactly("plan", "no topology", CONFIG, words=("--topology is missing", "v5e:4x4")),
-    row("plan", "a search of so many", "--search=many", words=("plan.py", "many")),
+    malformed(exactly("plan", "no topology", CONFIG, words=("--topology", "v5e:4x4"))),
+    row("plan", "a search of so many", "--search=many", words=("--search=many", "expected a whole number")),
     row("plan", "a search of a given mesh", "--search", "--mesh.fsdp=2", words=("--mesh.fsdp=2", "--search")),
-    row("plan", "an unknown option", "--fast=1", words="--fast=1"),
+    malformed(row("plan", "an unknown option", "--fast=1", words="--fast=1")),
     row("plan", "a mesh that does not divide the devices", "--mesh.fsdp=3", words=("mesh.fsdp=3", "4")),
     row(
         "plan",
@@ -157,8 +157,8 @@ OTHERS = [
     *(
         row("study", option, option, words=(option.strip("-").partition("=")[0], words))
         for option, words in (
-            ("--arms=tfm,magic", "magic"),
-            ("--arms=tfm", "expected fm among them"),
+            ("--arms=[tfm, magic]", "magic"),
+            ("--arms=[tfm]", "expected fm among them"),
             ("--arms=", "expected"),
             ("--seeds=1", "expected at least 2"),
             ("--seeds=x", "x"),
@@ -166,26 +166,27 @@ OTHERS = [
             ("--prompts=1", "expected at least 2"),
             ("--reference=3", "expected at least 4"),
             ("--rounds=0", "expected at least 1"),
-            ("--laws=magic", "expected some of"),
+            ("--laws=[magic]", "expected some of"),
             ("--steps=0", "expected at least 1"),
             ("--train.output=x", "the study sets it"),
-            ("--train.seed", "the study sets it"),
-            ("--optimizer.lr=1", "unknown field optimizer.lr"),
+            ("--train.seed=1", "the study sets it"),
             ("--clip.frames=1", "expected"),
         )
     ),
+    malformed(row("study", "--train.seed", "--train.seed", words=("Missing value", "--train.seed"))),
+    malformed(row("study", "--optimizer.lr=1", "--optimizer.lr=1", words=("Unrecognized", "--optimizer.lr=1"))),
     *(
         row("pretrain", option, option, words=(option.partition("=")[0], words))
         for option, words in (
             ("--share=0", "expected more than 0"),
             ("--share=1.5", "at most 1"),
-            ("--share=nan", "expected more than 0"),
+            ("--share=nan", "expected a finite number"),
             ("--share=half", "half"),
             ("--seed=x", "x"),
             ("--seed=-1", "expected"),
-            ("--speed=2", "--speed"),
         )
     ),
+    malformed(row("pretrain", "--speed=2", "--speed=2", words=("Unrecognized", "--speed=2"))),
     *(
         row("evaluate", option, option, words=(option.partition("=")[0], words))
         for option, words in (
@@ -195,18 +196,18 @@ OTHERS = [
             ("--height=1000000", "expected"),
             ("--width=x", "x"),
             ("--fps=0", "expected 1"),
-            ("--fps=nan", "expected 1"),
+            ("--fps=nan", "expected a finite number"),
             ("--fps=inf", "expected"),
-            ("--speed=2", "--speed"),
         )
     ),
-    exactly("evaluate", "no reference", "$world/clips", words=("evaluate.py", "--reference")),
-    row("convert_weights", "no layout", "$world/model", "$tmp/new", "--to", words=("convert_weights.py", "--to")),
-    row("convert_weights", "an unknown layout", "--to=theirs", words=("'theirs'", "tfm_jax")),
-    row("convert_weights", "an unknown type", "--dtype=float16", words=("'float16'", "bfloat16")),
-    row("convert_weights", "no target", "$world/model", words=("convert_weights.py", "target")),
-    row("export_lora", "an unknown dialect", "--dialect=mine", words=("'mine'", "kohya")),
-    row("export_lora", "an unknown type", "--dtype=float16", words=("'float16'", "bfloat16")),
+    malformed(row("evaluate", "--speed=2", "--speed=2", words=("Unrecognized", "--speed=2"))),
+    malformed(exactly("evaluate", "no reference", "$world/clips", words=("tfm-evaluate", "--reference"))),
+    malformed(row("convert_weights", "no layout", "$world/model", "$tmp/new", "--to", words=("Missing value", "--to"))),
+    row("convert_weights", "an unknown layout", "--to=theirs", words=("--to=theirs", "tfm_jax")),
+    row("convert_weights", "an unknown type", "--dtype=float16", words=("--dtype=float16", "bfloat16")),
+    malformed(row("convert_weights", "no target", "$world/model", words=("tfm-convert", "TARGET"))),
+    row("export_lora", "an unknown dialect", "--dialect=mine", words=("--dialect=mine", "kohya")),
+    row("export_lora", "an unknown type", "--dtype=float16", words=("--dtype=float16", "bfloat16")),
     row("export_lora", "a step that is no number", "--step=last", words=("--step", "last")),
     row(
         "export_lora",

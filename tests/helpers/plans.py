@@ -3,9 +3,9 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from helpers.paths import ROOT
+from helpers.configured import configured
 
-from tfm_jax import config
+from tfm_jax.config import load
 from tfm_jax.planning.chips import GIB, Topology
 from tfm_jax.planning.hlo import Traffic
 from tfm_jax.planning.plan import Plan
@@ -23,11 +23,11 @@ sampling: {output: none, steps: 3}
 
 def parse_run(kind: type, file: Path, *fields: str):
     """A TrainPlan or SamplePlan from a file and `--section.field=value` options."""
-    return config.parse(kind, ["--config", str(file), *fields], "plan.py", "")
+    return configured(kind, ["--config", str(file), *fields])
 
 
 def run_14b(batch: int = 4) -> TrainPlan:
-    return parse_run(TrainPlan, ROOT / "configs/wan2.1_t2v_14b.yaml", f"--train.batch_size={batch}")
+    return load(TrainPlan, "wan2.1_t2v_14b", {"train.batch_size": batch})
 
 
 def fake_topology(kind: str, devices: int) -> Topology:

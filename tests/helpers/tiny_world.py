@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -32,11 +34,17 @@ class Outcome(NamedTuple):
 
 
 def program(name: str) -> ModuleType:
-    """The script of that name, imported afresh."""
+    """The module of the script of that name: the one in `tfm_jax.cli` that it starts, or else itself."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return sys.modules.get(script.main.__module__, script)
+
+
+def execute(name: str, argv: Sequence[str]) -> None:
+    """Run a program in this process; its errors are raised."""
+    module = program(name)
+    getattr(module, "execute", module.main)(argv)
 
 
 def write_world(folder: Path, steps: int, checkpoint_every: int = 500) -> None:
@@ -55,8 +63,8 @@ def write_world(folder: Path, steps: int, checkpoint_every: int = 500) -> None:
     }
     (folder / "config.yaml").write_text(json.dumps(values, default=str), encoding="utf-8")  # JSON is YAML
     config = ["--config", str(folder / "config.yaml")]
-    program("prepare_data").main(config)
-    program("train").main(config)
+    execute("prepare_data", config)
+    execute("train", config)
 
 
 def without_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from helpers.configured import configured
 from helpers.wan_reference import SIZES
 
 from tfm_jax.checkpoint import Checkpoints
-from tfm_jax.config import parse
 from tfm_jax.data.records import Record, RecordWriter
 from tfm_jax.train.loop import TrainRun, train
 
@@ -45,7 +45,7 @@ def arguments(model: Path, latents: Path, folder: Path) -> list[str]:
 
 def start(options: list[str], resume: bool = False) -> Path:
     """Train with these options in this process, and return the folder of the run."""
-    config = parse(TrainRun, options, "train.py", "")
+    config = configured(TrainRun, options)
     train(config, resume)
     return config.train.output
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.random_model import write_model
-from helpers.tiny_world import program
+from helpers.tiny_world import execute
 from jax.tree_util import Partial
 from PIL import Image
 
+from tfm_jax.config import load
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.errors import InputError
 from tfm_jax.moving_shapes.study import protocol, report
@@ -22,12 +23,11 @@ from tfm_jax.moving_shapes.study.conclusions import GUARDED, conclusions
 from tfm_jax.moving_shapes.study.cost import relative_cost, steps_at_equal_time
 from tfm_jax.moving_shapes.study.findings import Findings
 from tfm_jax.moving_shapes.study.results import Results
-from tfm_jax.moving_shapes.study.runs import Size, Study, planned_runs, settings
+from tfm_jax.moving_shapes.study.runs import Size, Study, StudyRun, planned_runs, settings
 from tfm_jax.moving_shapes.study.sensitivity import measure_sensitivity
 from tfm_jax.moving_shapes.study.statistics import bootstrap, interval_coverage, paired_difference
 from tfm_jax.moving_shapes.world import write_clips
 
-STUDY = program("study")
 METRICS = (*GUARDED, *protocol.SECONDARY)
 
 
@@ -195,7 +195,7 @@ def small(tmp_path_factory) -> list[str]:
     (folder / "config.yaml").write_text(json.dumps(values, default=str), encoding="utf-8")  # JSON is YAML
     return [
         f"--config={folder / 'config.yaml'}", f"--output={folder / 'runs'}", f"--docs={folder / 'docs'}",
-        "--arms=fm,tfm", "--seeds=2", "--steps=3", "--clips=6", "--prompts=3", "--reference=6", "--rounds=8",
+        "--arms=[fm, tfm]", "--seeds=2", "--steps=3", "--clips=6", "--prompts=3", "--reference=6", "--rounds=8",
     ]  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def small(tmp_path_factory) -> list[str]:
 def findings(small, tmp_path):
     """A function from effects (metric -> what TFM adds to it) to invented findings of 3 arms and 5 seeds."""
     config = small[0].removeprefix("--config=")
-    run = STUDY.config.parse(STUDY.StudyRun, ["--config", config, "--train.steps=10"], "", "")
+    run = load(StudyRun, config, {"train.steps": 10})
     study = Study(run, Size(("fm", "tfm", "tfm_mse")), tmp_path)
 
     def make(**effects: float | None) -> Findings:
@@ -271,10 +271,10 @@ def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--arms=tfm", "--arms=tfm: expected fm among them"),
-        ("--arms=fm,mse", "--arms=mse: expected some of fm, "),
+        ("--arms=[tfm]", "--arms=tfm: expected fm among them"),
+        ("--arms=[fm, mse]", "--arms=mse: expected some of fm, "),
         ("--seeds=1", "--seeds=1: expected at least 2"),
-        ("--laws=falling", "--laws=falling: expected some of still, "),
+        ("--laws=[falling]", "--laws=falling: expected some of still, "),
         ("--train.steps=3", "--train.steps=3: the study sets it"),
         ("--model.dim=64", "weights of a model with dim 96"),
     ],
@@ -282,8 +282,9 @@ def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
 def test_invalid_options_are_refused_before_anything_is_written(small, option, message):
     output = Path(small[1].removeprefix("--output="))
     before = list(output.rglob("*"))
+    others = [other for other in small if other.partition("=")[0] != option.partition("=")[0]]
     with pytest.raises(InputError, match=re.escape(message)):
-        STUDY.main([*small, option])
+        execute("study", [*others, option])
     assert list(output.rglob("*")) == before
 
 
@@ -293,7 +294,7 @@ def test_invalid_options_are_refused_before_anything_is_written(small, option, m
 @pytest.mark.slow
 def test_a_small_study(small, capsys):
     output, docs = (Path(option.partition("=")[2]) for option in small[1:3])
-    STUDY.main(small)
+    execute("study", small)
     file = output / "results.jsonl"
     first = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     runs = [(r["arm"], r["seed"]) for r in first if r["kind"] == "run"]
@@ -315,7 +316,7 @@ def test_a_small_study(small, capsys):
 
     # evaluate.py measures the same numbers.
     folder = next(output.glob("tfm/seed0_steps3")) / "samples"
-    program("evaluate").main([
+    execute("evaluate", [
         str(folder), f"--reference={output / 'reference'}", f"--prompts={output / 'prompts.txt'}",
         f"--json={output / 'one.json'}", "--frames=5", "--height=32", "--width=48",
     ])  # fmt: skip
@@ -326,7 +327,7 @@ def test_a_small_study(small, capsys):
     # If the last record is incomplete, the study continues and gets the same results.
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
-    STUDY.main(small)
+    execute("study", small)
     again = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert again[:-1] == first[:-1]
     before, now = first[-1], again[-1]
@@ -335,6 +336,6 @@ def test_a_small_study(small, capsys):
     values = [np.array([*run["metrics"].values()], np.float64) for run in (now, before)]  # NaN for None
     np.testing.assert_array_equal(*values)
     size = file.stat().st_size
-    STUDY.main(small)
+    execute("study", small)
     assert file.stat().st_size == size
     assert "steps" not in capsys.readouterr().out.splitlines()[-1]

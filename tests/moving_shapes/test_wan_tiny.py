@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
-from helpers.paths import ROOT, WAN_TINY
+from helpers.paths import WAN_TINY
 
 from tfm_jax.arrays import pad_text
-from tfm_jax.config import parse
+from tfm_jax.config import load
 from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import Adapter, Lora, read_lora, write_lora
 from tfm_jax.moving_shapes.evaluation.clip_metrics import measure_clip
@@ -26,8 +26,7 @@ from tfm_jax.wan.names import BLOCK_LINEARS, BlockLinear
 from tfm_jax.wan.tokenizer import encode_prompts
 
 MODEL = WAN_TINY
-CONFIG = ["--config", str(ROOT / "configs" / "wan_tiny.yaml"), f"--model.path={MODEL}"]
-RUN = parse(SampleRun, CONFIG, "test", "")
+RUN = load(SampleRun, "wan_tiny")
 PROMPTS = [
     "a red disc moves right, fast, on a black ground",
     "a yellow square moves down and left, slowly, on a navy ground",

@@ -7,10 +7,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 import yaml
-from helpers.paths import ROOT
 from helpers.sampling_runs import SIZE, run_of
 
-from tfm_jax.config import SamplingConfig, parse
+from tfm_jax.config import SamplingConfig, load
 from tfm_jax.errors import InputError, StoppedEarly
 from tfm_jax.moving_shapes.pretraining.network import initialise
 from tfm_jax.sampling import outputs, pipeline
@@ -43,9 +42,8 @@ def test_networks_that_do_not_fit_together_are_refused(model, tmp_path):
 
 @pytest.mark.parametrize("guidance", ["1e38", "1001", "inf", "nan", "-1"])
 def test_absurd_guidance_is_refused(guidance):
-    config = str(ROOT / "configs" / "wan_tiny.yaml")
     with pytest.raises(InputError, match=rf"--sampling\.guidance={guidance}: expected"):
-        parse(SampleRun, ["--config", config, f"--sampling.guidance={guidance}"], "", "")
+        load(SampleRun, "wan_tiny", {"sampling.guidance": guidance})
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(model, tmp_path, monkeypatch):
@@ -109,6 +107,6 @@ def test_the_configuration_of_a_training_run_is_accepted(model, tmp_path):
         "lora": {"rank": 2},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
-    run = parse(SampleRun, ["--config", str(tmp_path / "config.yaml"), "--sampling.output=samples"], "", "")
+    run = load(SampleRun, tmp_path / "config.yaml", {"sampling.output": "samples"})
     assert run.sampling == SamplingConfig(output=Path("samples"))
     assert dataclasses.asdict(run.clip)["frames"] == 5

@@ -15,8 +15,9 @@ import pytest
 from helpers import virtual_devices
 from helpers.sampling_runs import PROMPTS, content, damage, run_of
 
-from tfm_jax import cli, files, interrupts, video
-from tfm_jax.config import parse
+from tfm_jax import files, interrupts, video
+from tfm_jax.cli import command
+from tfm_jax.config import load
 from tfm_jax.errors import InputError
 from tfm_jax.lora.files import Adapter, Lora, write_lora
 from tfm_jax.sampling import pipeline
@@ -35,7 +36,7 @@ VIDEOS = ["000.mp4", "001.mp4", "002.mp4"]
 
 def test_the_files_of_a_run(finished):
     assert sorted(content(finished)) == [".lock", *VIDEOS, "config.yaml", "contact_sheet.png", "samples.json"]
-    assert parse(SampleRun, ["--config", str(finished / "config.yaml")], "", "").sampling.output == finished
+    assert load(SampleRun, finished / "config.yaml").sampling.output == finished
     clips = [video.read_clip(finished / name, 5, 32, 48, 16) for name in VIDEOS]
     assert (clips[0] != clips[1]).any()
 
@@ -179,7 +180,7 @@ def test_a_signal_stops_after_the_step_and_the_same_command_continues(
         patch.setattr(video, "write_clip", send)
         patch.setattr(sys, "argv", ["sample.py"])
         with pytest.raises(SystemExit) as ended:
-            cli.run(lambda _: sample(run))
+            command.run(lambda _: sample(run))
     assert ended.value.code == 75
     assert len(rounds) == 2
     err = capfd.readouterr().err
@@ -243,12 +244,12 @@ def test_rounds_do_not_depend_on_what_is_missing():
 ON_TWO_DEVICES = """
 import sys
 from pathlib import Path
-from tfm_jax.config import parse
+from tfm_jax.config import load
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.wan.names import BlockLinear
 
 folder = Path(sys.argv[1])
-run = parse(SampleRun, ["--config", f"{folder}/finished/config.yaml", f"--sampling.output={folder}/two"], "", "")
+run = load(SampleRun, f"{folder}/finished/config.yaml", {"sampling.output": f"{folder}/two"})
 sample(run)
 before = {path.name: path.read_bytes() for path in (folder / "two").iterdir()}
 (folder / "two" / "001.mp4").unlink()

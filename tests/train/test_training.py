@@ -7,11 +7,12 @@ import re
 
 import numpy as np
 import pytest
+from helpers.configured import configured
 from helpers.training_runs import CLIP, CONFIG, assert_same, saved, start, write_latents
 from helpers.wan_reference import reference_transformer
 
 from tfm_jax.checkpoint import Checkpoints
-from tfm_jax.config import OptimizerConfig, parse
+from tfm_jax.config import OptimizerConfig
 from tfm_jax.data.batches import Batches
 from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly, Terminated
 from tfm_jax.files import lock
@@ -53,7 +54,7 @@ def test_resuming_changes_no_bit(options, stopped, tmp_path, capsys):
 
 
 def options_data(options: list[str]) -> str:
-    return str(parse(TrainRun, options, "", "").data.path)
+    return str(configured(TrainRun, options).data.path)
 
 
 def test_the_base_is_not_saved_and_the_adapters_change(two_steps):
@@ -99,7 +100,7 @@ def test_resuming_after_the_last_step_is_no_error(options, stopped, capsys):
 
 def test_fields_that_a_saved_configuration_lacks_have_their_defaults(options):
     """A checkpoint of an earlier version lacks new fields. An unknown field is reported."""
-    run = parse(TrainRun, options, "train.py", "")
+    run = configured(TrainRun, options)
     now = {"config": loop._config_dict(run), "base": "b", "data": "d"}
     saved = json.loads(json.dumps(now))
     del saved["config"]["objective"]["beta"], saved["config"]["optimizer"]
@@ -174,10 +175,10 @@ def test_clips_prepared_with_other_settings_are_refused(options):
 
 def test_the_saved_configuration_can_be_used_for_sampling(options, two_steps, tmp_path):
     file = ["--config", str(two_steps / "config.yaml")]
-    sampling = parse(SampleRun, [*file, f"--sampling.output={tmp_path}"], "sample.py", "")
+    sampling = configured(SampleRun, [*file, f"--sampling.output={tmp_path}"])
     assert dataclasses.asdict(sampling.clip) == CLIP
-    run = parse(TrainRun, [*options, f"--train.output={two_steps}", "--train.steps=2"], "train.py", "")
-    assert parse(TrainRun, file, "train.py", "") == run
+    run = configured(TrainRun, [*options, f"--train.output={two_steps}", "--train.steps=2"])
+    assert configured(TrainRun, file) == run
     assert "source" not in (two_steps / "config.yaml").read_text()
 
 

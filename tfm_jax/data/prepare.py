@@ -47,7 +47,8 @@ def prepare(run: PrepareRun) -> Prepared:
     if run.data.source is None:
         raise InputError("data.source is missing; expected the folder of metadata.csv and its clips")
     rows = read_metadata(run.data.source)
-    metadata = {"model": str(run.model.path), **configs.plain(run)["clip"]}
+    values = configs.plain(run)
+    metadata = {"model": values["model"]["path"], **values["clip"]}
     with RecordWriter(run.data.path, metadata) as writer:
         _announce(run, len(rows))
         encode = _encoder(run.model)

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
 
 import matplotlib
 
@@ -28,8 +29,8 @@ from tfm_jax.planning.programs import TrainPlan
 from tfm_jax.planning.search import Run, search
 from tfm_jax.sharding import MESH_AXES
 
-ROOT = Path(__file__).resolve().parents[2]
-MODELS = {"1.3B": "configs/wan2.1_t2v_1.3b.yaml", "14B": "configs/wan2.1_t2v_14b.yaml"}
+MODELS = {"1.3B": "wan2.1_t2v_1.3b", "14B": "wan2.1_t2v_14b"}
+"""Model -> the shipped configuration."""
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280)}
 MACHINES = {
     "v5e-8": "v5e:2x4",
@@ -59,7 +60,7 @@ CURVE_TOPOLOGIES = (
 )
 FIXED_BATCH = 16
 
-REMAT_TOPOLOGY, REMAT_MESH = "v5p:2x2x1", "--mesh.sequence=4"
+REMAT_TOPOLOGY, REMAT_MESH = "v5p:2x2x1", {"mesh.sequence": 4}
 """A topology and a mesh on which every remat policy fits, for one clip of 1.3B at 480p."""
 
 
@@ -128,11 +129,11 @@ def _options(run: Run, machine: Topology) -> list[str]:
 
 
 def _compile(file: str, options: Sequence[str]) -> dict:
-    """The JSON that scripts/plan.py prints."""
-    command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", str(ROOT / file), "--json", *options]
+    """The JSON that `tfm-plan` prints."""
+    command = [sys.executable, "-m", "tfm_jax.cli.plan", "--config", file, "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout:
-        raise CompilerError(f"plan.py exited with code {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
+        raise CompilerError(f"tfm-plan exited with code {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
     return json.loads(done.stdout)
 
 
@@ -166,7 +167,7 @@ def scaling_curves(cache: PlanCache) -> dict[str, list[Plan]]:
             f"{FIXED_BATCH} clips": (FIXED_BATCH, fixed_batch_mesh),
         }
         for curve, (batch, mesh) in cases.items():
-            run = _run("14B", "480p", batch, [f"--mesh.{axis}={size}" for axis, size in mesh.items()])
+            run = _run("14B", "480p", batch, {f"mesh.{axis}": size for axis, size in mesh.items()})
             with contextlib.suppress(LookupError, CompilerError):
                 curves.setdefault(curve, []).append(cache.plan("14B", run, machine))
     return curves
@@ -177,15 +178,15 @@ def remat_plans(cache: PlanCache) -> list[Plan]:
     machine, plans = topology(REMAT_TOPOLOGY), []
     for remat in get_args(Remat):
         with contextlib.suppress(LookupError, CompilerError):
-            run = _run("1.3B", "480p", 1, [REMAT_MESH, f"--train.remat={remat}"])
+            run = _run("1.3B", "480p", 1, {**REMAT_MESH, "train.remat": remat})
             plans.append(cache.plan("1.3B", run, machine))
     return plans
 
 
-def _run(model: str, clip: str, batch: int, extra: Sequence[str] = ()) -> TrainPlan:
+def _run(model: str, clip: str, batch: int, extra: Mapping[str, Any] = MappingProxyType({})) -> TrainPlan:
     height, width = RESOLUTIONS[clip]
-    fields = [f"--clip.height={height}", f"--clip.width={width}", f"--train.batch_size={batch}", *extra]
-    return config.parse(TrainPlan, ["--config", str(ROOT / MODELS[model]), *fields], "scaling.py", "")
+    fields = {"clip.height": height, "clip.width": width, "train.batch_size": batch, **extra}
+    return config.load(TrainPlan, MODELS[model], fields)
 
 
 def write_document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, docs: Path, command: str) -> Path:
@@ -254,7 +255,7 @@ def _document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, command: st
         command=command,
         batch=FIXED_BATCH,
         topology=REMAT_TOPOLOGY,
-        mesh=REMAT_MESH.removeprefix("--"),
+        mesh=", ".join(f"{name}={value}" for name, value in REMAT_MESH.items()),
         table=table(COLUMNS, (_row(case, plan) for case, plan in rows)),
         by_policy=table(REMAT_COLUMNS, map(_policy_row, by_policy)),
         curves=table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), map(_curve_row, plans)),

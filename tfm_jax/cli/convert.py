@@ -1,0 +1,70 @@
+"""Convert Wan2.1 weights between three layouts: Diffusers, original (Wan-AI), and tfm_jax, which loads fastest.
+
+    tfm-convert weights/Wan2.1-T2V-1.3B weights/wan-1.3b --to=tfm_jax --dtype=bfloat16
+
+Converts the networks that the source contains (transformer, vae, text_encoder) and copies the tokenizer and the
+configuration of the scheduler. The tensors are streamed one by one, so models of any size need little memory.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from tfm_jax.arrays import DTYPES, Dtype
+from tfm_jax.cli import command
+from tfm_jax.config import NonEmptyPath, section
+from tfm_jax.errors import InputError
+from tfm_jax.files import check_new_directory
+from tfm_jax.inputs import read_json
+from tfm_jax.wan.components import COMPONENTS
+from tfm_jax.wan.names import Layout
+from tfm_jax.wan.saving import find_scheduler, save_model
+from tfm_jax.wan.sources import SIDECAR_SUFFIX, find_source_or_none
+from tfm_jax.wan.tokenizer import find_tokenizer
+
+
+@section
+class Options:
+    source: Positional[NonEmptyPath]
+    """Directory of weights in any layout."""
+    target: Positional[NonEmptyPath]
+    """New or empty directory to write."""
+    to: Layout
+    """Layout to write."""
+    dtype: Dtype = "bfloat16"
+    """Type of the kernels; the autoencoder stays float32."""
+
+
+def execute(argv: Sequence[str]) -> None:
+    options = command.parse(Options, argv, "tfm-convert", __doc__).options()
+    source, target = options.source, options.target
+    check_new_directory("target", target)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"target={target}: inside the source {source}; expected another directory")
+    networks = [found for component in COMPONENTS if (found := find_source_or_none(source, component))]
+    tokenizer, scheduler = find_tokenizer(source), find_scheduler(source)
+    if not networks:
+        raise InputError(f"{source}: no network of Wan2.1 found; expected a Diffusers or original layout")
+    with tqdm(unit="B", unit_scale=True, desc="written") as bar:
+
+        def progress(name: str, written: int) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(written)
+
+        dtype = DTYPES[options.dtype]
+        save_model(networks, tokenizer, target, options.to, dtype, scheduler=scheduler, progress=progress)
+    names = [network.component.name for network in networks]
+    names += [name for name, file in (("tokenizer", tokenizer), ("scheduler", scheduler)) if file]
+    print(f"{target}: {', '.join(names)} ({options.to} layout, {options.dtype})")
+    _report_sidecar_files(target)
+
+
+def _report_sidecar_files(target: Path) -> None:
+    for file in sorted(target.glob(f"*{SIDECAR_SUFFIX}")):
+        print(f"{file}: {', '.join(read_json(file))} of this model; other programs ignore it and use Wan2.1's values")
+
+
+def main() -> None:
+    command.run(execute)

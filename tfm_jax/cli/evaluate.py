@@ -1,0 +1,110 @@
+"""Measure how the objects of generated clips move, against real clips of the same world.
+
+    tfm-evaluate runs/demo/samples/base runs/demo/samples/lora \\
+        --reference=runs/demo/reference --prompts=runs/demo/prompts.txt
+
+Each folder contains mp4 files, and optionally metadata.csv with their prompts. For each metric the table shows every
+folder of generated clips, the reference, and the floor: the difference between two random halves of the reference. A
+difference that is not well above the floor has no meaning.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from tyro.conf import Positional
+
+from tfm_jax import config
+from tfm_jax.cli import command
+from tfm_jax.config import ClipConfig, NonEmptyPath, section
+from tfm_jax.errors import InputError
+from tfm_jax.moving_shapes.evaluation.folders import find_captioned_clips, measure_clips
+from tfm_jax.moving_shapes.evaluation.report import ClipCounts, format_table, to_json
+from tfm_jax.moving_shapes.evaluation.set_metrics import compare
+from tfm_jax.moving_shapes.scene import ClipSpec
+
+DEFAULT = ClipConfig(frames=17, height=64, width=64, fps=16)
+LIMITS = {"frames": (5, 1000), "height": (16, 4096), "width": (16, 4096), "fps": (1, 1000)}
+LARGEST_CLIP = 100_000_000
+"""Frames x height x width; 81 frames at 720p are 75 million. Tracking takes about 100 bytes per pixel."""
+
+
+@section
+class Options:
+    generated: Positional[Annotated[tuple[NonEmptyPath, ...], Field(min_length=1)]]
+    """Folders of mp4 files, such as tfm-sample writes."""
+    reference: NonEmptyPath
+    """Folder of real clips."""
+    prompts: NonEmptyPath | None = None
+    """Text file with the prompts of each folder's clips, one per line, in the order of the clips."""
+    json: NonEmptyPath | None = None
+    """File to write the numbers to."""
+    config: Path | None = None
+    """YAML file, or the name of a shipped configuration, whose clip section gives the next four values."""
+    frames: int | None = None
+    """Frames to read of each clip; 17 without a configuration."""
+    height: int | None = None
+    """Height in pixels; 64 without a configuration."""
+    width: int | None = None
+    """Width in pixels; 64 without a configuration."""
+    fps: float | None = None
+    """Frames per second; 16 without a configuration."""
+
+
+@section
+class ClipSection:
+    """The section that an evaluation reads of a configuration."""
+
+    clip: ClipConfig
+
+
+def execute(argv: Sequence[str]) -> None:
+    options = command.parse(Options, argv, "tfm-evaluate", __doc__).options()
+    spec = read_spec(options)
+    names = [folder.name for folder in options.generated]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name}: {names.count(name)} folders have this name; expected different names")
+    listed = [find_captioned_clips(folder, options.prompts, minimum=2) for folder in options.generated]
+    reference = find_captioned_clips(options.reference, None, minimum=4)
+    sizes = [len(clips) for clips in listed]
+    if len(set(sizes)) > 1:
+        found = ", ".join(f"{name} has {size}" for name, size in zip(names, sizes, strict=True))
+        raise InputError(f"{found} clips; expected the same number in each folder")
+    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        raise InputError(f"--json={options.json}: cannot be written; expected a file in an existing folder")
+
+    generated = [measure_clips(clips, spec) for clips in listed]
+    real = measure_clips(reference, spec)
+    compared = [compare(clips, real) for clips in generated]
+    tables = {name: table for name, (table, _) in zip(names, compared, strict=True)}
+    counts = ClipCounts(sizes[0], len(real), compared[0][1])
+    print(format_table(tables, counts))
+    if options.json:
+        options.json.write_text(to_json(tables, counts), encoding="utf-8")
+
+
+def read_spec(options: Options) -> ClipSpec:
+    """The frames, size and rate of the clips: from the options, else the configuration, else the defaults.
+
+    Raises:
+        InputError: one of them is outside its limits, or a clip would be too large.
+    """
+    clip = config.load(ClipSection, options.config).clip if options.config else DEFAULT
+    values = {}
+    for name, (least, most) in LIMITS.items():
+        given = getattr(options, name)
+        values[name] = getattr(clip, name) if given is None else given
+        if not least <= values[name] <= most:
+            field = f"{options.config}: clip.{name}" if given is None else f"--{name}"
+            raise InputError(f"{field}={values[name]}: expected {least} to {most}")
+    frames, height, width, fps = values.values()
+    if frames * height * width > LARGEST_CLIP:
+        size = f"{frames} frames of {height} x {width}"
+        raise InputError(f"{size}: {frames * height * width:,} pixels per clip; expected at most {LARGEST_CLIP:,}")
+    return ClipSpec(frames, (height, width), fps)
+
+
+def main() -> None:
+    command.run(execute)

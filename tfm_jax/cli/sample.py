@@ -1,0 +1,30 @@
+"""Sample videos from a Wan2.1 model, with or without a LoRA.
+
+    tfm-sample --config wan2.1_t2v_1.3b --sampling.prompts=prompts.txt --sampling.lora=lora.safetensors \\
+        --sampling.output=samples/
+
+Each video is saved as soon as it is done. The same command again makes only the missing videos: after an error, or
+after Ctrl-C or SIGTERM, which stop the program after the current step (exit code 75; a second signal ends it at once).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tfm_jax.cli import command
+from tfm_jax.config import section
+from tfm_jax.sampling.pipeline import SampleRun, sample
+
+
+@section
+class Options:
+    config: Path
+    """YAML file, or the name of a shipped configuration such as wan_tiny."""
+    run: SampleRun
+
+
+def execute(argv: Sequence[str]) -> None:
+    sample(command.parse(Options, argv, "tfm-sample", __doc__).options().run)
+
+
+def main() -> None:
+    command.run(execute)

@@ -1,0 +1,44 @@
+"""Compile the training step of both models for many machines, and write docs/scaling.md with its picture.
+
+    python scripts/scaling.py
+
+Takes hours and can be interrupted: every plan is kept in a file, and the next start compiles only the missing ones.
+Remove the file after changes of the code or of JAX, since it does not record them. Nothing is run, and no TPU or GPU is
+needed; the compilers are those of tfm-plan.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: leave the accelerators of this machine alone
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tfm_jax.cli import command
+from tfm_jax.config import NonEmptyPath, Positive, section
+from tfm_jax.planning.scaling import PlanCache, best_plans, remat_plans, scaling_curves, write_document
+
+
+@section
+class Options:
+    output: NonEmptyPath = Path("runs/scaling/plans.json")
+    """File of the plans."""
+    docs: NonEmptyPath = Path("docs")
+    """Folder of scaling.md."""
+    tries: Positive = 3
+    """Number of meshes to compile for each row."""
+    write: bool = False
+    """Only write the page, from the plans in the file."""
+
+
+def execute(argv: Sequence[str]) -> None:
+    options = command.parse(Options, argv, "python scripts/scaling.py", __doc__).options()
+    cache = PlanCache(options.output, compile_missing=not options.write)
+    rows = list(best_plans(cache, options.tries))
+    by_policy, curves = remat_plans(cache), scaling_curves(cache)
+    page = f"python scripts/scaling.py --tries={options.tries}"
+    print(f"done: see {write_document(rows, by_policy, curves, options.docs, page)}")
+
+
+def main() -> None:
+    command.run(execute)

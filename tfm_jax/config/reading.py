@@ -1,0 +1,205 @@
+"""Reading a configuration: a YAML file of sections, fields that override it, and one line for every mistake."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar, get_type_hints
+
+import pydantic
+import yaml
+
+from tfm_jax import plain_yaml
+from tfm_jax.config.sections import PACKAGE, Config
+from tfm_jax.errors import InputError
+from tfm_jax.files import replacing
+
+T = TypeVar("T")
+
+SHIPPED = PACKAGE / "configs"
+"""The configurations that are installed with the package; `load` finds them by their bare names."""
+
+
+def load(kind: type[T], file: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> T:
+    """Read the sections of `kind` from a YAML file.
+
+    Args:
+        file: a path, or the bare name of a configuration in `SHIPPED`.
+        overrides: `section.field` -> value, which wins over the file; text is read as on the command line.
+
+    Raises:
+        InputError: unknown, missing, repeated or impossible values.
+    """
+    path = locate(file)
+    values = read(path)
+    origin = {}
+    for name, value in overrides.items():
+        origin[name] = f"--{name}={shown(value)}"
+        if name not in _fields(kind):
+            raise InputError(f"{origin[name]}: unknown field {name}; {_nearest(name, kind)}")
+        part, field = name.split(".")
+        values.setdefault(part, {})[field] = literal(name, value)
+    wanted = {name: values[name] for name in _sections(kind) if name in values}
+    return from_plain(kind, wanted, str(path), origin)
+
+
+def locate(file: str | Path) -> Path:
+    """The path of a configuration; a bare name that is not an existing file names one in `SHIPPED`.
+
+    Raises:
+        InputError: there is neither.
+    """
+    path = Path(file)
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    if os.path.lexists(path):
+        return path
+    if str(file) in shipped:
+        return shipped[str(file)]
+    raise InputError(f"{file}: no such file; expected a configuration file or one of {', '.join(shipped)}")
+
+
+def literal(name: str, value: Any) -> Any:
+    """A value from the command line: lists and null are written as in YAML, anything else stays text for its type."""
+    if not isinstance(value, str) or not (value.startswith("[") or value == "null"):
+        return value
+    try:
+        return plain_yaml.parse(value, "")
+    except InputError:
+        raise InputError(f"--{name}={shown(value)}: not a list; expected one such as [a, b]") from None
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Section -> field -> value of a YAML file, with known names but unchecked values.
+
+    Raises:
+        InputError: the file cannot be read, or has unknown or repeated names.
+    """
+    try:
+        values = plain_yaml.read(file)
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; expected a configuration file") from None
+    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+        raise InputError(f"{file}: expected sections ({', '.join(_sections(Config))}) with fields")
+    _check_names(values, str(file))
+    return values
+
+
+def from_plain(kind: type[T], values: dict[str, Any], file: str, origin: Mapping[str, str] | None = None) -> T:
+    """Make a `kind` from section -> field -> value; missing fields get their defaults.
+
+    Args:
+        file: the source of the values, for messages.
+        origin: field -> the command-line argument that gave its value.
+
+    Raises:
+        InputError: missing, unknown or impossible values.
+    """
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise InputError(_first_problem(error, file, origin or {})) from None
+
+
+def plain(config: Any) -> dict[str, dict[str, Any]]:
+    """Section -> field -> value, in the types of JSON."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def dump(config: Any, path: Path) -> None:
+    """Write a configuration as YAML, which `load` reads back."""
+    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def _sections(kind: type) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
+
+
+def _fields(kind: type) -> Iterator[str]:
+    for name, part in _sections(kind).items():
+        yield from (f"{name}.{field.name}" for field in dataclasses.fields(part))
+
+
+def _check_names(values: dict[str, Any], file: str) -> None:
+    sections = _sections(Config)
+    for name, part in values.items():
+        if name not in sections:
+            close = difflib.get_close_matches(str(name), sections)
+            raise InputError(f"{file}: unknown section {name}; {_choices(close, sections)}")
+        for field, value in part.items():
+            full = f"{name}.{field}"
+            if full not in _fields(Config):
+                raise InputError(f"{file}: unknown field {full}; {_nearest(full, Config)}")
+            if isinstance(value, bool):
+                raise InputError(
+                    f"{file}: {full}={str(value).lower()}: booleans are not accepted here; put text into quotes"
+                )
+
+
+NEAR = 0.72
+"""How similar a name must be to be suggested: `lernin_rate` suggests learning_rate, `tensorboard` does not suggest
+tensor."""
+
+
+def _nearest(name: str, kind: type) -> str:
+    """The fields whose names are close to an unknown one, those of its section first; all fields if none is close."""
+    part, _, tail = name.rpartition(".")
+    fields: dict[str, list[str]] = {}
+    for full in sorted(_fields(kind), key=lambda full: not full.startswith(f"{part}.")):
+        fields.setdefault(full.rpartition(".")[2], []).append(full)
+    close = [full for match in difflib.get_close_matches(tail, fields, cutoff=NEAR) for full in fields[match]]
+    names = [full for full in _fields(kind) if full.startswith(f"{part}.")] or [f"{n}.*" for n in _sections(kind)]
+    return _choices(close[:3], names)
+
+
+def _choices(close: Iterable[str], names: Iterable[str]) -> str:
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
+
+
+_EXPECTED = {
+    "greater_than": "expected more than {gt:g}",
+    "greater_than_equal": "expected at least {ge:g}",
+    "less_than": "expected less than {lt:g}",
+    "less_than_equal": "expected at most {le:g}",
+    "finite_number": "expected a finite number",
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "string_type": "expected text",
+    "path_type": "expected a path",
+    "literal_error": "expected {expected}",
+    "tuple_type": "expected a list, such as [a, b]",
+    "too_short": "expected at least {min_length} of them",
+    "unexpected_keyword_argument": "expected a field of this version of tfm_jax",
+}
+"""Type of a pydantic error -> the message, formatted with the error's context."""
+
+
+def _first_problem(error: pydantic.ValidationError, file: str, origin: Mapping[str, str]) -> str:
+    """Describe the first problem in one line: file or option, field, value, what was expected."""
+    problem = error.errors()[0]
+    name = ".".join(part for part in problem["loc"][:2] if isinstance(part, str))  # numbers are places in a list
+    context = problem.get("ctx", {})
+    if problem["type"] == "missing":
+        return f"{file}: {name} is missing; expected it in the file{f' or as --{name}=...' if '.' in name else ''}"
+    if problem["type"] == "value_error":  # from __post_init__, whose message begins with the field
+        field, _, expected = str(context["error"]).partition(": ")
+        name, given = f"{name}.{field.partition('=')[0]}", f"{name}.{field}"
+    else:
+        known = _EXPECTED.get(problem["type"])
+        expected = known.format(**context) if known else problem["msg"]
+        given = f"{name}={shown(problem['input'])}"
+    return f"{origin[name]}: {expected}" if name in origin else f"{file}: {given}: {expected}"
+
+
+def shown(value: Any) -> str:
+    """A value as it is written in the file and on the command line, cut to at most 100 characters."""
+    if value is None:
+        return "null"
+    text = f"[{', '.join(map(shown, value))}]" if isinstance(value, list | tuple) else " ".join(str(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,237 @@
+"""The sections of a configuration. They check their values when they are made; each field's docstring is its help."""
+
+import dataclasses
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+
+import pydantic
+from pydantic import Field
+from pydantic_core import PydanticCustomError
+
+from tfm_jax.arrays import Dtype
+
+T = TypeVar("T")
+
+PACKAGE = Path(str(resources.files("tfm_jax")))
+WAN_TINY = Path("wan_tiny")
+"""As `model.path`: the embedded model, wherever the package is installed. An existing path of that name wins."""
+
+_strict = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def section(cls: type[T]) -> type[T]:
+    """A frozen dataclass of keyword fields that checks its values; the docstring below a field is its help."""
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)(cls)
+    # pydantic ignores the docstrings of fields that are inherited
+    for base in filter(pydantic.dataclasses.is_pydantic_dataclass, cls.__mro__[1:]):
+        for name, field in base.__pydantic_fields__.items():
+            made.__pydantic_fields__[name].description = field.description
+    return cast(type[T], made)
+
+
+def _not_empty(value: Any) -> Any:
+    if value == "":  # Path("") is the current directory
+        raise PydanticCustomError("path_type", "expected a path")
+    return value
+
+
+def _find_model(path: Path) -> Path:
+    return PACKAGE / "moving_shapes" / "wan_tiny" if path == WAN_TINY and not path.exists() else path
+
+
+def _name_model(path: Path) -> str:
+    return str(WAN_TINY if path == _find_model(WAN_TINY) else path)
+
+
+NonEmptyPath = Annotated[Path, pydantic.BeforeValidator(_not_empty)]
+ModelPath = Annotated[NonEmptyPath, pydantic.AfterValidator(_find_model), pydantic.PlainSerializer(_name_model)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Remat = Literal["full", "attention", "attention_offload", "none"]
+
+
+@section
+class ModelConfig:
+    path: ModelPath
+    """Directory of the weights in the Diffusers, original (Wan-AI) or converted layout. wan_tiny is the embedded model,
+    unless a file or directory of that name exists."""
+    dim: Positive
+    """Width of the transformer. It and the next three fields must match the weights."""
+    ffn_dim: Positive
+    """Width of the feed-forward network."""
+    heads: Positive
+    """Number of attention heads."""
+    layers: Positive
+    """Number of transformer blocks."""
+    dtype: Dtype = "bfloat16"
+    """Type of the frozen weights and of the computation; adapters, norms and the objective stay float32."""
+
+    def __post_init__(self) -> None:
+        width, rest = divmod(self.dim, self.heads)
+        fits = not rest and width >= 6 and width % 2 == 0  # rotary positions turn pairs of channels along three axes
+        _require(fits, "heads", self.heads, f"a divisor of dim={self.dim} that gives heads of an even width, 6 or more")
+
+
+@section
+class ClipConfig:
+    frames: Positive
+    """Number of frames of a clip, 4 n + 1."""
+    height: Positive
+    """Height in pixels, a multiple of 16."""
+    width: Positive
+    """Width in pixels, a multiple of 16."""
+    fps: Annotated[float, Field(gt=0)] = 16.0
+    """Frames per second at which clips are read and samples are written."""
+
+    def __post_init__(self) -> None:
+        _require((self.frames - 1) % 4 == 0, "frames", self.frames, "4 n + 1, such as 81")
+        _require(self.height % 16 == 0, "height", self.height, "a multiple of 16")
+        _require(self.width % 16 == 0, "width", self.width, "a multiple of 16")
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the latents: the autoencoder's strides are 4, 8 and 8."""
+        return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+
+
+@section
+class DataConfig:
+    source: NonEmptyPath | None = None
+    """Folder of the clips and metadata.csv (columns video and prompt), which preparation reads."""
+    path: NonEmptyPath
+    """Folder of the latents and text embeddings, which preparation writes and training reads."""
+
+
+@section
+class LoraConfig:
+    rank: Positive = 32
+    """Rank of every adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The output of each adapter is scaled by alpha / rank."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+    """Linear layers that get an adapter, selected by the end of their names: q means self_attn.q and cross_attn.q."""
+
+
+@section
+class ObjectiveConfig:
+    kind: Literal["tfm", "fm", "fm_direction", "tfm_mse", "fm_warp"] = "tfm"
+    """tfm: temporal-aware path with the direction and residual losses. fm: straight path with mean squared error. The
+    others are controls: fm_direction combines the path of fm with the losses of tfm, tfm_mse the path of tfm with the
+    loss of fm, and fm_warp is fm with the mean of tfm's noise levels over the frames."""
+    rho: Annotated[float, Field(gt=0)] = 4.0
+    """How strongly a frame follows its own clean frame, relative to its neighbours."""
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the residual loss."""
+    shift: Annotated[float, Field(gt=0)] = 5.0
+    """Shifts the noise levels towards pure noise; 1 shifts nothing."""
+    low: Fraction = 0.0
+    """Start of the range of noise levels to train on, as a fraction of the grid: 0 is pure noise."""
+    high: Fraction = 1.0
+    """End (exclusive) of the range of noise levels to train on, as a fraction of the grid: 1 is clean."""
+
+    def __post_init__(self) -> None:
+        _require(self.low < self.high, "low", self.low, f"less than high={self.high}")
+
+
+@section
+class OptimizerConfig:
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate; constant after the warm-up."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up: step n, counted from 1, uses learning_rate * n / (warmup_steps + 1)."""
+    b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay rate of the first moment."""
+    b2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay rate of the second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay, applied to both factors of every adapter."""
+    lora_b_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Ratio of the learning rates of the B and the A factors (LoRA+)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Clip the global norm of the gradient to this value; null disables clipping."""
+
+
+@section
+class TrainConfig:
+    output: NonEmptyPath
+    """Folder of the run, which gets config.yaml, metrics.jsonl and checkpoints/."""
+    steps: Positive
+    """Number of optimizer steps."""
+    batch_size: Positive = 1
+    """Clips per step over all devices, a multiple of mesh.data x mesh.fsdp."""
+    seed: Seed = 0
+    """Seed of the initial adapters, the order of the clips, the noise and the noise levels."""
+    checkpoint_every: Positive = 500
+    """Number of steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: Positive = 3
+    """Number of checkpoints to keep, the newest ones."""
+    max_bad_steps: Positive = 3
+    """A step whose loss or gradient is not finite is skipped and leaves the adapters unchanged. The run stops after
+    this many such steps in a row, or if a shorter run has no other steps."""
+    log_every: Positive = 1
+    """Number of steps between lines on the console; metrics.jsonl records every step."""
+    remat: Remat = "full"
+    """Selects which activations of each block are saved for the backward pass; the others are recomputed. full saves
+    only the block's input, attention also the outputs of attention, attention_offload keeps those in host memory, and
+    none recomputes nothing. Saving fewer uses less memory but takes longer."""
+
+
+@section
+class MeshConfig:
+    data: Annotated[int, Field(ge=-1)] = -1
+    """Number of devices that split only the batch; -1 uses all devices that the other axes leave."""
+    fsdp: Positive = 1
+    """Number of devices that split the batch and the weights."""
+    sequence: Positive = 1
+    """Number of devices that split the tokens of a clip, and the weights further; must divide the number of tokens."""
+    tensor: Positive = 1
+    """Number of devices that split the heads and the feed-forward channels; must divide the number of heads."""
+
+    def __post_init__(self) -> None:
+        _require(self.data != 0, "data", self.data, "1 or more, or -1 for all devices that the other axes leave")
+
+
+@section
+class SamplingConfig:
+    prompts: NonEmptyPath = Path("prompts.txt")
+    """Text file with one prompt per line."""
+    output: NonEmptyPath
+    """Folder that gets 000.mp4, 001.mp4, ... and contact_sheet.png; existing videos are kept."""
+    lora: NonEmptyPath | None = None
+    """LoRA file (safetensors, any dialect); null samples the base model."""
+    steps: Positive = 50
+    """Number of Euler steps."""
+    shift: Annotated[float, Field(gt=0)] = 5.0
+    """Shifts the noise levels towards pure noise; 1 shifts nothing."""
+    guidance: Annotated[float, Field(ge=0, le=1000)] = 5.0
+    """Scale of classifier-free guidance; 1 disables it."""
+    negative_prompt: str = ""
+    """Text that guidance steers away from."""
+    seed: Seed = 0
+    """Seed of the initial noise; each prompt derives its own noise from the seed and its number."""
+
+
+@section
+class Config:
+    """All sections; a YAML file may have any of them."""
+
+    model: ModelConfig
+    clip: ClipConfig
+    data: DataConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def _require(holds: bool, field: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{field}={value}: expected {expected}")
