@@ -1,10 +1,6 @@
 """Tests run on the CPU, in plain float32."""
 
 import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import signal
 import sys
 from functools import partial
@@ -12,6 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import compiling
+
+# Nothing above imports JAX, which reads these variables once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+compiling.compile_fast()
 
 torch.set_num_threads(1)
 

@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def launch(folder):
-    launcher = Launcher(folder / "cache")
+    launcher = Launcher()
     yield launcher
     launcher.kill()
 

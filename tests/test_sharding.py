@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     done = subprocess.run(
         [sys.executable, HELPERS / "sharded_runs.py", folder],
-        env=virtual_devices.environment(8) | virtual_devices.FAST_COMPILATION,
+        env=virtual_devices.environment(8),
         capture_output=True,
         text=True,
     )

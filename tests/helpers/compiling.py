@@ -1,31 +1,23 @@
-"""Settings that make compiling cheap."""
+"""How the tests compile: without most optimizations, and every program only once in a whole test run."""
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import atexit
+import os
+import shutil
+import tempfile
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
-
-
-@contextlib.contextmanager
-def fast_compilation(cache: Path) -> Iterator[None]:
-    """Compile without optimizations inside the block, and compile every program only once."""
-    settings: dict[str, Any] = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    _configure(settings)
-    try:
-        yield
-    finally:
-        _configure(before)
+DEFAULTS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
-def _configure(settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def compile_fast() -> None:
+    """Set the environment of this process and of those that it starts. This must come before the import of JAX."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if CACHE not in os.environ:  # the workers of pytest-xdist inherit the folder of the process that starts them
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="tfm_jax_compiled_")
+        atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
+
+
+def settings() -> dict[str, str]:
+    """These variables, for a process that inherits no environment."""
+    return {name: os.environ[name] for name in (*DEFAULTS, CACHE) if name in os.environ}

@@ -26,8 +26,6 @@ CLIPS = 24
 PATIENCE = 900
 """Timeout in seconds, many times as long as a run takes, for busy machines."""
 
-FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
 LOADING = """
 import json, sys
 from pathlib import Path
@@ -81,8 +79,7 @@ def write_run(path: Path) -> None:
 class Launcher:
     """Starts processes; `kill` ends those that still run."""
 
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
+    def __init__(self) -> None:
         self._started: list[subprocess.Popen] = []
 
     def __call__(self, count: int, command: list[str]) -> list[subprocess.Popen]:
@@ -91,12 +88,7 @@ class Launcher:
             free.bind(("", 0))
             address = f"localhost:{free.getsockname()[1]}"
         environment = virtual_devices.environment(8 // count)
-        environment["XLA_FLAGS"] += FAST_COMPILATION
-        environment |= {
-            "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": str(self._cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        environment["PYTHONPATH"] = str(ROOT)
         for index in range(count):
             distributed = {
                 "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",

@@ -1,7 +1,6 @@
 """Several virtual devices on one CPU, for programs that run in a separate process."""
 
-FAST_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-"""Makes a process compile faster; its programs run slower."""
+from helpers import compiling
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -12,6 +11,7 @@ def environment(devices: int) -> dict[str, str]:
     sets the size of the pool.
     """
     return {
+        **compiling.settings(),
         "PATH": "",
         "JAX_PLATFORMS": "cpu",
         "NPROC": str(4 * devices),

@@ -2,13 +2,6 @@
 
 import jax
 import pytest
-from helpers.compiling import fast_compilation
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_compilation(tmp_path_factory):
-    with fast_compilation(tmp_path_factory.mktemp("compilations")):
-        yield
 
 
 @pytest.fixture(autouse=True)

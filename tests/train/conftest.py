@@ -4,15 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import compiling
 
 # Helpers that import our package are imported in the fixtures: pytest has to prepare its type checks first.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation(tmp_path_factory):
-    with compiling.fast_compilation(tmp_path_factory.mktemp("compilations")):
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +36,7 @@ def options(model_folder, latents, tmp_path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two_steps(model_folder, latents, tmp_path_factory, fast_compilation) -> Path:
+def two_steps(model_folder, latents, tmp_path_factory) -> Path:
     """The run after two of its steps."""
     from helpers.training_runs import arguments, start
 

@@ -44,11 +44,9 @@ def command(tmp_path_factory):
         "train": {"output": str(folder / "run"), "steps": 1, "checkpoint_every": 2},
     }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(values))  # JSON is YAML
-    environment = virtual_devices.environment(1) | virtual_devices.FAST_COMPILATION
+    environment = virtual_devices.environment(1)
     environment |= {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
     def start(*options: str) -> subprocess.Popen:

@@ -50,7 +50,7 @@ runpy.run_path(script, run_name="__main__")
         arguments = [*options, *mesh, f"--train.output={output}", "--train.steps=10", "--train.batch_size=8"]
         done = subprocess.run(
             [sys.executable, "-c", program, str(script), *arguments],
-            env=virtual_devices.environment(devices) | virtual_devices.FAST_COMPILATION,
+            env=virtual_devices.environment(devices),
             capture_output=True,
             text=True,
         )
