@@ -60,14 +60,14 @@ def main(argv: Sequence[str]) -> None:
     captions = [row.prompt for row in read_metadata(ROOT / DEMO / "reference")]
     write_prompts(ROOT / DEMO / "prompts.txt", captions[:NUM_PROMPTS])
 
-    run_program("prepare_data.py", "--config", CONFIG)
-    run_program("train.py", "--config", CONFIG)
-    run_program("export_lora.py", str(DEMO), str(DEMO / "lora.safetensors"))
+    run_program("tfm-prepare", "--config", CONFIG)
+    run_program("tfm-train", "--config", CONFIG)
+    run_program("tfm-export", str(DEMO), str(DEMO / "lora.safetensors"))
     folders = {name: DEMO / "samples" / name for name in ("base", "lora")}
-    run_program("sample.py", "--config", CONFIG, f"--sampling.output={folders['base']}")
-    run_program("sample.py", "--config", CONFIG, f"--sampling.output={folders['lora']}",
+    run_program("tfm-sample", "--config", CONFIG, f"--sampling.output={folders['base']}")
+    run_program("tfm-sample", "--config", CONFIG, f"--sampling.output={folders['lora']}",
                 f"--sampling.lora={DEMO}/lora.safetensors")  # fmt: skip
-    run_program("evaluate.py", *map(str, folders.values()), f"--reference={DEMO}/reference",
+    run_program("tfm-evaluate", *map(str, folders.values()), f"--reference={DEMO}/reference",
                 f"--prompts={DEMO}/prompts.txt", f"--json={DEMO}/evaluation.json")  # fmt: skip
     draw_report(ROOT / DEMO)
     print(f"done: see {DEMO}/report.png and {DEMO}/samples/")
@@ -75,8 +75,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run_program(name: str, *arguments: str) -> None:
     """Run a program from the root of the repository, as a user would; if it fails, exit with its code."""
-    print(f"\n$ python scripts/{name} {shlex.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, f"scripts/{name}", *arguments], cwd=ROOT)
+    print(f"\n$ {name} {shlex.join(arguments)}", flush=True)
+    done = subprocess.run([Path(sys.executable).with_name(name), *arguments], cwd=ROOT)
     if done.returncode:
         sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)  # a shell adds 128 to signals
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.configured import configured
+from helpers.configured import TEXT, configured, write_config
 from helpers.paths import ROOT, WAN_TINY
 
 from tfm_jax.config import Config, dump, load, plain
@@ -17,24 +17,10 @@ from tfm_jax.train.loop import TrainRun
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RUNS = (TrainRun, PrepareRun, SampleRun)
 
-TEXT = """\
-model: {path: weights, dim: 96, ffn_dim: 256, heads: 4, layers: 4, dtype: float32}
-clip: {frames: 17, height: 64, width: 48}
-data: {source: clips, path: latents}
-lora:
-  rank: 8
-  targets: [q, k]
-optimizer: {learning_rate: 1e-3}
-train: {output: run, steps: 200}
-sampling: {output: samples}
-"""
-
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(TEXT)
-    return path
+    return write_config(tmp_path)
 
 
 def read(file, *options, kind=Config):

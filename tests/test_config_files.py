@@ -6,28 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.configured import TEXT, write_config
 
 from tfm_jax.config import Config, load, plain
 from tfm_jax.errors import InputError
 
-TEXT = """\
-model: {path: weights, dim: 96, ffn_dim: 256, heads: 4, layers: 4, dtype: float32}
-clip: {frames: 17, height: 64, width: 48}
-data: {source: clips, path: latents}
-lora:
-  rank: 8
-  targets: [q, k]
-optimizer: {learning_rate: 1e-3}
-train: {output: run, steps: 200}
-sampling: {output: samples}
-"""
-
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(TEXT)
-    return path
+    return write_config(tmp_path)
 
 
 def refusal(file) -> str:

@@ -1,4 +1,4 @@
-"""Distributed runs: train.py itself in two processes of four CPU devices each, which communicate over gloo."""
+"""Distributed runs: tfm-train itself in two processes of four CPU devices each, which communicate over gloo."""
 
 import json
 import os

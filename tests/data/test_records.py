@@ -115,7 +115,7 @@ def test_what_a_killed_run_left_is_replaced(tmp_path, small_shards, capsys):
 def test_a_partial_folder_of_somebody_else_is_kept(tmp_path):
     (tmp_path / "latents.partial").mkdir()
     (tmp_path / "latents.partial" / "thesis.txt").touch()
-    assert "latents.partial: not made by this version of prepare_data.py" in refused_writer(tmp_path / "latents")
+    assert "latents.partial: not made by this version of tfm-prepare" in refused_writer(tmp_path / "latents")
     assert [path.name for path in (tmp_path / "latents.partial").iterdir()] == ["thesis.txt"]
 
 
@@ -201,7 +201,7 @@ def test_a_flipped_bit_is_noticed(dataset):
 
 def test_not_a_dataset(tmp_path, dataset):
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(InputError, match=r"no dataset_info.json in it; expected a folder that prepare_data.py"):
+        with pytest.raises(InputError, match=r"no dataset_info.json in it; expected a folder that tfm-prepare"):
             open_records(folder)
     for name in ("dataset_info.json", "features.json", "metadata.json"):
         content = (dataset / name).read_text()

@@ -181,9 +181,9 @@ def data(wrong: str, broken: Break, *words: str) -> Row:
 
 
 PREPARED = [
-    row("train", "no such data", "--data.path=$tmp/none", words=("$tmp/none", "prepare_data.py")),
-    row("train", "clips instead of data", "--data.path=$world/clips", words=("$world/clips", "prepare_data.py")),
-    row("train", "a file instead of data", "--data.path=$world/config.yaml", words=("config.yaml", "prepare_data.py")),
+    row("train", "no such data", "--data.path=$tmp/none", words=("$tmp/none", "tfm-prepare")),
+    row("train", "clips instead of data", "--data.path=$world/clips", words=("$world/clips", "tfm-prepare")),
+    row("train", "a file instead of data", "--data.path=$world/config.yaml", words=("config.yaml", "tfm-prepare")),
     row(
         "train",
         "a batch larger than the dataset",
@@ -191,13 +191,13 @@ PREPARED = [
         words=("train.batch_size=5", "only 4 clips"),
     ),
     row("train", "a mesh with more devices than available", "--mesh.fsdp=2", words=("mesh.fsdp=2", "1 devices")),
-    data("without its information", remove("latents/dataset_info.json"), "prepare_data.py"),
-    data("whose information is cut off", cut("latents/dataset_info.json"), "prepare_data.py"),
-    data("whose information is not JSON", write("latents/dataset_info.json", "what"), "prepare_data.py"),
-    data("whose information is nested", write("latents/dataset_info.json", DEEP), "prepare_data.py"),
+    data("without its information", remove("latents/dataset_info.json"), "tfm-prepare"),
+    data("whose information is cut off", cut("latents/dataset_info.json"), "tfm-prepare"),
+    data("whose information is not JSON", write("latents/dataset_info.json", "what"), "tfm-prepare"),
+    data("whose information is nested", write("latents/dataset_info.json", DEEP), "tfm-prepare"),
     data("that claims to have a hundred clips", replace("latents/dataset_info.json", '"4"', '"100"')),
-    data("whose features are cut off", cut("latents/features.json"), "prepare_data.py"),
-    data("without its features", remove("latents/features.json"), "prepare_data.py"),
+    data("whose features are cut off", cut("latents/features.json"), "tfm-prepare"),
+    data("without its features", remove("latents/features.json"), "tfm-prepare"),
     data("that claims another shape of the latents", replace("latents/features.json", '"6"', '"12"')),
     data("that claims another rank of the latents", replace("latents/features.json", '"6",', "")),
     data("that claims another width of the text", replace("latents/features.json", '"64"', '"32"')),

@@ -10,6 +10,19 @@ from tfm_jax.config import section
 
 T = TypeVar("T")
 
+TEXT = """\
+model: {path: weights, dim: 96, ffn_dim: 256, heads: 4, layers: 4, dtype: float32}
+clip: {frames: 17, height: 64, width: 48}
+data: {source: clips, path: latents}
+lora:
+  rank: 8
+  targets: [q, k]
+optimizer: {learning_rate: 1e-3}
+train: {output: run, steps: 200}
+sampling: {output: samples}
+"""
+"""A small configuration with all required fields."""
+
 
 @functools.cache
 def options_with(kind: type) -> type:
@@ -20,3 +33,10 @@ def options_with(kind: type) -> type:
 def configured(kind: type[T], argv: Sequence[str]) -> T:
     """The sections of `kind` from `--config FILE` and `--section.field=value` arguments."""
     return command.parse(options_with(kind), argv, "program", "About it.").options().run
+
+
+def write_config(folder: Path) -> Path:
+    """Write TEXT to config.yaml."""
+    file = folder / "config.yaml"
+    file.write_text(TEXT)
+    return file

@@ -1,4 +1,4 @@
-"""Runs of train.py and other programs in several processes on virtual CPU devices."""
+"""Runs of tfm-train and other programs in several processes on virtual CPU devices."""
 
 import json
 import shutil

@@ -193,7 +193,7 @@ def test_wasserstein_against_sorted_samples():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Six real clips, and three generated ones with their prompts, named as sample.py names them."""
+    """Six real clips, and three generated ones with their prompts, named as tfm-sample names them."""
     folder = tmp_path_factory.mktemp("clips")
     write_clips(folder / "real", 6, frames=9, seed=1, laws=["uniform"])
     (folder / "samples").mkdir()
@@ -369,7 +369,7 @@ def test_a_configuration_without_a_clip(requested_spec, folders):
 
 
 def test_bad_input_ends_with_code_2(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "none"), f"--reference={tmp_path}"])
+    monkeypatch.setattr(sys, "argv", ["tfm-evaluate", str(tmp_path / "none"), f"--reference={tmp_path}"])
     with pytest.raises(SystemExit) as done:
         command.run(partial(execute, "evaluate"))
     assert done.value.code == 2

@@ -314,7 +314,7 @@ def test_a_small_study(small, capsys):
     assert "nan" not in text
     assert "None" not in text
 
-    # evaluate.py measures the same numbers.
+    # tfm-evaluate measures the same numbers.
     folder = next(output.glob("tfm/seed0_steps3")) / "samples"
     execute("evaluate", [
         str(folder), f"--reference={output / 'reference'}", f"--prompts={output / 'prompts.txt'}",

@@ -178,7 +178,7 @@ def test_a_signal_stops_after_the_step_and_the_same_command_continues(
 
     with monkeypatch.context() as patch:
         patch.setattr(video, "write_clip", send)
-        patch.setattr(sys, "argv", ["sample.py"])
+        patch.setattr(sys, "argv", ["tfm-sample"])
         with pytest.raises(SystemExit) as ended:
             command.run(lambda _: sample(run))
     assert ended.value.code == 75

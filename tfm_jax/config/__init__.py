@@ -20,11 +20,12 @@ from tfm_jax.config.sections import (
     SamplingConfig,
     Seed,
     TrainConfig,
+    TrainingSections,
     section,
 )
 
 __all__ = [
     "ClipConfig", "Config", "DataConfig", "LoraConfig", "MeshConfig", "ModelConfig", "NonEmptyPath", "ObjectiveConfig",
-    "OptimizerConfig", "Positive", "Remat", "SamplingConfig", "Seed", "TrainConfig", "dump", "from_plain", "load",
-    "plain", "section",
+    "OptimizerConfig", "Positive", "Remat", "SamplingConfig", "Seed", "TrainConfig", "TrainingSections", "dump",
+    "from_plain", "load", "plain", "section",
 ]  # fmt: skip

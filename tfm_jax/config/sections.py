@@ -218,17 +218,23 @@ class SamplingConfig:
 
 
 @section
-class Config:
-    """All sections; a YAML file may have any of them."""
+class TrainingSections:
+    """The sections that determine what a training step computes, on any mesh."""
 
     model: ModelConfig
     clip: ClipConfig
-    data: DataConfig
     train: TrainConfig
-    sampling: SamplingConfig
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+
+@section
+class Config(TrainingSections):
+    """All sections; a YAML file may have any of them."""
+
+    data: DataConfig
+    sampling: SamplingConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 

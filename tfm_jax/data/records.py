@@ -71,7 +71,7 @@ class RecordWriter:
         if os.path.ismount(self._target):
             raise InputError(f"data.path={self.folder}: a mount point; expected a folder inside it, such as latents")
         if self.partial.is_dir() and any(self.partial.iterdir()) and not (self.partial / LOCK).exists():
-            raise InputError(f"{self.partial}: not made by this version of prepare_data.py; remove or rename it")
+            raise InputError(f"{self.partial}: not made by this version of tfm-prepare; remove or rename it")
         with contextlib.ExitStack() as held:
             if not held.enter_context(lock(self.partial / LOCK)):
                 raise InputError(f"{self.folder}: in use by another run; wait for it to finish")
@@ -194,7 +194,7 @@ def open_records(folder: Path) -> Records:
         InputError: the folder does not exist or holds another kind of dataset, an earlier version wrote it, or a shard
             is missing, damaged or of the wrong length.
     """
-    expected = "expected a folder that prepare_data.py wrote"
+    expected = "expected a folder that tfm-prepare wrote"
     if not (folder / INFO).is_file():
         raise InputError(f"{folder}: no {INFO} in it; {expected}")
     if not (folder / FINGERPRINTS).is_file():
@@ -213,7 +213,7 @@ def open_records(folder: Path) -> Records:
     if fields != FIELDS:
         raise InputError(f"{folder}: a dataset with the fields {', '.join(sorted(fields))}; {expected}")
     if not ours:
-        raise InputError(f"{folder}: features.json differs from what prepare_data.py writes; prepare the data again")
+        raise InputError(f"{folder}: features.json differs from what tfm-prepare writes; prepare the data again")
     for shard, length in shards:
         _check_shard(shard, length)
     fingerprints = (folder / FINGERPRINTS).read_text(encoding="latin-1").split()

@@ -16,6 +16,7 @@ from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import section
 from tfm_jax.data.batches import Batch
 from tfm_jax.lora.adapters import attach_lora, split_lora
+from tfm_jax.sampling.outputs import SampleRun
 from tfm_jax.sampling.pipeline import guided_velocity
 from tfm_jax.sharding import batch_sharding, check_batch, check_split, num_shards, replicated, shardings
 from tfm_jax.train.optimizer import make_optimizer
@@ -26,27 +27,17 @@ from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, token_gri
 
 
 @section
-class TrainPlan:
-    """The sections of a configuration that determine the training step."""
+class TrainPlan(configs.TrainingSections):
+    """The sections of a configuration that determine the program of a training step."""
 
-    model: configs.ModelConfig
-    clip: configs.ClipConfig
-    train: configs.TrainConfig
-    lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
-    objective: configs.ObjectiveConfig = dataclasses.field(default_factory=configs.ObjectiveConfig)
-    optimizer: configs.OptimizerConfig = dataclasses.field(default_factory=configs.OptimizerConfig)
     mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
 
 
 @section
-class SamplePlan:
+class SamplePlan(SampleRun):
     """The sections of a configuration that determine a sampling step, with adapters unless `sampling.lora` is null."""
 
-    model: configs.ModelConfig
-    clip: configs.ClipConfig
-    sampling: configs.SamplingConfig
     lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
-    mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
 
 
 @functools.cache

@@ -206,15 +206,15 @@ REMAT_COLUMNS = ("remat", "GiB per device", "GiB on the host", "recomputed PFLOP
 PAGE = """\
 # What fits where
 
-Every row is the training step of `scripts/train.py`: LoRA of rank 32 on all linear layers, 81 frames, AdamW, bfloat16
+Every row is the training step of `tfm-train`: LoRA of rank 32 on all linear layers, 81 frames, AdamW, bfloat16
 weights. The step was compiled without the hardware and not run, so there are no step times. This command makes the
 page, and continues if it was interrupted:
 
     {command}
 
-To compile a single row, pass its mesh and its policy to `scripts/plan.py`:
+To compile a single row, pass its mesh and its policy to `tfm-plan`:
 
-    python scripts/plan.py --config configs/wan2.1_t2v_14b.yaml --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4 \\
+    tfm-plan --config wan2.1_t2v_14b --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4 \\
         --train.remat=attention
 
 Of the meshes and remat policies tried, a row shows the plan that fits with the fewest recomputed operations, then the

@@ -36,16 +36,10 @@ MAY_CHANGE = {"train.output", "train.steps", "train.checkpoint_every", "train.ke
 
 
 @section
-class TrainRun:
+class TrainRun(configs.TrainingSections):
     """The sections of the configuration that training reads."""
 
-    model: configs.ModelConfig
-    clip: configs.ClipConfig
     data: configs.DataConfig
-    train: configs.TrainConfig
-    lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
-    objective: configs.ObjectiveConfig = dataclasses.field(default_factory=configs.ObjectiveConfig)
-    optimizer: configs.OptimizerConfig = dataclasses.field(default_factory=configs.OptimizerConfig)
     mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
 
 

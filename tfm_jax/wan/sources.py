@@ -2,7 +2,7 @@
 
 - diffusers: `transformer/`, `vae/`, `text_encoder/`, `tokenizer/`, each with its config.json and safetensors.
 - original (Wan-AI): config.json and safetensors of the transformer, `.pth` files of the other two, `google/umt5-xxl/`.
-- tfm_jax: like diffusers, but with our names, axes and stacked layers. `convert_weights.py --to=tfm_jax` writes it.
+- tfm_jax: like diffusers, but with our names, axes and stacked layers. `tfm-convert --to=tfm_jax` writes it.
 """
 
 import dataclasses

@@ -68,11 +68,11 @@ first run.
 The program continues where it was stopped, and measures nothing twice. Any single run can be repeated with the ordinary
 programs, for example `{arm}` with seed 0:
 
-    python scripts/train.py --config {folder}/config.yaml --train.output=runs/again
-    python scripts/export_lora.py runs/again runs/again/lora.safetensors
-    python scripts/sample.py --config {folder}/samples/config.yaml \\
+    tfm-train --config {folder}/config.yaml --train.output=runs/again
+    tfm-export runs/again runs/again/lora.safetensors
+    tfm-sample --config {folder}/samples/config.yaml \\
         --sampling.lora=runs/again/lora.safetensors --sampling.output=runs/again/samples
-    python scripts/evaluate.py runs/again/samples --reference={output}/reference --prompts={output}/prompts.txt \\
+    tfm-evaluate runs/again/samples --reference={output}/reference --prompts={output}/prompts.txt \\
         --frames={clip.frames} --height={clip.height} --width={clip.width} --fps={clip.fps:g}"""
 
 

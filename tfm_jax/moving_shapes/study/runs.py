@@ -48,16 +48,10 @@ SENSITIVITY_CLIPS = 16
 
 
 @section
-class StudyRun:
+class StudyRun(configs.TrainingSections):
     """The sections that a study reads; the study itself sets paths of data and outputs, seeds and `objective.kind`."""
 
-    model: configs.ModelConfig
-    clip: configs.ClipConfig
-    train: configs.TrainConfig
     sampling: configs.SamplingConfig
-    lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
-    objective: configs.ObjectiveConfig = dataclasses.field(default_factory=configs.ObjectiveConfig)
-    optimizer: configs.OptimizerConfig = dataclasses.field(default_factory=configs.OptimizerConfig)
 
 
 class Size(NamedTuple):
