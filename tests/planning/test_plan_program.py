@@ -1,4 +1,4 @@
-"""scripts/plan.py: bad input, help, and the exit code of a program that does not fit. Needs the TPU compiler."""
+"""tfm-plan: bad input, help, and the exit code of a program that does not fit. Needs the TPU compiler."""
 
 import os
 import re
@@ -17,7 +17,6 @@ NINE_TOKENS = ("--clip.frames=1", "--clip.height=48", "--clip.width=48")
     ("options", "problem"),
     [
         (["--topology=v9:2x2"], "--topology=v9:2x2: expected one of"),
-        ([], "--topology is missing; expected one of"),
         (["--topology=v5e:2x2", "--search", "--mesh.fsdp=2"], "--mesh.fsdp=2: --search chooses the mesh"),
         (["--topology=v5e:2x2", "--model.heads=7"], "--model.heads=7: expected a divisor of dim=64"),
         (["--topology=v5e:3x5"], "--topology=v5e:3x5: "),
@@ -36,6 +35,13 @@ def test_bad_input_is_one_line(call, tiny_file, options, problem):
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(f"error: {problem}")
     assert done.err.count("\n") == 1
+
+
+def test_the_topology_is_required(call, tiny_file):
+    done = call("plan", "--config", tiny_file)
+    assert (done.code, done.out) == (2, "")
+    assert "--topology" in done.err
+    assert "v5e:4x4" in done.err
 
 
 def test_help_has_the_options_and_all_fields(call, tiny_file):

@@ -101,7 +101,8 @@ def test_the_folder_of_a_different_run_is_refused(finished, model, tmp_path, rou
 
 
 def write_adapters(path: Path) -> Path:
-    adapters = {f"blocks.{n}.self_attn.q": Adapter(np.ones((2, 96), "f4"), np.ones((96, 2), "f4")) for n in range(4)}
+    adapter = Adapter(np.ones((2, 96), "f4"), np.ones((96, 2), "f4"))
+    adapters = {BlockLinear(layer, "self_attn.q"): adapter for layer in range(4)}
     write_lora(path, Lora(adapters, 2, 2.0))
     return path
 
