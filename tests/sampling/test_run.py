@@ -22,6 +22,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.lora.files import Adapter, Lora, write_lora
 from tfm_jax.sampling import pipeline
 from tfm_jax.sampling.pipeline import SampleRun, sample
+from tfm_jax.wan.names import BlockLinear
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,7 @@ import sys
 from pathlib import Path
 from tfm_jax.config import load
 from tfm_jax.sampling.pipeline import SampleRun, sample
+from tfm_jax.wan.names import BlockLinear
 from tfm_jax.wan.names import BlockLinear
 
 folder = Path(sys.argv[1])
