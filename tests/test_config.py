@@ -298,7 +298,7 @@ def test_unknown_options(file, option, nearest, capsys):
         ("mesh.pipeline", "expected one of mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor"),
         (
             "xyz",
-            "expected one of model.*, clip.*, data.*, train.*, sampling.*, lora.*, objective.*, optimizer.*, mesh.*",
+            "expected one of model.*, clip.*, train.*, lora.*, objective.*, optimizer.*, data.*, sampling.*, mesh.*",
         ),
     ],
 )  # fmt: skip
