@@ -87,16 +87,9 @@ def prompts(data: st.DataObject, folder: Path) -> None:
 KINDS = st.sampled_from([TrainRun, SampleRun, PrepareRun])
 
 
-def read(kind: type, arguments: list[str]) -> Any:
-    try:
-        return configured(kind, arguments)
-    except SystemExit:  # tyro reports a malformed option
-        raise InputError("malformed") from None
-
-
-def parse(data: st.DataObject, arguments: list[str]) -> None:
+def check(data: st.DataObject, read: Callable[[type], Any]) -> None:
     """Every accepted configuration can be written as plain values."""
-    found = refused(lambda: read(data.draw(KINDS), arguments))
+    found = refused(partial(read, data.draw(KINDS)))
     assert found is None or config.plain(found)
 
 
@@ -109,36 +102,19 @@ def sound_values() -> dict[str, Any]:
 
 def configuration_text(data: st.DataObject, folder: Path) -> None:
     signs = [
-        ":",
-        ": ",
-        "\n",
-        "\n  ",
-        "- ",
-        "&a ",
-        "*a",
-        "!!int ",
-        "[",
-        "]",
-        "{",
-        "}",
-        "'",
-        '"',
-        "|",
-        "%",
-        "---\n",
-        "<<",
-        "#",
-    ]
+        ":", ": ", "\n", "\n  ", "- ", "&a ", "*a", "!!int ", "[", "]", "{", "}", "'", '"', "|", "%", "---\n", "<<", "#",
+    ]  # fmt: skip
     odd = ["!!int x", "!!float y", "!!bool x", "!!timestamp x", "2020-13-45", "1:30", "0x1f", "9" * 5000, "[" * 3000]
     piece = st.sampled_from(signs) | st.sampled_from(odd) | TEXT
     sound = yaml.safe_dump(sound_values())
     content = data.draw(damaged_text(sound, piece) | damaged_bytes(sound.encode()) | st.lists(piece).map("".join))
-    parse(data, ["--config", str(fresh(folder / "config.yaml", content))])
+    file = fresh(folder / "config.yaml", content)
+    check(data, lambda kind: config.load(kind, file))
 
 
 def configuration_values(data: st.DataObject, folder: Path) -> None:
-    text = data.draw(damaged_json(sound_values()))
-    parse(data, ["--config", str(fresh(folder / "config.yaml", text))])
+    file = fresh(folder / "config.yaml", data.draw(damaged_json(sound_values())))
+    check(data, lambda kind: config.load(kind, file))
 
 
 def arguments(data: st.DataObject, folder: Path) -> None:
@@ -152,7 +128,14 @@ def arguments(data: st.DataObject, folder: Path) -> None:
     drawn = data.draw(
         st.lists(option | option | odd, max_size=3).filter(lambda found: not {"-h", "--help"} & set(found))
     )
-    parse(data, [f"--config={file}", *drawn])
+
+    def read(kind: type) -> Any:
+        try:
+            return configured(kind, [f"--config={file}", *drawn])
+        except SystemExit:  # tyro reports a malformed option
+            raise InputError("malformed") from None
+
+    check(data, read)
 
 
 # --- Tensors ---------------------------------------------------------------------------------------------------------
