@@ -102,7 +102,8 @@ def sound_values() -> dict[str, Any]:
 
 def configuration_text(data: st.DataObject, folder: Path) -> None:
     signs = [
-        ":", ": ", "\n", "\n  ", "- ", "&a ", "*a", "!!int ", "[", "]", "{", "}", "'", '"', "|", "%", "---\n", "<<", "#",
+        ":", ": ", "\n", "\n  ", "- ", "&a ", "*a", "!!int ", "[", "]", "{", "}", "'", '"', "|", "%", "---\n", "<<",
+        "#",
     ]  # fmt: skip
     odd = ["!!int x", "!!float y", "!!bool x", "!!timestamp x", "2020-13-45", "1:30", "0x1f", "9" * 5000, "[" * 3000]
     piece = st.sampled_from(signs) | st.sampled_from(odd) | TEXT
