@@ -165,7 +165,7 @@ def test_refuses_what_is_not_a_whole_file(tmp_path):
         read_lora(path)
     write_lora(path, make_lora())
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"lora\.safetensors: not a whole safetensors file"):
+    with pytest.raises(InputError, match=r"lora\.safetensors: not a complete safetensors file"):
         read_lora(path)
     path.write_text("<!DOCTYPE html><html>Not found</html>")
     with pytest.raises(InputError, match=r"lora\.safetensors: an HTML page"):
