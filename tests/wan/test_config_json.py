@@ -84,7 +84,7 @@ OURS = ("vae", "tfm_jax")
         (VAE, "latents_std", [1, "a"], r"latents_std\[1\] is 'a'; expected a valid number"),
         (VAE, "latents_mean", [1, 2, 3], "latents_mean has 3 values; expected z_dim = 2"),
         (VAE, "temperal_downsample", [1], r"temperal_downsample\[0\] is 1; expected a valid boolean"),
-        (VAE, "temperal_downsample", [True, True], "temporal_downsample has 2 values; expected 3, one fewer"),
+        (VAE, "temperal_downsample", [True, True], "temporal_downsample has 2 values; expected 1, one fewer"),
         (VAE, "dim_mult", [], r"dim_mult is \[\]; .* at least 1 item"),
         (TEXT, "relative_attention_num_buckets", 2, "relative_attention_num_buckets is 2; expected greater than or"),
         (TEXT, "relative_attention_max_distance", 4, "_max_distance is 4; expected more than 4 for 16 buckets"),

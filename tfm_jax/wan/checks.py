@@ -13,7 +13,7 @@ from tfm_jax.wan.tensors import Shape
 
 
 def expected_shapes(layout: Layout, rows: list[Row], ours: Shapes) -> dict[str, Shape]:
-    """Map the tensor names in a network's files in `layout` to shapes, given the shapes of our parameters by path."""
+    """Map the tensor names in a network's files to shapes. `ours` maps the dotted paths of our parameters to shapes."""
     if layout == "tfm_jax":
         return dict(ours)
     return {row.name(layout): row.torch_shape(ours[row.ours]) for row in rows}

@@ -1,7 +1,7 @@
 """Tables that translate the config.json of each network and layout to and from our dataclasses.
 
 A file has our fields under its own keys (`keys`), repeats some of their values under other keys (`copies`), and has
-keys whose value is the same in every Wan2.1 text-to-video model (`fixed`). Reading validates types and ranges, too.
+keys whose value is the same in every Wan2.1 text-to-video model (`fixed`). Reading also validates types and ranges.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Schema(NamedTuple):
     """How config.json describes the architecture of one network in one layout."""
 
     class_name: str
-    """Model class that the file names."""
+    """Name of the model class in the file."""
     keys: Mapping[str, str]
     """Our field or property -> key in the file. In the public layouts, all of these keys are required."""
     copies: Mapping[str, str] = _NOTHING

@@ -278,8 +278,8 @@ def vae_sizes(shapes: Shapes) -> dict[str, Any]:
     expected = [[level[0]] * len(levels[0]) for level in levels if level and base_dim and level[0] % base_dim == 0]
     if levels != expected:
         raise InputError(
-            f"encoder.downsamples has block widths {levels}; expected equally many blocks in all levels, and a "
-            f"single multiple of {base_dim} as the width within each level"
+            f"encoder.downsamples has block widths {levels}; expected every level to have equally many "
+            f"blocks and a single block width, a multiple of {base_dim}"
         )
     return {
         "base_dim": base_dim,
@@ -311,7 +311,7 @@ _TEXT_BLOCK_TABLES = """
 """
 
 TEXT_ENCODER_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
-"""Second name in transformers -> the name used here. Files may hold the embedding under either name or both."""
+"""Alternative name in transformers -> the name used here. Files may hold the embedding under either name or both."""
 
 
 def text_encoder_rows(layers: int) -> list[Row]:

@@ -3,8 +3,8 @@
 Such a file is a zip archive: `data.pkl` describes the tensors, and each record `data/<key>` is one storage, raw and
 uncompressed. A general unpickler would execute whatever code the file names. Here a stack machine with about thirty
 opcodes evaluates the description and calls nothing. It recognises the calls that create a dictionary or a plain tensor.
-Any other call becomes a `_Call`, which is an error in place of a tensor. Memory use is at most a small multiple of the
-size of `data.pkl`.
+Any other call becomes a `_Call`, which is an error if found in place of a tensor. Memory use is at most a small
+multiple of the size of `data.pkl`.
 """
 
 import io
@@ -265,7 +265,7 @@ def _result(name: str, arguments: tuple) -> Any:
     match name, arguments:
         case "collections.OrderedDict", ():
             return {}
-        # The last two arguments are requires_grad and hooks. A seventh could change the values, such as negate them.
+        # The last two arguments are requires_grad and hooks. A seventh could change the values, for example negate them.
         case "torch._utils._rebuild_tensor_v2", (
             _Storage() as storage,
             int(offset),
@@ -310,7 +310,7 @@ def _region(name: str, tensor: _Tensor, storages: Mapping[str, range]) -> _Regio
         )
     if not all(type(number) is int and number >= 0 for number in (storage.length, offset, *shape, *strides)):
         raise InputError(
-            f"tensor {short_repr(name)} has a bad length, offset, shape or strides; expected non-negative integers"
+            f"tensor {short_repr(name)} has a bad storage length, offset, shape or strides; expected integers >= 0"
         )
     dtype = np.dtype(_DTYPES[storage.class_name])
     record = storages.get(storage.key)

@@ -16,8 +16,8 @@ _policies = jax.checkpoint_policies
 POLICIES: dict[Remat, Callable[..., Any]] = {
     # Saves nothing else, so the backward pass runs the whole block again.
     "full": _policies.nothing_saveable,
-    # Saves the outputs of self-attention and cross-attention. Recomputing self-attention would have a cost that grows
-    # with the square of the number of tokens.
+    # Saves the outputs of self-attention and cross-attention. Recomputing self-attention would be expensive: its cost
+    # grows with the square of the number of tokens.
     "attention": _policies.save_only_these_names(ATTENTION_OUTPUT),
     # Saves the same outputs in host memory. This takes no device memory, but one transfer in each direction.
     "attention_offload": _policies.save_and_offload_only_these_names(

@@ -30,7 +30,7 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 
 
 class LazyTensor(NamedTuple):
-    """A tensor in a file that has not been read yet. `read(index)` returns the part that `index` selects."""
+    """A tensor in a file, to be read on demand. `read(index)` returns the part that `index` selects."""
 
     shape: Shape
     file: Path
@@ -185,9 +185,9 @@ class TensorWriter:
 
 
 def copy_into(target: np.ndarray, values: np.ndarray) -> None:
-    """Do `target[...] = values`, but four times as fast for transposed `values`.
+    """Equivalent to `target[...] = values`, but four times as fast for transposed `values`.
 
-    Cast the values in their memory order, then copy strips narrow enough for source and target to stay in the cache.
+    Casts the values in their memory order, then copies strips narrow enough for source and target to stay in the cache.
     """
     values = values.astype(target.dtype, copy=False)
     for start in range(0, target.shape[-1], STRIP):

@@ -63,7 +63,7 @@ def token_grid(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Rotary, Rotary]:
-    """Return the cos and sin, each `[f h w, head_dim / 2]`, of the rotary angles for a grid of tokens.
+    """Return cos and sin, each `[f h w, head_dim / 2]`, of the rotary angles for a grid of tokens.
 
     Height and width use `2 (head_dim // 6)` channels each, and time uses the rest. Positions are integers from 0.
     Angles are computed in float64, because float32 rounding errors would grow with the position in long clips.
@@ -217,7 +217,7 @@ class WanTransformer(nnx.Module):
         def body(x: Tokens, block: Block) -> tuple[Tokens, None]:
             return block(x, block_time, context, rotary), None
 
-        # Not needed: the forward and backward passes are separate loops, so CSE cannot undo the recomputation.
+        # The forward and backward passes are separate loops, so `prevent_cse` is not needed.
         body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
         x, _ = jax.lax.scan(body, x, self.blocks)
 

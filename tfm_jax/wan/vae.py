@@ -32,7 +32,7 @@ from tfm_jax.wan.vae_layers import (
 
 
 class Stage(NamedTuple):
-    """One of the consecutive layers of the encoder or the decoder: a residual block or a resampler."""
+    """One layer in the encoder's or decoder's sequence: a residual block or a resampler."""
 
     features_in: int
     features_out: int
@@ -175,8 +175,8 @@ def run_in_chunks(
         step: maps a chunk and a cache (None for the first chunk) to an output and the next cache.
         frames_in: number of frames in each chunk after the first.
         frames_out: number of frames that `step` returns for each chunk after the first.
-        unroll: compile the step once per chunk instead of a loop. Compiling takes longer, but XLA on CPU has no fast
-            convolutions inside loops.
+        unroll: compile `step` once per chunk instead of compiling a loop. Compiling takes longer, but XLA on CPU has no
+            fast convolutions inside loops.
     """
     first, cache = step(x[:, :1], None)
     chunks = (x.shape[1] - 1) // frames_in

@@ -89,7 +89,7 @@ class Conv2d(nnx.Module):
 
 
 class CausalConv3d(nnx.Module):
-    """A convolution over time, height and width that uses no later frames.
+    """A causal convolution over time, height and width: an output frame depends on no later input frame.
 
     The cache holds the last `size[0] - time_stride` frames before the chunk. Zeros precede the first chunk.
     """
@@ -119,7 +119,7 @@ class CausalConv3d(nnx.Module):
         kernel = self.kernel[...]
         frames_out = (x.shape[1] - kernel.shape[0]) // self.time_stride + 1
         span = (frames_out - 1) * self.time_stride + 1
-        # Run one 2-D convolution per time step of the kernel: on CPU, 1.5 to 5 times as fast as XLA's 3-D convolution.
+        # On CPU, one 2-D convolution per time step of the kernel is 1.5 to 5 times as fast as XLA's 3-D convolution.
         y = self.bias[...]
         for tap in range(kernel.shape[0]):
             frames = rearrange(x[:, tap : tap + span : self.time_stride], "b t h w c -> (b t) h w c")
@@ -128,7 +128,7 @@ class CausalConv3d(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Norm, SiLU and causal convolution, twice, plus a shortcut, which is linear if the number of channels changes."""
+    """Norm, SiLU and causal convolution, twice, plus a shortcut (a linear layer if the number of channels changes)."""
 
     def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.norm1 = ChannelNorm(features_in, dtype=dtype)
