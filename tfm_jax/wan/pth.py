@@ -265,7 +265,7 @@ def _result(name: str, arguments: tuple) -> Any:
     match name, arguments:
         case "collections.OrderedDict", ():
             return {}
-        # The last two arguments are requires_grad and hooks. A seventh could change the values, by negating them, say.
+        # The last two arguments are requires_grad and hooks. A seventh, metadata, can negate or conjugate the values.
         case "torch._utils._rebuild_tensor_v2", (
             _Storage() as storage,
             int(offset),
