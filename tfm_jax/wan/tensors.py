@@ -85,7 +85,7 @@ def safetensors_in(directory: Path) -> list[Path]:
     files = [directory / shard for shard in sorted(set(weight_map.values()))]
     for file in files:
         if not os.path.isfile(file):  # Path.is_file raises OSError for a name that is too long
-            raise InputError(f"{file}: no such file, but {index.name} lists it; download it again")
+            raise InputError(f"{file}: the file is missing, but {index.name} lists it; download it again")
     return files
 
 
