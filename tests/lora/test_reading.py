@@ -106,7 +106,11 @@ ADAPTER = {"transformer.r": RANK, "transformer.lora_alpha": 8}
         (set_to(f"{Q.replace('0', '1٢')}.lora_A.weight", torch.ones(RANK, DIM)), "comfy", "matched 40 of 41 keys"),
         (set_to(f"{Q}.lora_A.weight", torch.ones(RANK, DIM, 1)), "comfy", r"has A \[4, 24, 1\]"),
         (set_to(f"{Q}.lora_B.weight", torch.full((DIM, RANK), torch.nan)), "comfy", r"B factor of blocks.*not finite"),
-        (set_to(f"{Q}.lora_A.weight", torch.ones(RANK, DIM).int()), "comfy", r"lora_A\.weight' is I32; expected"),
+        (
+            set_to(f"{Q}.lora_A.weight", torch.ones(RANK, DIM).int()),
+            "comfy",
+            r"lora_A\.weight' has dtype I32; expected",
+        ),
         (
             set_to(f"{KOHYA_Q}.alpha", torch.tensor(2.0)),
             "kohya",
@@ -165,7 +169,7 @@ def test_refuses_what_is_not_a_whole_file(tmp_path):
         read_lora(path)
     write_lora(path, make_lora())
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"lora\.safetensors: not a whole safetensors file"):
+    with pytest.raises(InputError, match=r"lora\.safetensors: not a complete safetensors file"):
         read_lora(path)
     path.write_text("<!DOCTYPE html><html>Not found</html>")
     with pytest.raises(InputError, match=r"lora\.safetensors: an HTML page"):

@@ -105,7 +105,7 @@ def test_the_original_layout_holds_every_architecture(tmp_path, component, confi
     [
         ('{"latents_std": [0]}', r"latents_std\[0\] is 0; expected greater than 0"),
         ('{"latents_std": [1]}', "latents_std has 1 values; expected z_dim = 16"),
-        ('{"dim": 4}', "unknown field dim; expected base_dim"),
+        ('{"dim": 4}', "unknown field dim; expected one of base_dim"),
         ('{"other": 4}', "other is 4; Extra inputs are not permitted"),
         ("{", "not JSON"),
     ],

@@ -176,7 +176,7 @@ def test_extra_tensor(weights):
     change(
         weights, lambda tensors: tensors.update({"blocks.0.attn2.add_k_proj.weight": np.zeros((48, 48), np.float32)})
     )
-    refused(weights.parents[1], "1 tensors are not of this model", "add_k_proj")
+    refused(weights.parents[1], "tensors do not belong to this model", "add_k_proj")
 
 
 def test_misshapen_tensor(weights):
@@ -191,7 +191,7 @@ def test_nan_in_weights(weights):
 
 def test_truncated_file(weights):
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(weights.parents[1], weights.name, "not a whole safetensors file")
+    refused(weights.parents[1], weights.name, "not a complete safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,9 @@ def test_a_tensor_twice_in_one_header(tmp_path):
     ("header", "words"),
     [
         (b'{"__metadata__":{"a":"b","a":"c"}}', "key 'a' is given twice"),
-        (b"[" * 10_000, "not a whole safetensors file"),
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}', "not a whole safetensors file"),
-        (b'{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}', "tensor 'a' is I32; expected one of F64"),
+        (b"[" * 10_000, "not a complete safetensors file"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}', "not a complete safetensors file"),
+        (b'{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}', "tensor 'a' has dtype I32; expected one of F64"),
         (b'{"__metadata__":{"a":"%s"}}' % (b"b" * 2**23), "header: more than 8388608 bytes of JSON"),
     ],
 )
@@ -264,7 +264,7 @@ def test_damaged_headers(weights):
         ("[" * 100_000, "nested too deep"),
         ("{}", "weight_map is None; expected a file for every tensor"),
         ('{"weight_map": ["a"]}', r"weight_map is \['a'\]; expected"),
-        ('{"weight_map": {"a": ["b"]}}', r"'a' is in \['b'\]; expected a file of the same directory"),
+        ('{"weight_map": {"a": ["b"]}}', r"'a' is in \['b'\]; expected a file in the same directory"),
         ('{"weight_map": {"a": "b", "a": "c"}}', "'a' is given twice"),
     ],
 )

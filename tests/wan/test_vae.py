@@ -264,9 +264,9 @@ def test_tensors_of_another_model_are_refused(references):
     diffusers = {name: tuple(value.shape) for name, value in references["small"].state_dict().items()}
     assert message(diffusers).startswith("autoencoder has no tensor conv2.weight; expected the original layout")
     cut = {name: shape for name, shape in shapes("small").items() if not name.startswith("encoder.downsamples.10.")}
-    assert message(cut).startswith("encoder.downsamples: widths [[8, 8], [16, 16], [32, 32], [32]]")
+    assert message(cut).startswith("encoder.downsamples has block widths [[8, 8], [16, 16], [32, 32], [32]]")
     odd = shapes("small") | {"encoder.downsamples.1.residual.6.weight": (12, 8, 3, 3, 3)}
-    assert message(odd).startswith("encoder.downsamples: widths [[8, 12],")
+    assert message(odd).startswith("encoder.downsamples has block widths [[8, 12],")
     missing = {name: shape for name, shape in shapes("small").items() if "downsamples.4.residual.6" not in name}
     assert message(missing).startswith("autoencoder has no tensor encoder.downsamples.4.residual.6.weight")
 
@@ -274,5 +274,5 @@ def test_tensors_of_another_model_are_refused(references):
 def test_config_with_missing_statistics_is_refused():
     with pytest.raises(InputError, match="latents_mean has 16 values; expected z_dim = 4"):
         VaeConfig(z_dim=4)
-    with pytest.raises(InputError, match="temporal_downsample has 3 values; expected one fewer than dim_mult, 1"):
+    with pytest.raises(InputError, match="temporal_downsample has 3 values; expected 1, one fewer than dim_mult"):
         VaeConfig(dim_mult=(1, 2))

@@ -1,4 +1,4 @@
-"""Checks that the tensors in files are exactly those of a network."""
+"""Checks that files contain exactly the tensors of a network."""
 
 import difflib
 from collections.abc import Mapping, Set
@@ -13,7 +13,7 @@ from tfm_jax.wan.tensors import Shape
 
 
 def expected_shapes(layout: Layout, rows: list[Row], ours: Shapes) -> dict[str, Shape]:
-    """Tensor name -> shape of a network's files in `layout`, given the shapes of our parameters by dotted path."""
+    """Map the tensor names in a network's files to shapes. `ours` maps the dotted paths of our parameters to shapes."""
     if layout == "tfm_jax":
         return dict(ours)
     return {row.name(layout): row.torch_shape(ours[row.ours]) for row in rows}
@@ -23,7 +23,7 @@ def check_source(source: Source, parameters: Mapping[str, jax.ShapeDtypeStruct])
     """Check the names and shapes of the tensors in `source` against the `parameters` of its network.
 
     Raises:
-        InputError: a tensor is missing, unexpected or misshapen. The message names the nearest candidates.
+        InputError: a tensor is missing or unexpected (the message lists similar names), or has the wrong shape.
     """
     tensors = source.tensors
     rows = source.component.rows(source.config)
@@ -33,13 +33,13 @@ def check_source(source: Source, parameters: Mapping[str, jax.ShapeDtypeStruct])
         name = min(missing)
         raise InputError(
             f"{source.file}: {len(missing)} of {len(expected)} tensors are missing, such as {name} "
-            f"{list(expected[name])}{_nearest(name, extra)}"
+            f"{list(expected[name])}{_similar(name, extra)}"
         )
     if extra:
         name = min(extra)
         raise InputError(
-            f"{source.file}: {len(extra)} tensors are not of this model, such as {short_repr(name)} in "
-            f"{tensors[name].file.name}{_nearest(name, expected.keys())}"
+            f"{source.file}: {len(extra)} of {len(tensors)} tensors do not belong to this model, such as "
+            f"{short_repr(name)} in {tensors[name].file.name}{_similar(name, expected.keys())}"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
@@ -48,6 +48,6 @@ def check_source(source: Source, parameters: Mapping[str, jax.ShapeDtypeStruct])
             )
 
 
-def _nearest(name: str, others: Set[str]) -> str:
+def _similar(name: str, others: Set[str]) -> str:
     close = difflib.get_close_matches(name, sorted(others), n=3, cutoff=0.6)
-    return f" (nearest: {', '.join(close)})" if close else ""
+    return f" (similar names: {', '.join(close)})" if close else ""

@@ -1,4 +1,4 @@
-"""The three networks of Wan2.1, and their parameters by dotted path."""
+"""The three networks of Wan2.1, and access to their parameters by dotted path."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,15 +17,15 @@ class Component(NamedTuple):
     """One of the three networks, independent of layout."""
 
     name: str
-    """Also the name of its folder in the Diffusers layout."""
+    """Name of the network, and of its folder in the Diffusers layout and in ours."""
     architecture: type
-    """Dataclass of its sizes."""
+    """Dataclass with the sizes of the network."""
     build: Callable[..., nnx.Module]
     """`build(config, rngs=..., dtype=...)` returns the module with random weights."""
     rows: Callable[[Any], list[names.Row]]
-    """`rows(config)` lists its tensors."""
+    """`rows(config)` lists the tensors of the network."""
     stem: str
-    """Stem of its safetensors files in the Diffusers layout."""
+    """Start of the names of the safetensors files in the Diffusers layout."""
 
 
 TRANSFORMER = Component(
@@ -47,16 +47,16 @@ COMPONENTS = (TRANSFORMER, VAE, TEXT_ENCODER)
 
 
 def abstract_model(component: Component, config: Any, dtype: DTypeLike) -> nnx.Module:
-    """The network with `jax.ShapeDtypeStruct` in place of arrays. Its kernels are in `dtype`."""
+    """Return the network with kernels in `dtype`, and with `jax.ShapeDtypeStruct` in place of arrays."""
     return nnx.eval_shape(lambda: component.build(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
 def abstract_parameters(component: Component, config: Any, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dotted path -> shape and dtype of every parameter of a network whose kernels are in `dtype`."""
+    """Map the dotted path of each parameter to its shape and dtype, for a network with kernels in `dtype`."""
     parameters = named_parameters(abstract_model(component, config, dtype))
     return {name: variable.get_value() for name, variable in parameters.items()}
 
 
 def named_parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
-    """Dotted path, such as `blocks.ffn.up.kernel` -> variable of every parameter. `set_value` changes `module`."""
+    """Map dotted paths, such as `blocks.ffn.up.kernel`, to variables. Calling `set_value` on one changes `module`."""
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(module))}

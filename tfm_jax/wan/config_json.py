@@ -1,7 +1,7 @@
-"""The config.json of every network in every layout <-> our architecture dataclasses, as tables.
+"""Tables that translate the config.json of each network and layout to and from our dataclasses.
 
-A file has our fields under its own keys (`keys`), repeats some of them (`copies`), and has keys whose value is the same
-in every Wan2.1 text-to-video model (`fixed`). Types and ranges of all values are validated here.
+A file has our fields under its own keys (`keys`), repeats some of their values under other keys (`copies`), and has
+keys whose value is the same in every Wan2.1 text-to-video model (`fixed`). Reading also validates types and ranges.
 """
 
 import dataclasses
@@ -26,17 +26,18 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Schema(NamedTuple):
-    """How the config.json of a network in one layout describes its architecture."""
+    """How config.json describes the architecture of one network in one layout."""
 
     class_name: str
+    """Name of the model class in the file."""
     keys: Mapping[str, str]
-    """Our field or property -> key in the file. All of these keys are required."""
+    """Our field or property -> key in the file. In the public layouts, all of these keys are required."""
     copies: Mapping[str, str] = _NOTHING
-    """Optional key -> our field, which it must equal."""
+    """Optional key -> our field, whose value the key must repeat."""
     fixed: Mapping[str, Any] = _NOTHING
-    """Optional key -> the value it must have."""
+    """Optional key -> the only accepted value."""
     written: Mapping[str, Any] = _NOTHING
-    """Further keys and values to write, for the programs that read the layout."""
+    """Key -> value to write in addition, for other programs that read the layout."""
 
 
 def _tfm_jax(name: str, config: type) -> Schema:
@@ -91,7 +92,7 @@ SCHEMAS: dict[tuple[str, Layout], Schema] = {
             "z_dim": "z_dim",
             "dim_mult": "dim_mult",
             "num_res_blocks": "num_res_blocks",
-            "temporal_downsample": "temperal_downsample",  # sic
+            "temporal_downsample": "temperal_downsample",  # spelt this way in diffusers
             "latents_mean": "latents_mean",
             "latents_std": "latents_std",
         },
@@ -129,7 +130,7 @@ SCHEMAS: dict[tuple[str, Layout], Schema] = {
 }
 
 MAX_SIZE = 2**20
-"""Four times the largest size in Wan2.1, the vocabulary of umT5."""
+"""About four times the largest size in Wan2.1, the vocabulary of umT5."""
 
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Layers = Annotated[int, Field(ge=1, le=1000)]
@@ -138,7 +139,7 @@ PositiveReal = Annotated[Real, Field(gt=0)]
 
 
 def _list(item: Any, at_most: int) -> Any:
-    """A list in JSON that becomes a tuple in our dataclasses."""
+    """Return the type of a field that is a list in JSON and a tuple in our dataclasses."""
     return Annotated[tuple[item, ...], Strict(False), Field(min_length=1, max_length=at_most)]
 
 
@@ -156,8 +157,8 @@ _FIELDS: dict[str, Any] = {
     "latents_std": _list(PositiveReal, MAX_SIZE),
 }
 
-_optional: dict[str, Any] = {name: (kind, None) for name, kind in _FIELDS.items()}
-# Strict mode does not accept 8.0, "8" or true as integers.
+_optional: dict[str, Any] = {name: (annotation, None) for name, annotation in _FIELDS.items()}
+# Strict mode rejects 8.0, "8" and true as integers.
 _Fields = pydantic.create_model("_Fields", __config__=pydantic.ConfigDict(strict=True, extra="forbid"), **_optional)
 
 
@@ -165,7 +166,7 @@ _Fields = pydantic.create_model("_Fields", __config__=pydantic.ConfigDict(strict
 
 
 def class_name(values: Mapping[str, Any], file: Path) -> str:
-    """The class of model that a config.json is for, under the name that diffusers or transformers give it.
+    """Return the model class of a config.json, under the name used by the layout.
 
     Raises:
         InputError: the file names no class.
@@ -174,7 +175,7 @@ def class_name(values: Mapping[str, Any], file: Path) -> str:
     found = values.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "")
     if not isinstance(found, str) or not found:
         raise InputError(
-            f"{file}: model class is {short_repr(found)}; expected _class_name or architectures, such as WanModel"
+            f"{file}: no model class found; expected one, such as WanModel, under _class_name or architectures"
         )
     return found
 
@@ -190,19 +191,19 @@ def read_config(
 
     Args:
         values: the content of `file`.
-        inferred: fields that are not in the file but follow from the shapes of tensors.
+        inferred: fields that are not in the file but were inferred from the shapes of the tensors.
 
     Raises:
-        InputError: a key is missing, or its value has the wrong type, is out of range, or is not that of a Wan2.1
-            text-to-video model.
+        InputError: a key is missing or unknown, or its value has the wrong type, is out of range, or is not that of a
+            Wan2.1 text-to-video model.
     """
     ours = schema.class_name.startswith("tfm_jax.")
     for key in schema.keys.values():
         if key not in values and not ours:
-            raise InputError(f"{file}: {key} is missing; expected it in the config.json of a {schema.class_name}")
+            raise InputError(f"{file}: {key} is missing; expected it in the config.json of {schema.class_name}")
     unknown = values.keys() - schema.keys.values() - {"_class_name"}
     if ours and unknown:
-        raise InputError(f"{file}: unknown field {short_repr(min(unknown))}; expected {', '.join(schema.keys)}")
+        raise InputError(f"{file}: unknown field {short_repr(min(unknown))}; expected one of {', '.join(schema.keys)}")
     named = {field: values[key] for field, key in schema.keys.items() if key in values}
     config = build_config({**inferred, **named}, file, architecture, schema.keys)
     _check_fixed(values, file, schema)
@@ -214,18 +215,19 @@ def _check_fixed(values: Mapping[str, Any], file: Path, schema: Schema) -> None:
     for key, expected in {**schema.fixed, **copied}.items():
         value = values.get(key, expected)
         if value != expected or type(value) is not type(expected):
-            raise InputError(
-                f"{file}: {key} is {short_repr(value)}; expected {short_repr(expected)}, as in Wan2.1 text-to-video"
-            )
+            other = schema.copies.get(key)
+            reason = f"the same as {schema.keys[other]}" if other else "as in every Wan2.1 text-to-video model"
+            raise InputError(f"{file}: {key} is {short_repr(value)}; expected {short_repr(expected)}, {reason}")
 
 
 def build_config(
     fields: Mapping[str, Any], file: Path, architecture: type[Config], names: Mapping[str, str] = _NOTHING
 ) -> Config:
-    """Build an architecture from its fields and validate them; `names` maps our fields to their keys in the file.
+    """Validate fields and build an architecture from them; `names` maps our fields to their keys in the file.
 
     Raises:
-        InputError: a value has the wrong type or is out of range, or two values are inconsistent.
+        InputError: a field is missing or unknown, a value has the wrong type or is out of range, or two values are
+            inconsistent.
     """
     valid = validate(_Fields, fields, file, names).model_dump(exclude_unset=True)
     if architecture is TransformerConfig:
@@ -234,31 +236,34 @@ def build_config(
     missing = {field.name for field in allowed if field.default is dataclasses.MISSING} - valid.keys()
     unknown = valid.keys() - {field.name for field in allowed}
     if missing or unknown:
-        problem = f"{min(missing)} is missing" if missing else f"unknown field {min(unknown)}"
-        raise InputError(f"{file}: {problem}; expected {', '.join(field.name for field in allowed)}")
+        problem = (
+            f"{min(missing)} is missing; expected" if missing else f"unknown field {min(unknown)}; expected one of"
+        )
+        raise InputError(f"{file}: {problem} {', '.join(field.name for field in allowed)}")
     try:
         config = architecture(**valid)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     if isinstance(config, TextEncoderConfig) and config.max_distance <= config.buckets // 4:
         raise InputError(
-            f"{file}: {config.buckets} buckets end at distance {config.max_distance}; expected a larger one"
+            f"{file}: {names.get('max_distance', 'max_distance')} is {config.max_distance}; expected more than "
+            f"{config.buckets // 4} for {config.buckets} buckets"
         )
     return config
 
 
 def _fit_heads(fields: dict[str, Any], file: Path, names: Mapping[str, str]) -> None:
-    """Check that the width is a multiple of the heads; compute it where the file has the width of a head instead."""
+    """Check the width of a head. If the file gives that instead of the total width, compute the total width."""
     if "head_dim" in fields:
         fields["dim"] = fields["heads"] * fields.pop("head_dim")
     if not {"dim", "heads"} <= fields.keys():
         return
-    width, rest = divmod(fields["dim"], fields["heads"])
-    # Rotary positions rotate pairs of channels along three axes, so a head needs at least six.
-    if rest or width < 6 or width % 2 or fields["dim"] > MAX_SIZE:
+    head_width, rest = divmod(fields["dim"], fields["heads"])
+    # Rotary embeddings rotate pairs of channels for each of three axes, so a head needs at least six channels.
+    if rest or head_width < 6 or head_width % 2 or fields["dim"] > MAX_SIZE:
         raise InputError(
-            f"{file}: {names.get('heads', 'heads')} is {fields['heads']} and the width {fields['dim']}; expected heads "
-            f"of an even width, 6 or more, and at most {MAX_SIZE} in all"
+            f"{file}: {names.get('heads', 'heads')} is {fields['heads']} for a width of {fields['dim']}; expected an "
+            f"even head width of at least 6 and a total width of at most {MAX_SIZE}"
         )
 
 
@@ -266,10 +271,10 @@ def _fit_heads(fields: dict[str, Any], file: Path, names: Mapping[str, str]) -> 
 
 
 def config_json(component: str, layout: Layout, config: Any) -> dict[str, Any]:
-    """The content of a network's config.json, for `read_config` and for the other programs that use the layout."""
+    """Return the content of a network's config.json, for `read_config` and for other programs that use the layout."""
     schema = SCHEMAS[component, layout]
     values: dict[str, Any] = {"_class_name": schema.class_name}
-    if schema.class_name == "UMT5EncoderModel":  # transformers has a key of its own for the class
+    if schema.class_name == "UMT5EncoderModel":  # transformers uses another key for the class
         values = {"architectures": [schema.class_name], "num_decoder_layers": config.layers}
     return {
         **values,

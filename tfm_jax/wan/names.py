@@ -1,7 +1,6 @@
-"""Torch names and shapes <-> ours, as tables. Only this module knows torch's names.
+"""Tables that map tensor names and shapes in public checkpoints to ours. All other modules take these names from here.
 
-Every tensor of a network is one `Row`. `axes` is an einops pattern from torch's tensor to ours: a permutation that
-also drops axes of length 1. Layers that we stack (`blocks`) have one row per layer, with the layer's index.
+Each tensor of a network is described by one `Row`. A parameter of stacked layers (`blocks`) has one row per layer.
 """
 
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from tfm_jax.wan.tensors import Shape
 from tfm_jax.wan.vae import Stage, VaeConfig
 
 Layout = Literal["diffusers", "original", "tfm_jax"]
-"""How a directory of weights is organised (`tfm_jax.wan.sources`)."""
+"""How a directory of weights is organised; `tfm_jax.wan.sources` describes the layouts."""
 
 Shapes = Mapping[str, Shape]
 """Tensor name -> shape."""
@@ -24,30 +23,30 @@ class Row(NamedTuple):
     ours: str
     """Dotted path of the parameter in our module, list indices included."""
     layer: int | None
-    """Index along our leading axis of stacked layers; None if the parameter is not stacked."""
+    """Index along the leading axis of our stacked parameter; None if the parameter is not stacked."""
     original: str
-    """Name in Wan-AI's own files."""
+    """Name in the files published by Wan-AI."""
     diffusers: str
     """Name in the Diffusers layout."""
     axes: str
-    """einops pattern, torch's axes -> ours."""
+    """einops pattern from torch's axes to ours: a permutation that also drops axes of length 1."""
 
     def name(self, layout: Layout) -> str:
-        """The name of the tensor in files of `layout`."""
+        """Return the name of the tensor in files of `layout`."""
         return self.ours if layout == "tfm_jax" else getattr(self, layout)
 
     @property
     def torch_axes(self) -> list[str]:
-        """Names of torch's axes in order; "1" is an axis of length 1 that we drop."""
+        """Names of torch's axes, in order; "1" stands for an axis of length 1 that we drop."""
         return self.axes.split("->")[0].split()
 
     @property
     def our_axes(self) -> list[str]:
-        """Names of our axes in order, without the axis of stacked layers."""
+        """Names of our axes, in order, without the axis of stacked layers."""
         return self.axes.split("->")[1].split()
 
     def torch_shape(self, shape: Shape) -> Shape:
-        """Torch's shape of the tensor, given the shape of our parameter (stacked, if it is)."""
+        """Return the shape of the tensor in torch, given the whole shape of our parameter, stacked or not."""
         lengths = dict(zip(self.our_axes, shape if self.layer is None else shape[1:], strict=True))
         return tuple(lengths.get(axis, 1) for axis in self.torch_axes)
 
@@ -103,7 +102,7 @@ def _linear(layer: int | None, ours: str, original: str, diffusers: str) -> list
 
 
 class LinearNames(NamedTuple):
-    """The names of a linear layer within its transformer block."""
+    """The names of a linear layer within a transformer block."""
 
     ours: str
     original: str
@@ -111,12 +110,12 @@ class LinearNames(NamedTuple):
 
     @property
     def kohya(self) -> str:
-        """The name in LoRA files of the kohya dialect."""
+        """Name in LoRA files of the kohya dialect."""
         return self.original.replace(".", "_")
 
 
 BLOCK_LINEARS = {names.original: names for names in (LinearNames(*row) for row in _table(_BLOCK_LINEARS))}
-"""The ten linear layers of a block by original name, in the order of the block."""
+"""Original name -> all names, for the ten linear layers of a block in the order of their use."""
 
 LORA_TARGETS = tuple(dict.fromkeys(n.removeprefix("self_attn.").removeprefix("cross_attn.") for n in BLOCK_LINEARS))
 """The shortest `lora.targets` that select every linear layer of a block."""
@@ -125,7 +124,7 @@ LORA_TARGETS = tuple(dict.fromkeys(n.removeprefix("self_attn.").removeprefix("cr
 class BlockLinear(NamedTuple):
     """One linear layer of one transformer block. These are the layers that can carry a LoRA adapter.
 
-    As text it is the original name, which users know from `lora.targets`.
+    `str` returns the original name, because `lora.targets` uses original names.
     """
 
     layer: int
@@ -150,7 +149,7 @@ class BlockLinear(NamedTuple):
 
 
 def transformer_rows(layers: int) -> list[Row]:
-    """All tensors of a Wan2.1-T2V transformer (`wan/modules/model.py`; `transformer_wan.py` in diffusers)."""
+    """List the tensors of a Wan2.1-T2V transformer (`wan/modules/model.py`; `transformer_wan.py` in diffusers)."""
     rows = [
         Row("patch_in.kernel", None, "patch_embedding.weight", "patch_embedding.weight", PATCH),
         Row("patch_in.bias", None, "patch_embedding.bias", "patch_embedding.bias", VECTOR),
@@ -169,7 +168,7 @@ def transformer_rows(layers: int) -> list[Row]:
 
 
 def transformer_sizes(shapes: Shapes) -> dict[str, Any]:
-    """The width of the text embeddings, which the config.json of an original transformer lacks.
+    """Infer the width of the text embeddings, which the config.json of the original layout lacks.
 
     Raises:
         InputError: the tensors are not those of a transformer.
@@ -223,7 +222,7 @@ def _stage(ours: str, original: str, diffusers: str, stage: Stage) -> list[Row]:
 
 
 def _coder_ends(side: str) -> list[Row]:
-    """The first convolution, middle and head of the encoder or the decoder."""
+    """List the tensors of the first convolution, the middle and the head; `side` is `encoder` or `decoder`."""
     middle = f"{side}.mid_block"
     return [
         *_conv(f"{side}.conv_in", f"{side}.conv1", f"{side}.conv_in", CONV3D),
@@ -238,7 +237,7 @@ def _coder_ends(side: str) -> list[Row]:
 
 
 def vae_rows(config: VaeConfig) -> list[Row]:
-    """All tensors of the Wan2.1 autoencoder (`wan/modules/vae.py`; `autoencoder_kl_wan.py` in diffusers)."""
+    """List the tensors of a Wan2.1 autoencoder (`wan/modules/vae.py`; `autoencoder_kl_wan.py` in diffusers)."""
     rows = [
         *_coder_ends("encoder"),
         *_coder_ends("decoder"),
@@ -255,7 +254,7 @@ def vae_rows(config: VaeConfig) -> list[Row]:
 
 
 def vae_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Reads the sizes of an autoencoder off its tensors' shapes: the original layout has no config.json for it.
+    """Infer the sizes of an autoencoder from the shapes of its tensors, because the original layout has no config.json.
 
     Raises:
         InputError: the tensors are not those of a Wan2.1 autoencoder.
@@ -278,7 +277,10 @@ def vae_sizes(shapes: Shapes) -> dict[str, Any]:
             levels[-1].append(width(f"encoder.downsamples.{i}.residual.6.weight"))
     expected = [[level[0]] * len(levels[0]) for level in levels if level and base_dim and level[0] % base_dim == 0]
     if levels != expected:
-        raise InputError(f"encoder.downsamples: widths {levels}; expected levels of one multiple of {base_dim} each")
+        raise InputError(
+            f"encoder.downsamples has block widths {levels}; expected every level to have equally many "
+            f"blocks and a single block width, a multiple of {base_dim}"
+        )
     return {
         "base_dim": base_dim,
         "z_dim": z_dim,
@@ -309,11 +311,11 @@ _TEXT_BLOCK_TABLES = """
 """
 
 TEXT_ENCODER_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
-"""transformers has two names for the embedding, and a file may hold either or both. Ours hold the second."""
+"""Alternative name in transformers -> the name used here. Files may hold the embedding under either name or both."""
 
 
 def text_encoder_rows(layers: int) -> list[Row]:
-    """All tensors of the umT5 encoder (`wan/modules/t5.py`; `modeling_umt5.py` in transformers)."""
+    """List the tensors of a umT5 encoder (`wan/modules/t5.py`; `modeling_umt5.py` in transformers)."""
     rows = [
         Row("embedding", None, "token_embedding.weight", "shared.weight", "v d -> v d"),
         Row("norm.scale", None, "norm.weight", "encoder.final_layer_norm.weight", VECTOR),
@@ -327,9 +329,9 @@ def text_encoder_rows(layers: int) -> list[Row]:
 
 
 def text_encoder_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Reads the sizes of a umT5 encoder off its tensors' shapes, named as in either public layout.
+    """Infer the sizes of a umT5 encoder from the shapes of its tensors, named as in either public layout.
 
-    `max_distance` and `eps` do not affect any shape, so they are not in the result.
+    The result lacks `max_distance` and `eps`, which do not affect any shape.
 
     Raises:
         InputError: the tensors are not those of a umT5 encoder.

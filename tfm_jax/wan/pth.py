@@ -1,9 +1,10 @@
 """Reads the tensors of PyTorch's `.pth` files without PyTorch.
 
 Such a file is a zip archive: `data.pkl` describes the tensors, and each record `data/<key>` is one storage, raw and
-uncompressed. A general unpickler executes whatever code the file names. Here a stack machine with two dozen opcodes
-evaluates the description and calls nothing. Every call that the file asks for becomes a `_Call`, which is an error
-unless it describes a plain tensor. Memory stays within a small multiple of the size of `data.pkl`.
+uncompressed. A general unpickler would execute whatever code the file names. Here a stack machine with about thirty
+opcodes evaluates the description and calls nothing. It recognises the calls that create a dictionary or a plain tensor.
+Any other call becomes a `_Call`, which is an error if found in place of a tensor. Memory use is at most a small
+multiple of the size of `data.pkl`.
 """
 
 import io
@@ -24,7 +25,7 @@ from tfm_jax.inputs import check_download, short_repr
 from tfm_jax.wan.tensors import LazyTensor, Shape, Tensors
 
 MAX_DESCRIPTION_BYTES = 2**20
-"""Limit for `data.pkl` and for the directory of the zip archive. In Wan's files both are below 100 kB."""
+"""Maximum size of `data.pkl` and of the directory of the zip archive. In Wan's files both are below 100 kB."""
 
 _DTYPES = {
     "torch.DoubleStorage": np.float64,
@@ -39,20 +40,20 @@ _DAMAGED = (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError,
 
 
 class _Global(NamedTuple):
-    """A function or class that the file names."""
+    """A function or class that `data.pkl` names."""
 
     name: str
 
 
 class _Call(NamedTuple):
-    """A call that the file asks for."""
+    """A call that `data.pkl` asks for. It is never executed."""
 
     name: str
     arguments: tuple
 
 
 class _Storage(NamedTuple):
-    kind: str
+    class_name: str
     key: str
     length: int
 
@@ -74,10 +75,11 @@ class _Region(NamedTuple):
 
 
 def open_pth(file: Path) -> Tensors:
-    """The tensors of a PyTorch checkpoint, which must be a plain dictionary of contiguous floating-point tensors.
+    """Map names to the tensors of a PyTorch checkpoint: a plain dictionary of contiguous floating-point tensors.
 
     Raises:
-        InputError: the checkpoint is anything else, or its records are compressed, overlapping or incomplete.
+        InputError: the file is missing, the checkpoint is anything else, or its records are compressed, overlapping or
+            incomplete.
     """
     check_download(file)
     try:
@@ -97,7 +99,7 @@ def open_pth(file: Path) -> Tensors:
 
 
 class _BoundedFile(io.FileIO):
-    """A file that refuses large reads. zipfile reads the directory of an archive at once, whatever its claimed size."""
+    """A file that refuses large reads. zipfile reads an archive's directory at once, however large it claims to be."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MAX_DESCRIPTION_BYTES:
@@ -106,43 +108,43 @@ class _BoundedFile(io.FileIO):
 
 
 def _read_archive(file: Path) -> tuple[bytes, dict[str, range]]:
-    """The pickled description, and the byte range of each storage by key."""
+    """Return the pickled description and the byte range of each storage by key."""
     with _BoundedFile(file) as stream:
         if stream.read(4) != b"PK\3\4":
             raise InputError(
-                "not a zip archive, which PyTorch writes since version 1.6; convert an older file with torch.load and "
-                "torch.save"
+                "not a zip archive, the format that PyTorch has used since version 1.6; convert an older file with "
+                "torch.load and torch.save"
             )
         try:
             with zipfile.ZipFile(stream) as archive:
                 records = _records(archive, stream)
                 found = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
                 if len(found) != 1:
-                    raise InputError(f"a zip archive with {len(found)} data.pkl; expected one, as PyTorch writes it")
+                    raise InputError(f"the zip archive contains {len(found)} data.pkl; expected exactly one")
                 root = found[0].removesuffix("data.pkl")
                 description = archive.read(found[0])
                 order = archive.read(f"{root}byteorder") if f"{root}byteorder" in records else b"little"
         except InputError:
             raise
         except _DAMAGED as error:
-            raise InputError(f"not a whole zip archive ({error}); download it again") from None
+            raise InputError(f"not a complete zip archive ({error}); download it again") from None
     if order != b"little":
         raise InputError(f"byteorder is {short_repr(order)}; expected little")
     start = f"{root}data/"
-    return description, {name.removeprefix(start): where for name, where in records.items() if name.startswith(start)}
+    return description, {name.removeprefix(start): span for name, span in records.items() if name.startswith(start)}
 
 
 def _records(archive: zipfile.ZipFile, stream: io.FileIO) -> dict[str, range]:
-    """The byte range of every record by name. All records are uncompressed and none overlaps another."""
+    """Map record names to byte ranges. Check that every record is uncompressed and that none overlaps another."""
     records: dict[str, range] = {}
     end = 0
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         name = info.filename
         if name in records:
-            raise InputError(f"record {short_repr(name)} is in the archive twice; expected it once")
+            raise InputError(f"record {short_repr(name)} is in the archive more than once; expected it once")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
             raise InputError(
-                f"record {short_repr(name)} is compressed or encrypted; expected it stored as PyTorch does"
+                f"record {short_repr(name)} is compressed or encrypted; expected plain bytes, as PyTorch writes them"
             )
         stream.seek(info.header_offset)
         header = stream.read(30)
@@ -151,7 +153,7 @@ def _records(archive: zipfile.ZipFile, stream: io.FileIO) -> dict[str, range]:
         start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))  # lengths of name and extra field
         if info.header_offset < end or start + info.file_size > archive.start_dir:
             raise InputError(
-                f"record {short_repr(name)} overlaps another or the end of the archive; expected separate records"
+                f"record {short_repr(name)} overlaps another record or the directory; expected separate records"
             )
         end = start + info.file_size
         records[name] = range(start, end)
@@ -167,7 +169,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _evaluate(pickled: bytes) -> Any:
-    """Evaluate a pickle to numbers, strings, tuples, dictionaries with string keys, and the types above."""
+    """Evaluate a pickle to plain values, tuples, dictionaries with string keys, and instances of the types above."""
     machine = _Machine()
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
@@ -176,12 +178,12 @@ def _evaluate(pickled: bytes) -> Any:
     except InputError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError):
-        raise InputError("its data.pkl is damaged; download it again") from None
+        raise InputError("data.pkl is damaged; download the file again") from None
     return result
 
 
 class _Machine:
-    """The stack machine of pickle, with the opcodes that PyTorch uses for a dictionary of tensors."""
+    """Pickle's stack machine, limited to the opcodes that PyTorch uses for a dictionary of tensors."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -228,12 +230,12 @@ class _Machine:
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_result(function.name, tuple(arguments)))
-            case "BUILD":  # attributes of the dictionary, such as the versions of modules
+            case "BUILD":  # drops attributes of the dictionary, such as module versions
                 stack.pop()
                 if not isinstance(stack[-1], dict):
-                    raise InputError(f"sets the state of {_kind(stack[-1])}; expected plain tensors")
+                    raise InputError(f"the target of BUILD is {_describe(stack[-1])}; expected a dictionary of tensors")
             case _:
-                raise InputError(f"its data.pkl has the opcode {opcode}; expected a dictionary of plain tensors")
+                raise InputError(f"data.pkl has the opcode {opcode}; expected a dictionary of plain tensors")
 
     def _since_mark(self) -> list[Any]:
         items = []
@@ -244,26 +246,26 @@ class _Machine:
 
 def _set(target: Any, key: Any, value: Any) -> None:
     if not isinstance(target, dict):
-        raise InputError(f"sets an item of {_kind(target)}; expected a dictionary of tensors")
+        raise InputError(f"the target of SETITEM is {_describe(target)}; expected a dictionary of tensors")
     if not isinstance(key, str):
-        raise InputError(f"a dictionary has a key that is {_kind(key)}; expected names of tensors")
+        raise InputError(f"a dictionary has a key that is {_describe(key)}; expected tensor names")
     if key in target:
-        raise InputError(f"{short_repr(key)} is given twice; expected it once")
+        raise InputError(f"key {short_repr(key)} is given more than once; expected it once")
     target[key] = value
 
 
 def _storage(identifier: Any) -> _Storage:
     match identifier:
-        case ("storage", _Global(kind), str(key), str(), int(length)):
-            return _Storage(kind, key, length)
-    raise InputError("refers to something that is not a storage; expected plain tensors")
+        case ("storage", _Global(class_name), str(key), str(), int(length)):
+            return _Storage(class_name, key, length)
+    raise InputError("data.pkl refers to something that is not a storage; expected plain tensors")
 
 
 def _result(name: str, arguments: tuple) -> Any:
     match name, arguments:
         case "collections.OrderedDict", ():
             return {}
-        # The last two are requires_grad and hooks. A further argument would change the numbers.
+        # The last two arguments are requires_grad and hooks. A seventh, metadata, can negate or conjugate the values.
         case "torch._utils._rebuild_tensor_v2", (
             _Storage() as storage,
             int(offset),
@@ -278,7 +280,8 @@ def _result(name: str, arguments: tuple) -> Any:
     return _Call(name, arguments)
 
 
-def _kind(value: Any) -> str:
+def _describe(value: Any) -> str:
+    """Describe a value in words that can follow "is" in an error message."""
     match value:
         case _Call(name, _):
             return f"the result of {short_repr(name)}"
@@ -292,37 +295,41 @@ def _kind(value: Any) -> str:
 
 def _regions(state: Any, storages: Mapping[str, range]) -> Iterator[tuple[str, _Region]]:
     if not isinstance(state, dict):
-        raise InputError(f"the content is {_kind(state)}; expected a dictionary of tensors")
+        raise InputError(f"the content is {_describe(state)}; expected a dictionary of tensors")
     for name, tensor in state.items():
         if not isinstance(tensor, _Tensor):
-            raise InputError(f"{short_repr(name)} is {_kind(tensor)}; expected a plain tensor")
+            raise InputError(f"{short_repr(name)} is {_describe(tensor)}; expected a plain tensor")
         yield name, _region(name, tensor, storages)
 
 
 def _region(name: str, tensor: _Tensor, storages: Mapping[str, range]) -> _Region:
     storage, offset, shape, strides = tensor
-    if storage.kind not in _DTYPES:
-        raise InputError(f"tensor {short_repr(name)} is in a {storage.kind}; expected one of {', '.join(_DTYPES)}")
+    if storage.class_name not in _DTYPES:
+        raise InputError(
+            f"tensor {short_repr(name)} is in a {storage.class_name}; expected one of {', '.join(_DTYPES)}"
+        )
     if not all(type(number) is int and number >= 0 for number in (storage.length, offset, *shape, *strides)):
         raise InputError(
-            f"tensor {short_repr(name)} has a shape, strides or offset that are not all non-negative integers"
+            f"tensor {short_repr(name)} has a bad storage length, offset, shape or strides; expected integers >= 0"
         )
-    dtype = np.dtype(_DTYPES[storage.kind])
+    dtype = np.dtype(_DTYPES[storage.class_name])
     record = storages.get(storage.key)
     if record is None or len(record) != storage.length * dtype.itemsize:
         has = "no record" if record is None else f"a record of {len(record)} bytes"
         raise InputError(
-            f"tensor {short_repr(name)} has {has}; expected one of {storage.length * dtype.itemsize} bytes"
+            f"tensor {short_repr(name)} has {has}; expected a record of {storage.length * dtype.itemsize} bytes"
         )
     length = math.prod(shape)
     if len(shape) != len(strides) or offset + length > storage.length or not _contiguous(shape, strides):
-        raise InputError(f"tensor {short_repr(name)} is not contiguous; expected contiguous data")
+        raise InputError(
+            f"tensor {short_repr(name)} is not contiguous or exceeds its storage; expected contiguous data"
+        )
     start = record.start + offset * dtype.itemsize
     return _Region(start, start + length * dtype.itemsize, dtype, shape)
 
 
 def _contiguous(shape: Shape, strides: Shape) -> bool:
-    """Whether a tensor is in C order. Strides do not matter for axes of length 1 or empty tensors."""
+    """Whether a tensor is in C order. The strides of empty tensors and of axes of length 1 do not matter."""
     expected = 1
     for length, stride in zip(reversed(shape), reversed(strides), strict=True):
         if length != 1 and stride != expected:
@@ -332,7 +339,7 @@ def _contiguous(shape: Shape, strides: Shape) -> bool:
 
 
 def _check_apart(regions: Mapping[str, _Region]) -> None:
-    """Check that tensors do not overlap. Two tensors may be identical (tied weights)."""
+    """Check that tensors do not overlap. Tensors with the same bytes and dtype are allowed (tied weights)."""
     filled = [(name, region) for name, region in regions.items() if region.start < region.stop]
     ordered = sorted(filled, key=lambda item: item[1][:2])
     for (first, one), (second, other) in itertools.pairwise(ordered):

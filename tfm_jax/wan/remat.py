@@ -1,6 +1,6 @@
 """Rematerialisation policies: which activations of a block are saved for the backward pass.
 
-The input of a block is always saved. What a policy does not save in addition, the backward pass recomputes.
+The input of a block is always saved. The backward pass recomputes whatever the policy does not save in addition.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,18 @@ from tfm_jax.wan.attention import ATTENTION_OUTPUT
 _policies = jax.checkpoint_policies
 
 POLICIES: dict[Remat, Callable[..., Any]] = {
-    # Saves nothing, so the whole block runs twice.
+    # Saves nothing else, so the backward pass runs the whole block again.
     "full": _policies.nothing_saveable,
-    # Saves the outputs of both attentions, the part whose cost grows with the square of the number of tokens.
+    # Saves the outputs of self-attention and cross-attention. Recomputing self-attention would be expensive: its cost
+    # grows with the square of the number of tokens.
     "attention": _policies.save_only_these_names(ATTENTION_OUTPUT),
-    # Saves the same in host memory: this takes no device memory, but a transfer in each direction.
+    # Saves the same outputs in host memory. This takes no device memory, but one transfer in each direction.
     "attention_offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[ATTENTION_OUTPUT],
         offload_src="device",
         offload_dst="pinned_host",
     ),
-    # Saves everything that a gradient needs, so nothing runs twice.
+    # Saves everything that the gradients need, so nothing is recomputed.
     "none": _policies.everything_saveable,
 }

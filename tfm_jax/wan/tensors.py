@@ -1,4 +1,4 @@
-"""Named tensors in files, read and written in parts, so that no file is ever held in memory as a whole."""
+"""Reads and writes named tensors in files part by part, so that no whole file is ever held in memory."""
 
 import json
 import os
@@ -20,8 +20,9 @@ Shape = tuple[int, ...]
 
 MAX_SHARD_BYTES = 5_000_000_000
 STRIP = 256
-"""Elements that `copy_into` copies at a time along the last axis."""
+"""Number of elements along the last axis that `copy_into` copies at a time."""
 FILL_BYTES = 2**20
+"""Number of zeros that `allocate` writes at a time on systems without `posix_fallocate`."""
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
@@ -29,7 +30,7 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 
 
 class LazyTensor(NamedTuple):
-    """A tensor in a file, not yet read. `read(index)` returns the part that `index` selects."""
+    """A tensor in a file, to be read on demand. `read(index)` returns the part that `index` selects."""
 
     shape: Shape
     file: Path
@@ -43,16 +44,16 @@ Tensors = Mapping[str, LazyTensor]
 
 
 def open_tensors(files: Sequence[Path]) -> Tensors:
-    """The tensors of safetensors files by name. A prefix that all names share, such as `model.`, is removed.
+    """Map names to the tensors in safetensors files. If all names share a known prefix, such as `model.`, remove it.
 
     Raises:
-        InputError: a file is missing or not safetensors, or a tensor is in two files.
+        InputError: `open_safetensors` rejects a file, or a tensor is in two files.
     """
     tensors: dict[str, LazyTensor] = {}
     for file in files:
         for name, tensor in open_safetensors(file).items():
             if name in tensors:
-                raise InputError(f"{file}: tensor {short_repr(name)} is also in {tensors[name].file}")
+                raise InputError(f"{file}: tensor {short_repr(name)} is also in {tensors[name].file}; expected it once")
             tensors[name] = tensor
     for prefix in _PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
@@ -61,16 +62,16 @@ def open_tensors(files: Sequence[Path]) -> Tensors:
 
 
 def safetensors_in(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: those that its index names, or all of them if it has no index.
+    """Return the safetensors files of a directory: those listed in its index, or all of them if it has no index.
 
     Raises:
-        InputError: the index is damaged, or names a file that is not in the directory.
+        InputError: there is no such file, or the index is damaged or lists a file that is not in the directory.
     """
     indices = sorted(directory.glob("*.safetensors.index.json"))
     if not indices:
         files = sorted(directory.glob("*.safetensors"))
         if not files:
-            raise InputError(f"{directory}: expected *.safetensors files, found none")
+            raise InputError(f"{directory}: no *.safetensors files found; expected at least one")
         return files
     index = indices[0]
     weight_map = read_json(index).get("weight_map")
@@ -79,45 +80,45 @@ def safetensors_in(directory: Path) -> list[Path]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise InputError(
-                f"{index}: {short_repr(name)} is in {short_repr(shard)}; expected a file of the same directory"
+                f"{index}: {short_repr(name)} is in {short_repr(shard)}; expected a file in the same directory"
             )
     files = [directory / shard for shard in sorted(set(weight_map.values()))]
     for file in files:
         if not os.path.isfile(file):  # Path.is_file raises OSError for a name that is too long
-            raise InputError(f"{file}: missing, but {index.name} names it; download it again")
+            raise InputError(f"{file}: the file is missing, but {index.name} lists it; download it again")
     return files
 
 
 def open_safetensors(file: Path) -> Tensors:
-    """The tensors of one safetensors file, by their names in the file.
+    """Map the names in one safetensors file to its tensors.
 
     Raises:
-        InputError: the file is missing or not safetensors, repeats a tensor, or has a tensor of an unsupported type.
+        InputError: the file is missing or not safetensors, repeats a tensor, or has a tensor with an unsupported dtype.
     """
     check_download(file)
     try:
         handle = safe_open(file, framework="numpy")
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+        raise InputError(f"{file}: not a complete safetensors file ({error}); download it again") from None
     _header(file)
     tensors = {}
     for name, piece in slices.items():
         if piece.get_dtype() not in _DTYPES:
             raise InputError(
-                f"{file}: tensor {short_repr(name)} is {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}"
+                f"{file}: tensor {short_repr(name)} has dtype {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}"
             )
         tensors[name] = LazyTensor(tuple(piece.get_shape()), file, piece.__getitem__)
     return tensors
 
 
 def safetensors_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file that `open_safetensors` accepts."""
+    """Return the metadata of a safetensors file that `open_safetensors` has accepted."""
     return _header(file).get("__metadata__") or {}
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """The header, parsed strictly: safetensors itself accepts repeated keys and uses the last."""
+    """Parse the header strictly, because safetensors itself accepts repeated keys and uses the last one."""
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         return parse_json(stream.read(min(length, MAX_JSON_BYTES + 1)), f"{file}: header")
@@ -127,12 +128,12 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 class TensorWriter:
-    """Creates safetensors files for tensors of known shapes, to be filled in any order: `writer[name][...] = values`.
+    """Creates safetensors files for tensors of known shapes. Fill them in any order: `writer[name][...] = values`.
 
-    The files are memory-mapped, so values go to disk and do not stay in memory. Use it as a context manager.
+    The files are memory-mapped, so values go to disk and do not stay in memory. Use the writer as a context manager.
 
     Args:
-        stem: start of the file names, which end as usual: `stem-00001-of-00002.safetensors`.
+        stem: start of the file names, as in `stem.safetensors` or `stem-00001-of-00002.safetensors`.
         tensors: name -> shape and dtype.
     """
 
@@ -184,9 +185,9 @@ class TensorWriter:
 
 
 def copy_into(target: np.ndarray, values: np.ndarray) -> None:
-    """`target[...] = values`, but four times as fast for transposed `values`.
+    """Equivalent to `target[...] = values`, but four times as fast for transposed `values`.
 
-    It casts in the memory order of `values`, then copies strips so narrow that source and target stay in the cache.
+    Casts the values in their memory order, then copies strips narrow enough for source and target to stay in the cache.
     """
     values = values.astype(target.dtype, copy=False)
     for start in range(0, target.shape[-1], STRIP):
@@ -194,16 +195,16 @@ def copy_into(target: np.ndarray, values: np.ndarray) -> None:
 
 
 def allocate(stream: BinaryIO, size: int) -> None:
-    """Allocate `size` bytes on disk from the position of `stream` on.
+    """Allocate `size` bytes on disk, starting at the position of `stream`.
 
-    A full disk raises OSError here, whereas writing to a mapped file would crash the program.
+    On a full disk this raises OSError, whereas writing to a memory-mapped file would crash the program.
     """
     try:
         stream.flush()
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(stream.fileno(), 0, stream.tell() + size)
             return
-        for start in range(0, size, FILL_BYTES):  # macOS has no posix_fallocate, and truncate allocates nothing
+        for start in range(0, size, FILL_BYTES):  # macOS has no posix_fallocate, and truncate allocates no space
             stream.write(bytes(min(FILL_BYTES, size - start)))
     except OSError as error:
         raise OSError(error.errno, error.strerror, stream.name) from None
@@ -214,7 +215,7 @@ def _nbytes(shape: Shape, dtype: DTypeLike) -> int:
 
 
 def _shards(tensors: Mapping[str, tuple[Shape, DTypeLike]]) -> list[list[str]]:
-    """The names in order, in groups of at most MAX_SHARD_BYTES; a tensor larger than that is alone in its group."""
+    """Split the names, in order, into groups of at most MAX_SHARD_BYTES. A larger tensor gets a group of its own."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, (shape, dtype) in tensors.items():

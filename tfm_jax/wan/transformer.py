@@ -1,11 +1,13 @@
 """The Wan2.1-T2V diffusion transformer (`wan/modules/model.py` of Wan-Video/Wan2.1).
 
 A block is self-attention over the video's tokens with 3-D rotary positions, cross-attention to the text, and a
-feed-forward network. The time embedding modulates self-attention and feed-forward network. All blocks have the same
-shapes, so they are built as one stack and run by `jax.lax.scan`. `remat` selects which activations are saved.
+feed-forward network. The time embedding modulates the self-attention and the feed-forward network. All blocks have the
+same shapes, so they are built as one stack and run by `jax.lax.scan`. `remat` selects which activations are saved for
+the backward pass.
 
 On a mesh every activation `[b s d]` is sharded over batch and tokens, and every linear layer of a block over heads or
-feed-forward channels. Apart from gathering weights, only attention and the sums after `o` and `down` communicate.
+feed-forward channels. Within a block, apart from gathering weights, only attention (including the query and key norms)
+and the sums in `o` and `down` communicate.
 """
 
 import math
@@ -38,7 +40,7 @@ Rotary = Float[Array, "s k"]
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The architecture, in Wan's own terms. All Wan2.1-T2V models share the defaults."""
+    """The architecture. Names follow Wan where possible. All Wan2.1-T2V models share the defaults."""
 
     dim: int
     ffn_dim: int
@@ -55,16 +57,16 @@ class TransformerConfig:
 
 
 def token_grid(shape: Sequence[int]) -> tuple[int, int, int]:
-    """The number of tokens along time, height and width for latents of shape `[f h w c]`."""
+    """Return the number of tokens along time, height and width for latents of shape `[f h w c]`."""
     f, h, w = (length // step for length, step in zip(shape, PATCH, strict=False))
     return f, h, w
 
 
 def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Rotary, Rotary]:
-    """cos and sin, each `[f h w, head_dim / 2]`, of the rotary angles for a grid of tokens.
+    """Return cos and sin, each `[f h w, head_dim / 2]`, of the rotary angles for a grid of tokens.
 
-    Height and width use `2 (head_dim // 6)` channels each, and time the rest. Positions are integers from 0.
-    Angles are computed in float64 because rounding errors would grow with the position in long clips.
+    Height and width use `2 (head_dim // 6)` channels each, and time uses the rest. Positions are integers from 0.
+    Angles are computed in float64, because float32 rounding errors would grow with the position in long clips.
     """
     side = 2 * (head_dim // 6)
     angles = []
@@ -94,7 +96,7 @@ def apply_rotary(x: Float[Array, "b s n d"], rotary: tuple[Rotary, Rotary]) -> F
 
 
 def sinusoidal_embedding(timestep: PerVideo, width: int) -> Float[Array, "b d"]:
-    """`[cos, sin]` of the timestep (0..1000) at `width / 2` frequencies."""
+    """Return `[cos, sin]` of the timestep (0..1000) at `width / 2` frequencies."""
     half = width // 2
     frequencies = jnp.asarray(10_000.0 ** -(np.arange(half, dtype=np.float64) / half), jnp.float32)
     angles = timestep.astype(jnp.float32)[:, None] * frequencies
@@ -102,7 +104,7 @@ def sinusoidal_embedding(timestep: PerVideo, width: int) -> Float[Array, "b d"]:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention whose queries and keys pass an RMS norm over all heads jointly."""
+    """Multi-head attention whose queries and keys pass through an RMS norm over all heads jointly."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
         self.heads = config.heads
@@ -116,7 +118,7 @@ class Attention(nnx.Module):
         self.norm_k = RMSNorm(config.dim, stack=stack, eps=config.eps)
 
     def __call__(self, x: Tokens, context: Float[Array, "b t d"], rotary: tuple[Rotary, Rotary] | None) -> Tokens:
-        """Let `x` attend to `context`, which is `x` in self-attention. Only self-attention has `rotary` positions."""
+        """Let `x` attend to `context`. In self-attention, `context` is `x`; in cross-attention, `rotary` is None."""
         query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         query, key, value = (rearrange(y, "b s (n k) -> b s n k", n=self.heads) for y in (query, key, value))
         if rotary is not None:
@@ -194,10 +196,10 @@ class WanTransformer(nnx.Module):
 
     @jax.jit
     def __call__(self, latents: Latents, timestep: PerVideo, text: Text) -> Latents:  # pyright: ignore
-        """The float32 velocity of `latents`, with their shape.
+        """Return the velocity at `latents`, in float32 and with the same shape.
 
         Args:
-            latents: noisy normalised latents `[b f h w c]`, h and w even.
+            latents: noisy normalised latents `[b f h w c]`, with even h and w.
             timestep: `[b]` in 0..1000, 1000 times the noise level.
             text: embeddings of the prompts `[b l d]`, zero-padded to 512 tokens. Attention includes the padding.
 
@@ -215,13 +217,14 @@ class WanTransformer(nnx.Module):
         def body(x: Tokens, block: Block) -> tuple[Tokens, None]:
             return block(x, block_time, context, rotary), None
 
-        # Forward and backward pass are separate loops, so CSE cannot merge recomputed values with the originals anyway.
+        # The forward and backward passes are separate loops, so `prevent_cse` is not needed.
         body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
         x, _ = jax.lax.scan(body, x, self.blocks)
 
         shift, scale = jnp.split(self.head_modulation[...][None] + time[:, None], 2, axis=1)
         x = self.head((self.norm_head(x) * (1 + scale) + shift).astype(self.dtype))
-        x = constrain(x, ACTIVATION)  # gathered after the head, whose output is small
+        # Keep the tokens split up to here, to gather the small output of the head rather than its wide input.
+        x = constrain(x, ACTIVATION)
         (gf, gh, gw), (p, q, r) = grid, PATCH
         x = rearrange(x, "b (f h w) (p q r c) -> b (f p) (h q) (w r) c", f=gf, h=gh, w=gw, p=p, q=q, r=r)
         return constrain(x.astype(jnp.float32), ("batch",))

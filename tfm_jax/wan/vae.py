@@ -1,8 +1,8 @@
 """The video autoencoder of Wan2.1: pixels in -1..1 to normalised latents and back.
 
-Latents have a quarter of the frames and an eighth of the height and width: 4 (f - 1) + 1 frames become f latent frames.
-Both directions process the video in chunks of one latent frame, so that their memory use, apart from input and output,
-does not depend on its length.
+Latents have an eighth of the height and width and about a quarter of the frames: 4 (f - 1) + 1 frames become f latent
+frames. Both directions process the video in chunks of one latent frame, so that memory use, apart from the input and
+output, does not depend on the length of the video.
 """
 
 from collections.abc import Callable
@@ -32,13 +32,14 @@ from tfm_jax.wan.vae_layers import (
 
 
 class Stage(NamedTuple):
-    """One layer in the flat list of the encoder or the decoder: a residual block or a resampler."""
+    """One layer in the encoder's or decoder's sequence: a residual block or a resampler."""
 
     features_in: int
     features_out: int
     resample: bool
+    """Whether the layer is a resampler."""
     time: bool
-    """The resampler also halves or doubles the number of frames."""
+    """Whether the resampler also halves or doubles the number of frames."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,21 @@ class VaeConfig:
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise InputError(
                 f"temporal_downsample has {len(self.temporal_downsample)} values; "
-                f"expected one fewer than dim_mult, {len(self.dim_mult) - 1}"
+                f"expected {len(self.dim_mult) - 1}, one fewer than dim_mult"
             )
 
     @property
     def space_stride(self) -> int:
-        """Pixels per latent position along height and width."""
+        """Number of pixels per latent position, along height and along width."""
         return 2 ** len(self.temporal_downsample)
 
     @property
     def time_stride(self) -> int:
-        """Pixel frames per latent frame."""
+        """Number of pixel frames per latent frame after the first."""
         return 2 ** sum(self.temporal_downsample)
 
     def encoder_stages(self) -> list[Stage]:
-        """The layers of the encoder between its first convolution and its middle."""
+        """Return the layers of the encoder between its first convolution and its middle."""
         stages, width = [], self.base_dim
         for level, mult in enumerate(self.dim_mult):
             for _ in range(self.num_res_blocks):
@@ -91,7 +92,7 @@ class VaeConfig:
         return stages
 
     def decoder_stages(self) -> list[Stage]:
-        """The layers of the decoder between its middle and its last norm."""
+        """Return the layers of the decoder between its middle and its last norm."""
         stages, width = [], self.base_dim * self.dim_mult[-1]
         for level, mult in enumerate(reversed(self.dim_mult)):
             for _ in range(self.num_res_blocks + 1):
@@ -123,7 +124,7 @@ def _middle(features: int, rngs: nnx.Rngs, dtype: DTypeLike) -> list[nnx.Module]
 
 
 class Encoder(nnx.Module):
-    """Maps pixels to `2 z_dim` channels, from which `quant_conv` computes mean and log-variance."""
+    """Maps pixels to `2 z_dim` channels, from which `quant_conv` computes the mean and log-variance."""
 
     def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         stages = config.encoder_stages()
@@ -142,7 +143,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Maps latents (after `post_quant_conv`) to pixels that are not yet clipped."""
+    """Maps the output of `post_quant_conv` to pixels, which are not yet clipped to -1..1."""
 
     def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         stages = config.decoder_stages()
@@ -168,14 +169,14 @@ def run_in_chunks(
     frames_out: int,
     unroll: bool = False,
 ) -> Output:
-    """Run `step` on the first frame of `x`, then on `frames_in` frames at a time, and concatenate its outputs in time.
+    """Run `step` on the first frame of `x`, then on `frames_in` frames at a time, and concatenate the outputs.
 
     Args:
         step: maps a chunk and a cache (None for the first chunk) to an output and the next cache.
-        frames_in: frames per chunk after the first.
-        frames_out: frames of output per chunk after the first.
-        unroll: compile each chunk separately instead of a loop. Compiling takes longer, but on CPU XLA has no fast
-            convolution inside loops.
+        frames_in: number of frames in each chunk after the first.
+        frames_out: number of frames that `step` returns for each chunk after the first.
+        unroll: compile `step` once per chunk instead of compiling a loop. Compiling takes longer, but XLA on CPU has no
+            fast convolutions inside loops.
     """
     first, cache = step(x[:, :1], None)
     chunks = (x.shape[1] - 1) // frames_in
@@ -187,7 +188,7 @@ def run_in_chunks(
             out, cache = step(x[:, 1 + index * frames_in : 1 + (index + 1) * frames_in], cache)
             outs.append(out)
         return jnp.concatenate(outs, axis=1)
-    # The outputs go into a carried buffer. Stacking them would need a second copy of the whole video to transpose it.
+    # Write the outputs into a carried buffer: transposing stacked outputs would need a second copy of the whole video.
     joined = jnp.zeros((first.shape[0], 1 + chunks * frames_out, *first.shape[2:]), first.dtype)
 
     def body(carry: tuple[Output, Cache], index: jax.Array) -> tuple[tuple[Output, Cache], None]:
@@ -202,7 +203,7 @@ def run_in_chunks(
 
 
 class WanVae(nnx.Module):
-    """Encoder and decoder with the normalisation of the latents (Wan2.1 `wan/modules/vae.py`).
+    """Encoder and decoder, including the normalisation of latents (`wan/modules/vae.py` of Wan2.1).
 
     Weights and computation are in `dtype`. `encode` and `decode` return the dtype of their input.
     """
@@ -224,9 +225,10 @@ class WanVae(nnx.Module):
 
     @jax.jit
     def encode(self, video: Video) -> Latents:
-        """Encode a video with values in -1..1 to the mean of the posterior, normalised per channel: (mu - mean) / std.
+        """Encode a video with values in -1..1 to the posterior mean, normalised per channel: (mu - mean) / std.
 
-        Raises InputError if the number of frames is not 4n + 1, or height or width is not a multiple of 8.
+        Raises:
+            InputError: the number of frames is not 4n + 1, or the height or width is not a multiple of 8.
         """
         time, space = self.config.time_stride, self.config.space_stride
         if (video.shape[1] - 1) % time:
@@ -244,7 +246,7 @@ class WanVae(nnx.Module):
 
     @jax.jit
     def decode(self, latents: Latents) -> Video:
-        """Decode normalised latents to a video, clipped to -1..1."""
+        """Decode normalised latents to a video with values clipped to -1..1."""
         mean, std = self._statistics(latents.dtype)
 
         def step(chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:

@@ -1,8 +1,9 @@
 """The layers of the Wan2.1 video autoencoder. They process a video chunk by chunk.
 
-Every layer is called as `y, cache = layer(x, cache)` on a chunk `b t h w c`. The cache holds what the layer needs from
-the frames before the chunk: the last input frames of its causal convolutions. It is `None` for the first chunk, and
-layers that need no earlier frames return `None`. The result equals that of the whole video in one piece.
+Layers that `run_layers` runs are called as `y, cache = layer(x, cache)` on a chunk `b t h w c`. The cache holds what
+the layer needs from the frames before the chunk: the last input frames of its causal convolutions. The first chunk must
+be exactly one frame, and its cache is `None`. Layers that need no earlier frames return `None` as their cache. The
+result equals that of processing the whole video at once.
 """
 
 import math
@@ -27,7 +28,7 @@ Cache = Any
 
 
 def run_layers(layers: Sequence[nnx.Module], x: Chunk, cache: Cache) -> tuple[Output, Cache]:
-    """Apply the layers one after another. The cache is the tuple of their caches."""
+    """Apply the layers one after another. Their caches form the tuple `cache`."""
     caches = (None,) * len(layers) if cache is None else cache
     kept = []
     for layer, old in zip(layers, caches, strict=True):
@@ -37,7 +38,7 @@ def run_layers(layers: Sequence[nnx.Module], x: Chunk, cache: Cache) -> tuple[Ou
 
 
 class ChannelNorm(nnx.Module):
-    """Scales the channel vector of every pixel to length sqrt(c), then by gamma. It computes the length in float32."""
+    """Scales the channel vector of every pixel to length sqrt(c), then multiplies it by gamma, all in float32."""
 
     def __init__(self, features: int, *, dtype: DTypeLike):
         self.gamma = constant(1.0, (features,), (None,), dtype=dtype)
@@ -52,7 +53,7 @@ class ChannelNorm(nnx.Module):
 def convolve_frames(
     x: Float[Array, "n h w i"], kernel: Float[Array, "p q i o"], stride: int, padding: tuple[int, int]
 ) -> Float[Array, "n h2 w2 o"]:
-    """2-D convolution of every frame, with the same `padding` (before, after) for height and width."""
+    """Convolve every frame in 2-D, with the same `padding` (before, after) along height and width."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -88,9 +89,9 @@ class Conv2d(nnx.Module):
 
 
 class CausalConv3d(nnx.Module):
-    """A convolution over time, height and width whose output at a frame depends only on that and earlier frames.
+    """A causal convolution over time, height and width: an output frame depends on no later input frame.
 
-    The cache holds the `size[0] - time_stride` frames before the chunk. Before the first chunk these are zeros.
+    The cache holds the last `size[0] - time_stride` frames before the chunk. Zeros precede the first chunk.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class CausalConv3d(nnx.Module):
         self.cache_frames = size[0] - time_stride
 
     def empty_cache(self, x: Chunk) -> Float[Array, "b t2 h w c"]:
-        """Zeros in place of the frames before a first chunk `x`."""
+        """Return zeros to replace the missing frames before the first chunk `x`."""
         return jnp.zeros((x.shape[0], self.cache_frames, *x.shape[2:]), x.dtype)
 
     def __call__(self, x: Chunk, cache: Cache) -> tuple[Output, Cache]:
@@ -118,7 +119,7 @@ class CausalConv3d(nnx.Module):
         kernel = self.kernel[...]
         frames_out = (x.shape[1] - kernel.shape[0]) // self.time_stride + 1
         span = (frames_out - 1) * self.time_stride + 1
-        # One 2-D convolution per time step of the kernel: 1.5 to 5 times as fast as XLA's 3-D convolution on CPU.
+        # On CPU, one 2-D convolution per time step of the kernel is 1.5 to 5 times as fast as XLA's 3-D convolution.
         y = self.bias[...]
         for tap in range(kernel.shape[0]):
             frames = rearrange(x[:, tap : tap + span : self.time_stride], "b t h w c -> (b t) h w c")
@@ -169,7 +170,7 @@ class AttentionBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves height and width, and with `time` also the number of frames, except for the first frame of the video."""
+    """Halves height and width; with `time`, also halves the number of frames, not counting the first of the video."""
 
     def __init__(self, features: int, *, time: bool, rngs: nnx.Rngs, dtype: DTypeLike):
         self.resample = Conv2d(features, features, stride=2, padding=(0, 1), rngs=rngs, dtype=dtype)
@@ -187,9 +188,10 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width (nearest) and halves the channels; with `time` also doubles all frames but the first.
+    """Doubles height and width (nearest neighbour) and halves the number of channels.
 
-    The time convolution never sees the first frame of the video: its cache is still zero when it gets the second.
+    With `time`, also doubles the number of frames, not counting the first of the video. The time convolution never sees
+    that first frame: when the second arrives, the cache still holds zeros.
     """
 
     def __init__(self, features: int, *, time: bool, rngs: nnx.Rngs, dtype: DTypeLike):
