@@ -1,4 +1,4 @@
-"""Array types with named axes. The letters mean, unless a module defines its own:
+"""Array types with named axes. Unless a module defines other letters, the axes are:
 
 b: videos in a batch          f: latent frames (pixel frames = 4 (f - 1) + 1)
 h, w: latent height, width    c: latent channels (16)

@@ -13,7 +13,7 @@ def log(line: str) -> None:
 
 @contextlib.contextmanager
 def timed(task: str) -> Iterator[None]:
-    """Print the name of a task when it starts, and how many seconds it took when it succeeds."""
+    """Print the name of a task when it starts, and how many seconds it took if it succeeds."""
     start = time.monotonic()
     log(f"{task} ...")
     yield

@@ -16,7 +16,7 @@ def check_output_directory(field: str, path: Path) -> None:
     Raises:
         InputError: `path` is empty, a file, the current folder, or a parent of the current folder (such as `/`).
     """
-    # The current folder, which is also Path(""), is refused because it would mix the results with other files.
+    # Refuse the current folder, which is also Path(""), because the results would be mixed with other files.
     # os.path.realpath is used because resolve() raises RuntimeError on circular links before Python 3.13.
     if Path.cwd().resolve().is_relative_to(os.path.realpath(path)):
         raise InputError(f"{field}={path}: expected the path of a folder for the results, such as runs/name")
@@ -37,7 +37,10 @@ def check_new_directory(field: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. A file there replaces `path` after the block; an error removes it."""
+    """Yield a temporary path beside `path`.
+
+    At the end of the block, the file there replaces `path`; after an error, it is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -13,7 +13,7 @@ import pydantic
 from tfm_jax.errors import InputError
 
 MAX_JSON_BYTES = 8 * 2**20
-"""Far more than any configuration, index or header of Wan has. Parsed JSON takes up to thirty times as much memory."""
+"""Far more than any configuration, index or header of Wan. Parsed JSON takes up to thirty times its size in memory."""
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
@@ -89,7 +89,7 @@ def validate(
 
     Args:
         place: the file to name in error messages.
-        names: field of the model -> key in the file, for those that differ.
+        names: maps fields of the model to keys in the file, for fields that have a different name there.
 
     Raises:
         InputError: a value is missing or invalid. The message names the file, the field, its value and what was

@@ -66,7 +66,7 @@ ADAPTER = {"transformer.r": RANK, "transformer.lora_alpha": 8}
         (
             set_to("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", torch.ones(RANK, DIM)),
             "comfy",
-            r"recognised 40 of 41 keys, but not 'diffusion_model\.blocks\.0\.cross_attn\.k_img\.lora_A\.weight'; .*ffn\.2",
+            r"recognised 40 of 41 keys, but not 'diffusion_model\.blocks\.0\.cross_attn\.k_img\.lora_A.*'; .*ffn\.2",
         ),
         (set_to(f"{Q}.diff_b", torch.ones(DIM)), "comfy", r"recognised 40 of 41 keys, but not .*diff_b"),
         (set_to("text_embedding.0.lora_A.weight", torch.ones(RANK, DIM)), "comfy", "not 'text_embedding"),
@@ -171,7 +171,7 @@ def test_refuses_metadata(tmp_path, text, message):
 
 def test_refuses_two_alphas(tmp_path):
     path = rewritten(tmp_path / "bad.safetensors", dict, "kohya", 4, {"lora_adapter_metadata": json.dumps(ADAPTER)})
-    with pytest.raises(InputError, match=r"has \.alpha tensors, and alpha 8 in its metadata"):
+    with pytest.raises(InputError, match=r"has \.alpha tensors, but its metadata .* gives alpha 8"):
         read_lora(path)
 
 

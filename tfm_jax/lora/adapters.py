@@ -48,7 +48,7 @@ def target_linears(targets: tuple[str, ...]) -> list[str]:
 
 
 def attach_lora(model: WanTransformer, config: LoraConfig) -> None:
-    """Give every targeted linear layer of `model` an adapter without values, A `[in, rank]` and B `[rank, out]`.
+    """Give the targeted linear layers of `model` abstract adapters (only shapes): A `[in, rank]` and B `[rank, out]`.
 
     Raises:
         InputError: a target is unknown, or the rank exceeds the input or output width of a targeted layer.

@@ -186,10 +186,11 @@ _Parts = dict[str, LazyTensor]
 def read_lora(path: Path) -> Lora:
     """Read a LoRA file of any dialect. A file that cannot be read completely is refused.
 
-    In every dialect, keys may have `.default` or not, and name the factors `lora_A` and `lora_B` or `lora_down` and
-    `lora_up`. Keys without `lora_unet_` may begin with `diffusion_model.`, `pipe.dit.`, `transformer.` or
-    `base_model.model.`. alpha comes from the `.alpha` tensors, from the metadata that diffusers writes, or from PEFT's
-    `adapter_config.json` beside the file. Without any of these, alpha is the rank, as the loaders of such files assume.
+    Keys may contain `.default`, and may call the factors `lora_A` and `lora_B` or `lora_down` and `lora_up`. The prefix
+    may be `lora_unet_`, `diffusion_model.`, `pipe.dit.`, `transformer.`, `base_model.model.` or none.
+
+    alpha comes from the `.alpha` tensors, from the metadata that diffusers writes, or from PEFT's `adapter_config.json`
+    beside the file. Without any of these, alpha is the rank, as the loaders of such files assume.
 
     Raises:
         InputError: the file is not safetensors, or it has a key that does not belong to a Wan2.1-T2V LoRA (such as
@@ -328,7 +329,7 @@ def _common(path: Path, what: str, values: Mapping[BlockLinear, Number]) -> Numb
 def _configured_alpha(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], rank: int
 ) -> float | None:
-    """Return alpha from a `peft.LoraConfig`, which diffusers writes into the metadata and PEFT beside the file.
+    """Return alpha from the `peft.LoraConfig` in the metadata (from diffusers) or in adapter_config.json (from PEFT).
 
     The fields have the prefix `transformer.` if a pipeline of diffusers wrote them, and no prefix if a model did. If
     there is no such configuration, return None.

@@ -27,7 +27,7 @@ Predict = Callable[[Latents], Latents]
 """The network for a given timestep and text: x_t -> velocity."""
 
 Terms = dict[str, PerVideo]
-"""The parts of the loss by name, without the weights."""
+"""The terms of the loss by name, for each video and without weights."""
 
 STRAIGHT_PATH_RHO = 1e6
 """A rho so large that the TFM path equals the straight path of flow matching to float32 accuracy."""
@@ -76,7 +76,7 @@ def flow_matching(
 def directional_flow_matching(
     predict: Predict, clean: Latents, noise: Latents, sigma: PerVideo, config: ObjectiveConfig
 ) -> tuple[PerVideo, Terms]:
-    """Control: TFM's loss on the straight path: per frame, 1 - cos(v_i, u_i) + beta * | |v_i| / |u_i| - 1 |."""
+    """Control: TFM's loss on the straight path, that is, 1 - cos(v_i, u_i) + beta * | |v_i| / |u_i| - 1 | per frame."""
     x_t = _interpolate(clean, noise, sigma)
     return _direction_and_residual(predict(x_t), clean, noise, x_t, STRAIGHT_PATH_RHO, config.beta)
 

@@ -22,7 +22,7 @@ Sigma = TypeVar("Sigma", Float[np.ndarray, "..."], Float[Array, "..."])
 
 
 def shift_sigma(sigma: Sigma, shift: float) -> Sigma:
-    """Shift noise levels in 0..1 towards pure noise: shift * sigma / (1 + (shift - 1) * sigma).
+    """Shift noise levels in 0..1, towards pure noise if shift > 1: shift * sigma / (1 + (shift - 1) * sigma).
 
     Args:
         sigma: noise levels, of any shape.
@@ -60,7 +60,7 @@ def sample_index(key: jax.Array, batch: int, low: float = 0.0, high: float = 1.0
         raise InputError(
             f"objective.low={low}, objective.high={high}: expected 0 <= low < high <= 1, at least {1 / LEVELS} apart"
         )
-    return jax.random.randint(key, (batch,), first, last, jnp.int32)  # int32: jax_enable_x64 changes nothing
+    return jax.random.randint(key, (batch,), first, last, jnp.int32)  # int32 even with jax_enable_x64
 
 
 def timestep(sigma: PerVideo) -> PerVideo:

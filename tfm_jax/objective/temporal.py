@@ -14,7 +14,7 @@ only one neighbour; terms of missing neighbours are left out everywhere. On the 
 
     phi_i(x) = sigma phi_i(n) + (1 - sigma) phi_i(s)
 
-Differentiating by sigma gives a tridiagonal system M h = c for the speeds h_i = dq_i / dsigma:
+Differentiating with respect to sigma gives a tridiagonal system M h = c for the speeds h_i = dq_i / dsigma:
 
     c_i       = phi_i(s) - phi_i(n)
     M_{i,i}   = unit(x_i - x_{i-1}).a_i + unit(x_i - x_{i+1}).a_i - rho
@@ -75,7 +75,7 @@ def temporal_loss(
     direction: 1 - cos(v_i, u_i), which ignores lengths.
     residual: | |(M w)_i| / (|c_i| + 1e-6) - 1 | with w_i = |v_i|, which ignores directions.
 
-    Gradients flow only through the prediction. If the prediction for a frame is zero, so is the gradient.
+    Gradients flow only through the prediction. If the predicted velocity of a frame is zero, its gradient is zero.
     """
     clean, noise, x_t = jax.lax.stop_gradient((clean, noise, x_t))
     prediction, clean, noise, x_t = _float32(prediction, clean, noise, x_t)
@@ -151,12 +151,12 @@ def tridiagonal(along_left: PairScalars, along_right: PairScalars, rho: float) -
 
 
 def dot(x: Float[Array, "n h w c"], y: Float[Array, "n h w c"]) -> Float[Array, "n"]:
-    """Return the inner products of frames, without matrix products, which may round float32 on accelerators."""
+    """Return the inner products of frames, elementwise because matrix products may round float32 on accelerators."""
     return jnp.sum(x * y, axis=(1, 2, 3))
 
 
 def norm(x: Float[Array, "n h w c"]) -> Float[Array, "n"]:
-    """Return the lengths of frames. The gradient of a zero frame is 0. NaN stays NaN, so that divergence is noticed."""
+    """Return the lengths of frames. The gradient at 0 is 0. NaN stays NaN, so that divergence is noticed."""
     square = dot(x, x)
     return jnp.where(square == 0, 0.0, jnp.sqrt(jnp.where(square == 0, 1.0, square)))
 
@@ -167,7 +167,7 @@ def safe_divide(x: Float[Array, "..."], length: Float[Array, "..."]) -> Float[Ar
 
 
 def unit(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """Return x / |x|, or 0 if |x| is at most EPS. At 0 its slope is 0, whereas that of x / max(|x|, EPS) is 1 / EPS."""
+    """Return x / |x|, or 0 if |x| is at most EPS. The slope at 0 is 0, whereas that of x / max(|x|, EPS) is 1 / EPS."""
     return safe_divide(x, per_frame(norm(x)))
 
 

@@ -27,7 +27,7 @@ def param(
     bound: float | None = None,
     variable_type: type[nnx.Variable] = nnx.Param,
 ) -> nnx.Variable:
-    """Draw a parameter from uniform(-bound, bound). By default, bound is 1 / sqrt(product of all but the last length).
+    """Draw a parameter from uniform(-bound, bound). By default, bound is 1 / sqrt(product of shape[:-1]).
 
     Args:
         axes: logical names of the axes of `shape`, which `tfm_jax.sharding.RULES` maps to mesh axes.

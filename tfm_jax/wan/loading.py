@@ -28,7 +28,7 @@ from tfm_jax.wan.vae import WanVae
 
 
 def load_transformer(path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None) -> WanTransformer:
-    """Load the diffusion transformer, which maps (latents, timestep, text) to the velocity.
+    """Load the diffusion transformer, which maps (latents, timesteps in 0..1000, text) to velocities.
 
     Args:
         path: directory of the whole model or of this network alone, in any of the layouts of `tfm_jax.wan.sources`.
@@ -127,7 +127,7 @@ def _placements(parameters: dict[str, nnx.Variable], mesh: Mesh) -> list[NamedSh
 
 
 def _assemble(source: Source, rows: list[Row], like: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-    """Read a parameter, stacking its layers. Every process reads each part that its devices need, and reads it once."""
+    """Read a parameter and stack its layers. Every process reads only the parts for its devices, and each part once."""
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
@@ -154,9 +154,9 @@ def _read(
 def _read_sharding(source: Source, row: Row, shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
     """Return the sharding in which the processes read a parameter; the devices exchange the parts afterwards.
 
-    A single process reads the parameter in its final `sharding`. Several processes split it along the axis that varies
-    slowest in the file, if the number of parts divides the length of that axis. A part along any other axis consists
-    of pieces shorter than a page of memory, so every process would read the whole file.
+    A single process reads the parameter in its final `sharding`. With several processes, the parts are cut along the
+    axis that varies slowest in the file, if the number of parts divides the length of that axis. A part along any other
+    axis consists of pieces shorter than a page of memory, so every process would read the whole file.
     """
     if sharding.is_fully_addressable:
         return sharding

@@ -23,7 +23,7 @@ from tfm_jax.wan.sources import ORIGINAL_FILES, Source, sidecar_fields, sidecar_
 from tfm_jax.wan.tensors import TensorWriter, allocate, copy_into
 
 PTH_OVERHEAD = 2**12
-"""Upper bound on the bytes that a .pth file adds to the numbers of each tensor, and again once per file."""
+"""Upper bound, in bytes, on what a .pth file stores per tensor besides the numbers, and on the rest of the file."""
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 

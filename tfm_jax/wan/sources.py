@@ -58,7 +58,7 @@ class Source(NamedTuple):
         return f"{self.tensors[name].file}: {name} has a NaN or infinite value; expected finite numbers"
 
     def outermost(self, row: Row) -> int:
-        """Return the index, in the same order of axes as for `read`, of the axis that varies slowest in the file."""
+        """Return the index, among the same axes as in `read`, of the axis that varies slowest in the file."""
         if self.layout == "tfm_jax":
             return 0
         return row.our_axes.index(next(axis for axis in row.torch_axes if axis != "1"))
@@ -136,7 +136,7 @@ _PTH_SIZES = {"vae": names.vae_sizes, "text_encoder": names.text_encoder_sizes}
 
 
 def sidecar_file(pth: Path) -> Path:
-    """Return the path of our JSON file beside a .pth file, which holds the sizes that the tensors do not determine."""
+    """Return the path of our JSON file beside a .pth file, for the fields that the tensors do not determine."""
     return pth.with_suffix(SIDECAR_SUFFIX)
 
 

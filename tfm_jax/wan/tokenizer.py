@@ -80,7 +80,7 @@ class Tokenizer:
         found = find_tokenizer(model)
         if not found:
             expected = " or ".join(str(Path(model, name, "tokenizer.json")) for name in FOLDERS)
-            raise InputError(f"{model}: no tokenizer; expected {expected}")
+            raise InputError(f"{model}: has no tokenizer; expected {expected}")
         self._tokenizer = _read(found)
 
     def __call__(

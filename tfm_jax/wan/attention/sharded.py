@@ -3,14 +3,14 @@
 In self-attention, the queries of one device attend to the keys of all devices along `sequence`. There are two exact and
 differentiable methods:
 
-- all-to-all (Ulysses; Jacobs et al. 2023, arXiv:2309.14509), if the number of devices divides the number of heads: each
-  device exchanges its tokens for a share of the heads, attends to all tokens with those heads, and exchanges back.
+- all-to-all (Ulysses; Jacobs et al. 2023, arXiv:2309.14509), if the number of devices divides the number of heads:
+  each device exchanges its tokens for a share of the heads, attends to all tokens with those heads, and exchanges back.
   This needs less communication than the ring.
 - a ring (Liu et al. 2023, arXiv:2310.01889) otherwise: keys and values are passed from device to device, and each
   device combines the partial outputs for its queries using their log-sum-exp (`lse`). In the backward pass, the
   gradients of keys and values travel with them, and are complete once they are back on their own device.
 
-In self-attention, keys and values have as many tokens as the queries, and therefore the same type `Queries`.
+Keys and values of self-attention have as many tokens as the queries, and therefore the same type, `Queries`.
 """
 
 import jax

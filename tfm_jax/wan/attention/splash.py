@@ -80,8 +80,8 @@ def block_sizes(queries: int, keys: int) -> tuple[splash.BlockSizes, int, int]:
     A kernel reads all keys once per block of queries (or, for the gradients of the keys, all queries once per block of
     keys). The number of operations per byte read from HBM is therefore about the number of tokens in that block. 1024
     is more than any TPU from v4 to tpu7x needs to keep its matrix units busy; v6e needs the most, 560. VMEM holds
-    float32 scores, at most 1024 x 512 at a time. The gradients use two kernels instead of the fused one, because that
-    one stores the gradients of the queries once per block of keys, and so needs memory quadratic in the length.
+    float32 scores, at most 1024 x 512 at a time. The gradients use two kernels instead of the fused one, because the
+    fused one stores the gradients of the queries once per block of keys, so its memory is quadratic in the length.
     """
     padded, small, large = [], [], []
     for length in (queries, keys):
