@@ -9,7 +9,7 @@ convolutions in this package therefore set their precision explicitly, and JAX u
 | float32 | HIGHEST | six bfloat16 passes, which together give float32 | float32 units, no TF32 |
 | bfloat16, float16 | DEFAULT | one pass: exact products | tensor cores: exact products |
 
-HIGH would not be float32 on every platform: it means three bfloat16 passes on TPUs, but TF32 on GPUs.
+HIGH would not give float32 on every platform: it means three bfloat16 passes on TPUs, but TF32 on GPUs.
 
 | products in | operands | cost of HIGHEST relative to DEFAULT, estimated from peak rates |
 |---|---|---|
@@ -19,15 +19,15 @@ HIGH would not be float32 on every platform: it means three bfloat16 passes on T
 | transformer, adapters and text encoder in bfloat16 | bfloat16 | none: they use DEFAULT |
 
 The autoencoder pays this cost once per clip, when latents are prepared or a sample is decoded; training steps do not
-run it. On TPUs, a convolution at HIGHEST also needs more temporary memory: compiled for v5e, one with 96 channels on
-four frames of 480 x 832 takes 2.8 GiB instead of 1.4 GiB.
+run the autoencoder. On TPUs, a convolution at HIGHEST also needs more temporary memory. Compiled for v5e, for example,
+a convolution with 96 channels on four frames of 480 x 832 takes 2.8 GiB instead of 1.4 GiB.
 
 Three parts of the package do not use `precision_of`:
 
 - The geometry of TFM (`tfm_jax.objective.temporal`) has no matrix products: it computes inner products elementwise, and
   solves small linear systems with JAX's solver, which has no precision setting.
-- The attention kernels for TPUs (splash) and for GPUs (cuDNN) set their own precision, so they receive bfloat16 or
-  float16 only (`tfm_jax.wan.attention`).
+- The attention kernels for TPUs (splash) and for GPUs (cuDNN) set their own precision, so they receive only
+  bfloat16 or float16 (`tfm_jax.wan.attention`).
 - Muon, the optimizer in `tfm_jax.moving_shapes.pretraining`, orthogonalises with optax's Newton-Schulz iteration at
   JAX's default precision. A rough result suffices: the authors of Muon run the iteration in bfloat16 (Jordan et al.
   2024).
