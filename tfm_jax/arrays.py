@@ -1,4 +1,4 @@
-"""Named array types. The letters of all axes are defined here:
+"""Array types with named axes. Unless a module defines other letters, the axes are:
 
 b: videos in a batch          f: latent frames (pixel frames = 4 (f - 1) + 1)
 h, w: latent height, width    c: latent channels (16)
@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Int
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[Dtype, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-"""The types of weights that can be chosen."""
+"""The dtypes that can be chosen for weights, by name."""
 
 TEXT_LENGTH = 512
-"""Tokens per prompt in the training of Wan, including the end-of-sequence token."""
+"""Number of tokens to which Wan pads or truncates every prompt, including the end-of-sequence token."""
 
 Latents = Float[Array, "b f h w c"]
 Video = Float[Array, "b t y x 3"]
@@ -32,7 +32,7 @@ Scalar = Float[Array, ""]
 
 
 def pad_text(embeddings: Sequence[Float[np.ndarray, "_ d"]]) -> Float[np.ndarray, "b l d"]:
-    """Stack the text embeddings of prompts, each padded with zeros to 512 tokens, as the transformer takes them."""
+    """Stack the text embeddings of prompts, each padded with zeros to 512 tokens, as the transformer expects."""
     first = embeddings[0]
     padded = np.zeros((len(embeddings), TEXT_LENGTH, first.shape[1]), first.dtype)
     for row, embedding in zip(padded, embeddings, strict=True):

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 
 def log(line: str) -> None:
-    """Print a line at once."""
+    """Print a line immediately."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def timed(task: str) -> Iterator[None]:
-    """Print the name of a task when it starts, and the seconds it took when it ends."""
+    """Print the name of a task when it starts, and how many seconds it took if it succeeds."""
     start = time.monotonic()
     log(f"{task} ...")
     yield

@@ -1,4 +1,4 @@
-"""Output files and folders: checked before any work, written completely or not at all, locked by one run."""
+"""Output files and folders: check their paths before any work, write files completely or not at all, and lock them."""
 
 import contextlib
 import errno
@@ -14,21 +14,21 @@ def check_output_directory(field: str, path: Path) -> None:
     """Check that `path` can be an output folder; it may exist.
 
     Raises:
-        InputError: `path` is empty, a file, the current folder or one of its parents (such as the root).
+        InputError: `path` is empty, a file, the current folder, or a parent of the current folder (such as `/`).
     """
-    # Path("") is Path("."): both would mix the results with the files of the current folder.
-    # realpath: before Python 3.13, resolve() raises RuntimeError on circular links.
+    # Refuse the current folder, which is also Path(""), because the results would be mixed with other files.
+    # os.path.realpath is used because resolve() raises RuntimeError on circular links before Python 3.13.
     if Path.cwd().resolve().is_relative_to(os.path.realpath(path)):
         raise InputError(f"{field}={path}: expected the path of a folder for the results, such as runs/name")
     if path.exists() and not path.is_dir():
-        raise InputError(f"{field}={path}: a file; expected a directory")
+        raise InputError(f"{field}={path}: is a file; expected a directory")
 
 
 def check_new_directory(field: str, path: Path) -> None:
     """Check that `path` can be an output folder, and that it does not exist or is empty.
 
     Raises:
-        InputError: it is not empty, or `check_output_directory` refuses it.
+        InputError: `path` is not empty, or `check_output_directory` refuses it.
     """
     check_output_directory(field, path)
     if path.exists() and any(path.iterdir()):
@@ -37,7 +37,10 @@ def check_new_directory(field: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, which replaces `path` at the end and is removed after an error."""
+    """Yield a temporary path beside `path`.
+
+    At the end of the block, the file there replaces `path`; after an error, it is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -52,11 +55,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lock(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Try to lock `file` for the block, and yield whether it succeeded. The lock also ends when the process does.
+    """Try to lock `file` for the duration of the block, and yield whether this succeeded.
+
+    The lock also ends when the process does. On a filesystem without locks, print a note and yield True.
 
     Args:
-        file: created if it does not exist. It remains afterwards; its existence does not mean that it is locked.
-        wait: wait until no other process holds the lock.
+        file: created if it does not exist, and never removed. That the file exists does not mean that it is locked.
+        wait: wait until no other process holds the lock, instead of yielding False.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as stream:

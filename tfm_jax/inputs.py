@@ -1,4 +1,4 @@
-"""Reading files that other programs made: every problem with one becomes an `InputError` of one line."""
+"""Read files made by other programs. Every problem with such a file becomes an `InputError` of one line."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import pydantic
 from tfm_jax.errors import InputError
 
 MAX_JSON_BYTES = 8 * 2**20
-"""Far above any configuration, index or header of Wan's. Parsed JSON takes up to thirty times as much memory."""
+"""Far more than any configuration, index or header of Wan. Parsed JSON takes up to thirty times its size in memory."""
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
@@ -25,18 +25,18 @@ def check_download(file: Path) -> None:
     with open(file, "rb") as stream:
         head = stream.read(64)
     if not head:
-        raise InputError(f"{file}: empty file; download it again")
+        raise InputError(f"{file}: is empty; download it again")
     if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{file}: a git-lfs pointer; run `git lfs pull` or download the file itself")
+        raise InputError(f"{file}: is a git-lfs pointer; run `git lfs pull` or download the file itself")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(f"{file}: an HTML page; download the file itself")
+        raise InputError(f"{file}: is an HTML page; download the file itself")
 
 
 def read_json(file: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read the JSON object in a file of at most `limit` bytes.
 
     Raises:
-        InputError: as `check_download` and `parse_json`.
+        InputError: see `check_download` and `parse_json`.
     """
     check_download(file)
     with open(file, "rb") as stream:
@@ -88,8 +88,8 @@ def validate(
     """Validate `values` with a pydantic model.
 
     Args:
-        place: the file, for error messages.
-        names: field of the model -> its key in the file, where they differ.
+        place: the file to name in error messages.
+        names: maps fields of the model to keys in the file, for fields that have a different name there.
 
     Raises:
         InputError: a value is missing or invalid. The message names the file, the field, its value and what was
@@ -108,7 +108,7 @@ def validate(
 
 
 def short_repr(value: Any) -> str:
-    """`repr(value)`, abbreviated so that it fits into an error message."""
+    """Return `repr(value)`, abbreviated to fit into an error message."""
     return _repr.repr(value)
 
 

@@ -7,9 +7,9 @@ from tfm_jax.errors import InputError
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Read the lines of a UTF-8 text file, stripped of surrounding white space; blank lines are skipped.
+    """Read the lines of a UTF-8 text file. Surrounding white space is stripped, and blank lines are skipped.
 
-    Only line feeds (LF or CR LF) end a line: a prompt may contain any other separator, such as U+2028.
+    Only LF or CR LF ends a line: a prompt may contain any other separator, such as U+2028.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8, or contains no prompt.
@@ -22,7 +22,7 @@ def read_prompts(file: Path) -> list[str]:
         raise InputError(f"{file}: byte {error.start} is not UTF-8; expected UTF-8 text, one prompt per line") from None
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise InputError(f"{file}: no prompt; expected a text file with one prompt per line")
+        raise InputError(f"{file}: contains no prompt; expected a text file with one prompt per line")
     return prompts
 
 

@@ -64,7 +64,7 @@ def test_nothing_is_overwritten(tmp_path):
     write_records(tmp_path / "latents")
     assert "latents: already exists and is not empty" in refused_writer(tmp_path / "latents")
     (tmp_path / "file").write_text("x")
-    assert "file: a file; expected a directory" in refused_writer(tmp_path / "file")
+    assert "file: is a file; expected a directory" in refused_writer(tmp_path / "file")
     assert len(open_records(tmp_path / "latents")) == 7
     (tmp_path / "empty").mkdir()
     write_records(tmp_path / "empty")

@@ -276,7 +276,7 @@ def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
         ("--seeds=1", "--seeds=1: expected at least 2"),
         ("--laws=[falling]", "--laws=falling: expected some of still, "),
         ("--train.steps=3", "--train.steps=3: the study sets it"),
-        ("--model.dim=64", "weights of a model with dim 96"),
+        ("--model.dim=64", "the weights have dim 96"),
     ],
 )
 def test_invalid_options_are_refused_before_anything_is_written(small, option, message):

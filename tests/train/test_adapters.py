@@ -82,7 +82,7 @@ def test_targets_are_found_by_the_end_of_their_name():
 
 def test_rank_above_the_width_is_refused(model_folder):
     model = abstract_model(TRANSFORMER, CONFIG, jnp.float32)
-    with pytest.raises(InputError, match=r"lora\.rank=97 is above the width of self_attn\.q, 96"):
+    with pytest.raises(InputError, match=r"lora\.rank=97: expected at most 96, the width of self_attn\.q"):
         attach_lora(model, LoraConfig(rank=97))
 
 

@@ -142,7 +142,7 @@ def test_a_scheduler_of_no_class(tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / SCHEDULER_FILE).write_text('{"_class_name": 5}')
     with pytest.raises(
-        InputError, match=r"scheduler_config\.json: _class_name is 5; expected a scheduler of diffusers"
+        InputError, match=r"scheduler_config\.json: _class_name is 5; expected the name of a diffusers scheduler"
     ):
         find_scheduler(tmp_path)
 
@@ -194,6 +194,8 @@ def test_a_disk_without_posix_fallocate(tmp_path, monkeypatch):
 
 def test_pytorch_is_missed_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match=r"Wan2\.1_VAE\.pth: writing it needs PyTorch; pip install 'tfm-jax\[torch\]'"):
+    with pytest.raises(
+        InputError, match=r"Wan2\.1_VAE\.pth: writing this file needs PyTorch; run pip install 'tfm-jax\[torch\]'"
+    ):
         save_model([in_memory(VAE, VaeConfig(**SMALL))], None, tmp_path / "target", "original", jnp.float32)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""LoRA adapters on the linear layers of the transformer: attach, initialise, split off, convert to and from files."""
+"""Attach, initialise and split off the LoRA adapters of the transformer, and convert them to and from `Lora`."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -29,12 +29,12 @@ class LoraSplit(NamedTuple):
 
 
 def target_linears(targets: tuple[str, ...]) -> list[str]:
-    """The linear layers of a block that `targets` select, by original name (`BlockLinear.name`), in order.
+    """Return the original names of the linear layers that `targets` select, in the order of `BLOCK_LINEARS`.
 
-    A target is an original name or the end of one: `q` selects `self_attn.q` and `cross_attn.q`, `ffn.0` itself.
+    A target is an original name or the end of one: `q` selects `self_attn.q` and `cross_attn.q`.
 
     Raises:
-        InputError: a target selects nothing.
+        InputError: a target selects no layer.
     """
     found = set()
     for target in targets:
@@ -48,16 +48,17 @@ def target_linears(targets: tuple[str, ...]) -> list[str]:
 
 
 def attach_lora(model: WanTransformer, config: LoraConfig) -> None:
-    """Give every targeted linear layer of `model` an abstract adapter, A `[in, rank]` and B `[rank, out]`.
+    """Give the targeted linear layers of `model` abstract adapters (only shapes): A `[in, rank]` and B `[rank, out]`.
 
     Raises:
-        InputError: a target is unknown, or the rank exceeds the width of a targeted layer.
+        InputError: a target is unknown, or the rank exceeds the input or output width of a targeted layer.
     """
     for name in target_linears(config.targets):
         linear = _linear(model, name)
         layers, features_in, features_out = linear.kernel.shape
         if config.rank > min(features_in, features_out):
-            raise InputError(f"lora.rank={config.rank} is above the width of {name}, {min(features_in, features_out)}")
+            width = min(features_in, features_out)
+            raise InputError(f"lora.rank={config.rank}: expected at most {width}, the width of {name}")
         stack, axis_in, axis_out = linear.kernel.get_metadata()["axes"]
         linear.lora_a = nnx.LoRAParam(
             jax.ShapeDtypeStruct((layers, features_in, config.rank), jnp.float32), axes=(stack, axis_in, "rank")
@@ -69,7 +70,7 @@ def attach_lora(model: WanTransformer, config: LoraConfig) -> None:
 
 
 def init_lora(model: WanTransformer, key: jax.Array, mesh: Mesh | None = None) -> None:
-    """Initialise the attached adapters: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero."""
+    """Initialise the attached adapters: A is uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), B is zero."""
     lora = split_lora(model).lora
 
     def init(key: jax.Array) -> nnx.State:
@@ -89,15 +90,15 @@ def init_lora(model: WanTransformer, key: jax.Array, mesh: Mesh | None = None) -
 
 
 def split_lora(model: WanTransformer) -> LoraSplit:
-    """Separate the adapters from everything else. `nnx.merge(*split)` is the model again."""
+    """Separate the adapters from everything else. `nnx.merge(*split)` restores the model."""
     return LoraSplit(*nnx.split(model, nnx.LoRAParam, ...))
 
 
 def lora_from_checkpoint(arrays: Mapping[str, np.ndarray | Array], alpha: float) -> Lora:
-    """Convert trained adapters to what LoRA files hold: one pair of factors per linear layer, in torch's layout.
+    """Convert trained adapters to a `Lora`, which has one pair of factors per linear layer, in torch's layout.
 
     Args:
-        arrays: stacked factors by path, such as `blocks/self_attn/q/lora_a/value`.
+        arrays: factors stacked over the blocks, by paths such as `blocks/self_attn/q/lora_a/value`.
     """
     adapters = {}
     for name, names in BLOCK_LINEARS.items():
@@ -137,5 +138,5 @@ def load_adapters(model: WanTransformer, lora: Lora, mesh: Mesh | None = None) -
 
 
 def _linear(model: WanTransformer, name: str) -> Linear:
-    """The stacked linear layer of `model` with this original name."""
+    """Return the stacked linear layer of `model` with this original name."""
     return attrgetter(BLOCK_LINEARS[name].ours)(model.blocks)

@@ -1,6 +1,7 @@
-"""LoRA files for Wan2.1: writes the four dialects that other programs load, and reads all of them.
+"""LoRA files for Wan2.1: write any of the four dialects that other programs load, and read all of them.
 
-Which program loads which dialect, found by running the loaders (all modules or none; "none" is often only a warning):
+A program loads all modules of a file or none of them; if it loads none, it often prints only a warning. Which program
+loads which dialect was found by running the loaders:
 
     dialect      key of an A factor                                          DiffSynth  diffusers  ComfyUI
     comfy        diffusion_model.blocks.0.self_attn.q.lora_A.weight          all        all        all
@@ -9,8 +10,9 @@ Which program loads which dialect, found by running the loaders (all modules or 
     kohya        lora_unet_blocks_0_self_attn_q.lora_down.weight             none       all        all
 
 A loader changes each weight W to W + alpha / rank * B A. The dialects also differ in where they store alpha. Some
-loaders ignore alpha, so `comfy` and `diffsynth` files have alpha = rank and the scale multiplied into the factors.
-`kohya` has a tensor `.alpha` in every module, and `diffusers` has alpha in the metadata of the file.
+loaders ignore alpha, so `comfy` and `diffsynth` files have no alpha, and the scale is multiplied into the factors.
+`kohya` files have a tensor `.alpha` in every module. `diffusers` files have alpha in their metadata if it is not the
+rank.
 """
 
 import json
@@ -41,7 +43,7 @@ Number = TypeVar("Number", int, float)
 
 
 class Adapter(NamedTuple):
-    """The two factors of one linear layer, in torch's layout: its weight `[out, in]` changes by alpha / rank * B A."""
+    """The factors for one linear layer, in torch's layout: its weight `[out, in]` changes by alpha / rank * B A."""
 
     a: Float32[np.ndarray, "rank in"]
     b: Float32[np.ndarray, "out rank"]
@@ -54,11 +56,11 @@ class Lora(NamedTuple):
     rank: int
     alpha: float
     metadata: Mapping[str, str] = MappingProxyType({})
-    """The metadata of the file it was read from, such as base model and steps."""
+    """Metadata of the file that the adapters were read from, such as the base model and the number of steps."""
 
 
 class _Keys(NamedTuple):
-    """How a dialect spells the module of a `BlockLinear` (a format string) and its two factors."""
+    """How a dialect names the module of a `BlockLinear` (as a format string) and the two factors in the module."""
 
     module: str
     a: str
@@ -88,36 +90,36 @@ def write_lora(
 ) -> None:
     """Write `lora` to `path`. On failure, an existing file stays as it was.
 
-    `comfy` is the dialect to share, since ComfyUI, diffusers and DiffSynth all load it. `diffsynth` is what the TFM
-    release writes, for DiffSynth alone; `diffusers` is for diffusers alone; `kohya` is for musubi-tuner, ComfyUI and
+    `comfy` is the dialect to share, since ComfyUI, diffusers and DiffSynth all load it. `diffsynth`, which the TFM
+    release writes, is for DiffSynth alone; `diffusers` is for diffusers alone; `kohya` is for musubi-tuner, ComfyUI and
     diffusers.
 
     Args:
-        metadata: how the LoRA was made; written into the file unchanged.
+        metadata: how the LoRA was made; added to the metadata of the file.
 
     Raises:
-        InputError: `path` is a directory, a factor would not be finite in `dtype`, or the dialect is `kohya` and some
+        InputError: `path` is a directory, a factor would not be finite in `dtype`, or the dialect is `kohya` and a
             linear layer of a block has no adapter.
     """
     if path.is_dir():
-        raise InputError(f"{path}: a directory; expected the name of a file")
+        raise InputError(f"{path}: is a directory; expected the name of a file")
     if dialect == "kohya":
         _require_every_linear(path, lora)
     tensors = _tensors(lora, dialect, dtype)
     for key, value in tensors.items():
         if not np.isfinite(value).all():
-            raise InputError(f"{path}: {key} would not be finite in {value.dtype}; nothing is written")
+            raise InputError(f"{path}: {key} would not be finite in {value.dtype}; nothing was written")
     metadata = {**metadata, "format": "pt"}
     if dialect == "diffusers" and lora.alpha != lora.rank:
         metadata[_PEFT_METADATA] = json.dumps(_diffusers_config(lora))
     with replacing(path) as scratch:
         save_file(tensors, scratch, metadata)
         _sort_metadata(scratch)
-        scratch.chmod(0o644)  # safetensors makes the file readable by its owner only
+        scratch.chmod(0o644)  # safetensors makes the file readable only by its owner
 
 
 def _tensors(lora: Lora, dialect: Dialect, dtype: DTypeLike) -> dict[str, np.ndarray]:
-    """The tensors of a file by key. They may be infinite where `dtype` cannot hold a value."""
+    """Return the tensors of a file by key. A value that is too large for `dtype` becomes infinite."""
     factor = math.sqrt(lora.alpha / lora.rank) if dialect in ("comfy", "diffsynth") else 1.0
     keys = _DIALECT_KEYS[dialect]
     tensors: dict[str, np.ndarray] = {}
@@ -125,7 +127,7 @@ def _tensors(lora: Lora, dialect: Dialect, dtype: DTypeLike) -> dict[str, np.nda
         module = keys.module.format(linear)
         for key, value in ((keys.a, adapter.a), (keys.b, adapter.b)):
             with np.errstate(over="ignore"):
-                # safetensors writes the memory without regard to strides, so a transposed view must be copied.
+                # safetensors ignores the strides of an array, so a transposed view must be copied.
                 tensors[f"{module}.{key}"] = np.array(value * np.float32(factor), dtype, order="C")
         if dialect == "kohya":
             tensors[f"{module}.alpha"] = np.array(lora.alpha, np.float32)
@@ -133,7 +135,7 @@ def _tensors(lora: Lora, dialect: Dialect, dtype: DTypeLike) -> dict[str, np.nda
 
 
 def _sort_metadata(file: Path) -> None:
-    """Sort the metadata by name. safetensors writes it in random order, so equal content would give unequal files."""
+    """Sort the metadata by key. safetensors writes it in random order, so equal content would give different files."""
     with open(file, "r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -145,18 +147,18 @@ def _sort_metadata(file: Path) -> None:
 
 
 def _require_every_linear(path: Path, lora: Lora) -> None:
-    """Check what readers of `kohya` assume: they count the blocks, then expect all ten linear layers of each."""
+    """Check what readers of `kohya` assume: that every block has an adapter on each of its ten linear layers."""
     for layer in range(max(linear.layer for linear in lora.adapters) + 1):
         for linear in (BlockLinear(layer, name) for name in BLOCK_LINEARS):
             if linear not in lora.adapters:
                 raise InputError(
-                    f"{path}: dialect kohya needs an adapter on every linear layer, {linear} has none; "
+                    f"{path}: dialect kohya needs an adapter on every linear layer, but {linear} has none; "
                     f"train with lora.targets: [{', '.join(LORA_TARGETS)}], or choose another dialect"
                 )
 
 
 def _diffusers_config(lora: Lora) -> dict[str, object]:
-    """The metadata that `diffusers.loaders.WanLoraLoaderMixin` passes to `peft.LoraConfig`, without the prefix."""
+    """Return the metadata from which `diffusers.loaders.WanLoraLoaderMixin` makes a `peft.LoraConfig`."""
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     modules = [linear.diffusers for linear in lora.adapters]
     config = {"r": lora.rank, "lora_alpha": alpha, "target_modules": modules}
@@ -178,21 +180,22 @@ _KOHYA_NAMES = {names.kohya: name for name, names in BLOCK_LINEARS.items()}
 _PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
 
 _Parts = dict[str, LazyTensor]
-"""The tensors of one module: A, B, and alpha if the file has it."""
+"""The tensors of one module by part: A, B, and alpha if the file has it."""
 
 
 def read_lora(path: Path) -> Lora:
-    """Read a LoRA file of any dialect. The file is used as a whole or refused.
+    """Read a LoRA file of any dialect. A file that cannot be read completely is refused.
 
-    The four dialects are read with or without `.default`, with `lora_A`, `lora_B` or `lora_down`, `lora_up`, and with
-    the prefix `diffusion_model.`, `pipe.dit.`, `transformer.`, `base_model.model.` or none. alpha comes from the
-    `.alpha` tensors, from the metadata that diffusers writes, or from PEFT's `adapter_config.json` beside the file. If
-    there is none of these, alpha is the rank, as the loaders of such files assume.
+    Keys may contain `.default`, and may call the factors `lora_A` and `lora_B` or `lora_down` and `lora_up`. The prefix
+    may be `lora_unet_`, `diffusion_model.`, `pipe.dit.`, `transformer.`, `base_model.model.` or none.
+
+    alpha comes from the `.alpha` tensors, from the metadata that diffusers writes, or from PEFT's `adapter_config.json`
+    beside the file. Without any of these, alpha is the rank, as the loaders of such files assume.
 
     Raises:
         InputError: the file is not safetensors, or it has a key that does not belong to a Wan2.1-T2V LoRA (such as
-            those of layers that only I2V has), an A without its B, unequal ranks or alphas, `lora_unet_` keys without
-            `.alpha`, or a value that is not finite.
+            those of layers that only I2V has), a factor without its counterpart, unequal ranks or alphas, `lora_unet_`
+            keys without `.alpha`, or a value that is not finite.
     """
     tensors = open_safetensors(path)
     metadata = safetensors_metadata(path)
@@ -208,7 +211,7 @@ def read_lora(path: Path) -> Lora:
 
 
 def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[BlockLinear, _Parts]:
-    """The tensors by linear layer, in the order of the network, and part. Every key must be recognised."""
+    """Group the tensors by linear layer, in the order of the network, and by part. Every key must be recognised."""
     found: dict[BlockLinear, dict[str, str]] = {}
     unknown = []
     for key in tensors:
@@ -220,13 +223,13 @@ def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[BlockLinear,
         keys = found.setdefault(linear, {})
         if part in keys:
             raise InputError(
-                f"{path}: {short_repr(key)} and {short_repr(keys[part])} are the same factor; expected one of them"
+                f"{path}: {short_repr(key)} and {short_repr(keys[part])} name the same factor; expected only one"
             )
         keys[part] = key
     if unknown or not found:
+        example = f", but not {short_repr(unknown[0])}" if unknown else ""
         raise InputError(
-            f"{path}: matched {len(tensors) - len(unknown)} of {len(tensors)} keys, "
-            f"not {short_repr(unknown[0]) if unknown else 'one'}; "
+            f"{path}: recognised {len(tensors) - len(unknown)} of {len(tensors)} keys{example}; "
             f"expected lora_A and lora_B on {', '.join(BLOCK_LINEARS)} of Wan2.1-T2V blocks"
         )
     whole = sum(keys.keys() >= {"A", "B"} for keys in found.values())
@@ -235,14 +238,14 @@ def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[BlockLinear,
         for part in ("A", "B"):
             if part not in found[linear]:
                 raise InputError(
-                    f"{path}: {linear} has no {part} factor, matched {whole} of {len(found)} modules; "
+                    f"{path}: {linear} has no {part} factor, but {whole} of {len(found)} modules have both; "
                     "expected lora_A and lora_B (or lora_down and lora_up) for each"
                 )
     return {linear: {part: tensors[key] for part, key in found[linear].items()} for linear in ordered}
 
 
 def _parse_key(key: str) -> tuple[BlockLinear, str] | None:
-    """The linear layer and part (A, B or alpha) that a key names; None if it is not a key of a Wan2.1-T2V LoRA."""
+    """Return the linear layer and the part (A, B or alpha) of a key, or None if a Wan2.1-T2V LoRA has no such key."""
     match = _KEY.fullmatch(key)
     if not match:
         return None
@@ -267,7 +270,7 @@ def _adapter(path: Path, linear: BlockLinear, parts: _Parts) -> Adapter:
 
 
 def _check_same_shapes(path: Path, factor: Literal["a", "b"], adapters: Mapping[BlockLinear, Adapter]) -> None:
-    """Check that a factor has the same shape in every block."""
+    """Check that the factor of each linear layer has the same shape in every block."""
     first: dict[str, BlockLinear] = {}
     for linear, adapter in adapters.items():
         shape = getattr(adapter, factor).shape
@@ -286,22 +289,26 @@ def _alpha(
     rank: int,
     configured: float | None,
 ) -> float:
-    """The alpha of a file: that of its `.alpha` tensors, else `configured`, else its rank."""
+    """Return the alpha of a file: the value of its `.alpha` tensors, otherwise `configured`, otherwise the rank."""
     if not any("alpha" in parts for parts in modules.values()):
         if any(key.startswith("lora_unet_") for key in tensors):
             raise InputError(
-                f"{path}: no .alpha beside lora_unet_ keys, and readers disagree on its default; expected .alpha"
+                f"{path}: has lora_unet_ keys without .alpha, for which readers assume different defaults; "
+                "expected .alpha in every module"
             )
         return float(rank) if configured is None else configured
     if configured is not None:
-        raise InputError(f"{path}: has .alpha tensors, and alpha {configured:g} in its metadata; expected one of them")
+        raise InputError(
+            f"{path}: has .alpha tensors, but its metadata or adapter_config.json also gives alpha {configured:g}; "
+            "expected only one of them"
+        )
 
     alphas = {}
     for linear, parts in modules.items():
         if "alpha" not in parts:
-            raise InputError(f"{path}: {linear} has no .alpha, other modules do; expected it in all or in none")
+            raise InputError(f"{path}: {linear} has no .alpha, but other modules do; expected it in all or in none")
         if math.prod(parts["alpha"].shape) != 1:
-            raise InputError(f"{path}: .alpha of {linear} is {list(parts['alpha'].shape)}; expected one number")
+            raise InputError(f"{path}: .alpha of {linear} has shape {list(parts['alpha'].shape)}; expected one number")
         alphas[linear] = float(parts["alpha"].read(...).item())
         if not 0 < alphas[linear] < math.inf:
             raise InputError(f"{path}: .alpha of {linear} is {alphas[linear]:g}; expected a positive number")
@@ -309,20 +316,23 @@ def _alpha(
 
 
 def _common(path: Path, what: str, values: Mapping[BlockLinear, Number]) -> Number:
-    """The one value that all modules share."""
+    """Return the value that all modules share, called `what` in the error message."""
     first, value = next(iter(values.items()))
     for linear, other in values.items():
         if other != value:
-            raise InputError(f"{path}: {first} has {what} {value:g}, {linear} has {other:g}; expected the same in all")
+            raise InputError(
+                f"{path}: {first} has {what} {value:g}, but {linear} has {other:g}; expected the same in all modules"
+            )
     return value
 
 
 def _configured_alpha(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], rank: int
 ) -> float | None:
-    """The alpha of the `peft.LoraConfig` that diffusers writes into the metadata and PEFT beside the file, or None.
+    """Return alpha from the `peft.LoraConfig` in the metadata (from diffusers) or in adapter_config.json (from PEFT).
 
-    diffusers' pipelines write its fields with the prefix `transformer.`, its models without.
+    The fields have the prefix `transformer.` if a pipeline of diffusers wrote them, and no prefix if a model did. If
+    there is no such configuration, return None.
     """
     config_file = path.with_name("adapter_config.json")
     if _PEFT_METADATA in metadata:
@@ -343,7 +353,7 @@ def _configured_alpha(
 
 
 class _PeftConfig(pydantic.BaseModel):
-    """The fields of a `peft.LoraConfig` that set the scale of its adapters."""
+    """The fields of a `peft.LoraConfig` that set the scale of the adapters."""
 
     model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 

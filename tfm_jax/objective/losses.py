@@ -1,8 +1,8 @@
-"""The training loss, from a velocity function and clean latents.
+"""The training loss of a velocity function on clean latents.
 
-To add an objective, write a function like `temporal_flow_matching` and add its name to OBJECTIVES and to
-`ObjectiveConfig.kind`. To add a term to an objective, compute it there, give it a weight in the configuration and
-return it among the terms.
+To add an objective, write a function like `temporal_flow_matching`, add it to OBJECTIVES, and add its name to
+`ObjectiveConfig.kind`. To add a term to an objective, compute the term in the function of that objective, give it a
+weight in the configuration, and return it among the terms.
 
 TFM differs from plain flow matching in its path and in its loss. The controls change one thing at a time:
 `fm_direction` is the straight path with TFM's loss, `tfm_mse` is TFM's path with the mean squared error, and `fm_warp`
@@ -24,25 +24,26 @@ Velocity = Callable[[Latents, PerVideo, Text], Latents]
 """The network: (latents, timestep in 0..1000, text) -> velocity, with the sign of noise - clean."""
 
 Predict = Callable[[Latents], Latents]
-"""The network with timestep and text already given: x_t -> velocity."""
+"""The network for a given timestep and text: x_t -> velocity."""
 
 Terms = dict[str, PerVideo]
+"""The terms of the loss by name, for each video and without weights."""
 
 STRAIGHT_PATH_RHO = 1e6
-"""A rho so large that TFM equals flow matching to float32 accuracy."""
+"""A rho so large that the TFM path equals the straight path of flow matching to float32 accuracy."""
 
 
 def objective_loss(
     velocity: Velocity, clean: Latents, text: Text, key: jax.Array, config: ObjectiveConfig
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """The loss of a batch, with noise and noise levels drawn from `key`.
+    """Return the loss of a batch, for noise and noise levels drawn from `key`.
 
     Each video gets its own noise level, and its loss is scaled by the weight of that level. The loss of the batch is
     the mean over the videos.
 
     Returns:
-        The loss, and its terms averaged over the videos without the weights: direction and residual for tfm and
-        fm_direction, mse for the others. All are float32.
+        The loss, and its terms averaged over the videos without any weights: direction and residual for tfm and
+        fm_direction, mse for the other objectives. All are float32.
     """
     noise_key, level_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, clean.shape, jnp.float32)
@@ -60,7 +61,7 @@ def objective_loss(
 def temporal_flow_matching(
     predict: Predict, clean: Latents, noise: Latents, sigma: PerVideo, config: ObjectiveConfig
 ) -> tuple[PerVideo, Terms]:
-    """TFM: direction + beta residual, on the TFM path."""
+    """TFM: the loss direction + beta * residual, on the TFM path."""
     x_t = temporal_path(clean, noise, sigma, config.rho).x_t
     return _direction_and_residual(predict(x_t), clean, noise, x_t, config.rho, config.beta)
 
@@ -75,7 +76,7 @@ def flow_matching(
 def directional_flow_matching(
     predict: Predict, clean: Latents, noise: Latents, sigma: PerVideo, config: ObjectiveConfig
 ) -> tuple[PerVideo, Terms]:
-    """Control: TFM's loss on the straight path, where it is 1 - cos(v_i, u_i) + beta | |v_i| / |u_i| - 1 |."""
+    """Control: TFM's loss on the straight path, that is, 1 - cos(v_i, u_i) + beta * | |v_i| / |u_i| - 1 | per frame."""
     x_t = _interpolate(clean, noise, sigma)
     return _direction_and_residual(predict(x_t), clean, noise, x_t, STRAIGHT_PATH_RHO, config.beta)
 
@@ -83,7 +84,7 @@ def directional_flow_matching(
 def temporal_regression(
     predict: Predict, clean: Latents, noise: Latents, sigma: PerVideo, config: ObjectiveConfig
 ) -> tuple[PerVideo, Terms]:
-    """Control: the mean squared error against the velocity, on the TFM path."""
+    """Control: the mean squared error against the velocity of the TFM path, on that path."""
     path = temporal_path(clean, noise, sigma, config.rho)
     return _squared_error(predict(path.x_t), path.velocity)
 
@@ -93,8 +94,8 @@ def warped_flow_matching(
 ) -> tuple[PerVideo, Terms]:
     """Control: flow matching with TFM's average timing, but without its coupling of neighbouring frames.
 
-    On the TFM path, the fraction q_i / D_i of the way of frame i remains at sigma, and its derivative is h_i / D_i.
-    Here all frames of a video share the mean fraction, and its derivative is the mean of theirs.
+    On the TFM path at noise level sigma, frame i still has the fraction q_i / D_i of its way to go; the derivative of
+    this fraction is h_i / D_i. Here, all frames of a video use the mean fraction and the mean derivative.
     """
     path = temporal_path(clean, noise, sigma, config.rho)
     distance = jnp.sqrt(jnp.sum(jnp.square(noise - clean), axis=(2, 3, 4)))
@@ -112,7 +113,7 @@ OBJECTIVES = {
 
 
 def _interpolate(clean: Latents, noise: Latents, fraction: PerVideo) -> Latents:
-    """The point on the straight path at this fraction of noise."""
+    """Return the point on the straight path with this fraction of noise."""
     return (1 - _per_video(fraction)) * clean + _per_video(fraction) * noise
 
 

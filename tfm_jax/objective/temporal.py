@@ -1,7 +1,7 @@
 """Temporal-aware flow matching (TFM): a path that couples the motion of neighbouring frames, and its loss.
 
-Each video is treated alone. Its F frames are vectors: s_i is clean frame i, n_i its noise. The noise level sigma is 1
-for pure noise and 0 for the clean video, and unit(z) is z / |z|.
+Each video is treated on its own. Its F frames are vectors: s_i is clean frame i, and n_i is the noise of frame i. The
+noise level sigma is 1 for pure noise and 0 for the clean video, and unit(z) is z / |z|.
 
     D_i = |s_i - n_i|             length of the straight line on which frame i moves from n_i to s_i
     a_i = unit(s_i - n_i)         its direction
@@ -10,23 +10,22 @@ for pure noise and 0 for the clean video, and unit(z) is z / |z|.
     phi_i(x) = rho q_i + |x_i - x_{i-1}| + |x_i - x_{i+1}|
 
 rho weights the distance to the clean frame against the distances to the neighbours. The first and the last frame have
-one neighbour only; terms of missing neighbours are left out everywhere. The path is defined by making every phi_i
-linear in sigma:
+only one neighbour; terms of missing neighbours are left out everywhere. On the path, every phi_i is linear in sigma:
 
     phi_i(x) = sigma phi_i(n) + (1 - sigma) phi_i(s)
 
-Its derivative in sigma is a tridiagonal system M h = c for the speeds h_i = dq_i / dsigma:
+Differentiating with respect to sigma gives a tridiagonal system M h = c for the speeds h_i = dq_i / dsigma:
 
     c_i       = phi_i(s) - phi_i(n)
     M_{i,i}   = unit(x_i - x_{i-1}).a_i + unit(x_i - x_{i+1}).a_i - rho
     M_{i,i+1} = unit(x_{i+1} - x_i).a_{i+1}
     M_{i,i-1} = unit(x_{i-1} - x_i).a_{i-1}
 
-The network learns the velocity u_i = -h_i a_i, which points from clean to noise. The paper integrates the speeds by
-Euler steps over the latents. Here Newton's method solves the F equations of the path for the F numbers q directly.
+The network learns the velocity u_i = -h_i a_i, which points from clean to noise. The paper integrates the speeds with
+Euler steps over the latents. Here, Newton's method solves the F equations of the path directly for the F numbers q_i.
 
-All computation is in float32, whatever the dtype of the inputs. Frames closer than EPS count as equal and have no
-direction.
+All computation is in float32, whatever the dtype of the inputs. Frames at most EPS apart count as equal, and the unit
+vector between them is 0.
 """
 
 from functools import partial
@@ -39,8 +38,8 @@ from jaxtyping import Array, Float
 from tfm_jax.arrays import Latents, PerFrame, PerVideo, Scalar
 
 EPS = 1e-12
-# Latents reach float32 accuracy in 3 steps, since each step squares the error. The slowest case found, frames of 2
-# numbers whose lengths differ by a factor of 10,000, takes 6. A step works on F numbers, so its cost is negligible.
+# For latents, 3 steps reach float32 accuracy, since each step squares the error. The slowest case found takes 6 steps:
+# frames of 2 numbers, with lengths that differ by a factor of 10,000. The cost is negligible, as q has only F numbers.
 NEWTON_STEPS = 6
 
 Frames = Float[Array, "f h w c"]
@@ -50,7 +49,7 @@ Matrix = Float[Array, "f f"]
 
 
 class TemporalPath(NamedTuple):
-    """A point on the TFM path and the velocity there, float32."""
+    """A point on the TFM path of each video, and the velocity at that point, in float32."""
 
     x_t: Latents
     velocity: Latents  # u_i = -h_i a_i, with the sign of noise - clean
@@ -59,10 +58,10 @@ class TemporalPath(NamedTuple):
 
 
 def temporal_path(clean: Latents, noise: Latents, sigma: PerVideo, rho: float = 4.0) -> TemporalPath:
-    """The point on the TFM path of each video at noise level sigma in 0..1, and the target velocity there.
+    """Return the point on the TFM path of each video at noise level sigma in 0..1, and the target velocity there.
 
-    With large rho, or with a single frame, this is plain flow matching. With rho >= 4 the system has a solution for
-    any frames; below 4, that depends on the frames.
+    This approaches plain flow matching as rho grows, and equals it for a single frame. With rho >= 4, the system has a
+    solution for any frames; below 4, that depends on the frames.
     """
     clean, noise, sigma = _float32(clean, noise, sigma)
     return jax.vmap(partial(_path, rho=rho))(clean, noise, sigma)
@@ -71,12 +70,12 @@ def temporal_path(clean: Latents, noise: Latents, sigma: PerVideo, rho: float = 
 def temporal_loss(
     prediction: Latents, clean: Latents, noise: Latents, x_t: Latents, rho: float = 4.0
 ) -> tuple[PerVideo, PerVideo]:
-    """The two terms of the TFM loss for a predicted velocity v at x_t, each averaged over the frames, float32.
+    """Return the two terms of the TFM loss for a predicted velocity v at x_t, averaged over the frames, in float32.
 
     direction: 1 - cos(v_i, u_i), which ignores lengths.
     residual: | |(M w)_i| / (|c_i| + 1e-6) - 1 | with w_i = |v_i|, which ignores directions.
 
-    Gradients flow through the prediction only. Frames where it is zero get a gradient of zero.
+    Gradients flow only through the prediction. If the predicted velocity of a frame is zero, its gradient is zero.
     """
     clean, noise, x_t = jax.lax.stop_gradient((clean, noise, x_t))
     prediction, clean, noise, x_t = _float32(prediction, clean, noise, x_t)
@@ -88,21 +87,21 @@ def _path(clean: Frames, noise: Frames, sigma: Scalar, rho: float) -> TemporalPa
     distance = norm(back)  # D_i
     # Neighbours differ by a combination of three vectors. With p_i = q_i / D_i and m_i = (p_i + p_{i+1}) / 2,
     #     x_{i+1} - x_i = (1 - m_i) (s_{i+1} - s_i) + m_i (n_{i+1} - n_i) + (p_{i+1} - p_i) (b_i + b_{i+1}) / 2
-    # No terms cancel at either end of the path. The inner products of the three are all that q needs of the latents.
+    # No terms cancel at either end of the path. To find q, only the inner products of the three vectors are needed.
     basis = jnp.diff(clean, axis=0), jnp.diff(noise, axis=0), (back[:-1] + back[1:]) / 2
     gram = jnp.stack([jnp.stack([dot(x, y) for y in basis], axis=-1) for x in basis], axis=-1)
     clean_gap, noise_gap = jnp.sqrt(gram[:, 0, 0]), jnp.sqrt(gram[:, 1, 1])
     change = phi(0.0 * distance, clean_gap, rho) - phi(distance, noise_gap, rho)  # c_i
 
     def growth_and_matrix(q: FrameScalars) -> tuple[PairScalars, Matrix]:
-        """How much further apart neighbours are at q than at q = 0, and M at q."""
+        """Return how much farther apart neighbours are at q than at q = 0, and M at q."""
         p = safe_divide(q, distance)
         middle, lag = (p[:-1] + p[1:]) / 2, p[1:] - p[:-1]
-        moved = jnp.stack([-middle, middle, lag], axis=-1)  # coefficients of x_{i+1} - x_i minus those at q = 0
+        moved = jnp.stack([-middle, middle, lag], axis=-1)  # coefficients of x_{i+1} - x_i minus their values at q = 0
         coefficients = moved + jnp.array([1.0, 0.0, 0.0], jnp.float32)
         inner = jnp.sum(gram * coefficients[:, None, :], axis=-1)  # (x_{i+1} - x_i) . basis
         gap = jnp.sqrt(jnp.maximum(jnp.sum(coefficients * inner, axis=-1), 0.0))  # |x_{i+1} - x_i|
-        # |x| - |y| = (x - y).(x + y) / (|x| + |y|) stays accurate where the growth is much smaller than the gap.
+        # |x| - |y| = (x - y).(x + y) / (|x| + |y|) stays accurate if the growth is much smaller than the gap.
         growth = safe_divide(jnp.sum(moved * (inner + gram[:, 0]), axis=-1), gap + clean_gap)
         half = (inner[:, 1] - inner[:, 0]) / 2  # (x_{i+1} - x_i) . (b_{i+1} - b_i) / 2
         along_left = -safe_divide(safe_divide(inner[:, 2] - half, distance[:-1]), gap)  # unit(x_{i+1} - x_i) . a_i
@@ -130,7 +129,7 @@ def _loss(prediction: Frames, clean: Frames, noise: Frames, x_t: Frames, rho: fl
 
 
 def system(clean: Frames, noise: Frames, x_t: Frames, rho: float) -> tuple[Matrix, FrameScalars]:
-    """M and c of one video at any point x_t, whether or not it is on the path."""
+    """Return M and c of one video at any point x_t, whether or not x_t is on the path."""
     direction = unit(clean - noise)  # a_i
     to_next = unit(jnp.diff(x_t, axis=0))  # unit(x_{i+1} - x_i)
     along_left, along_right = dot(to_next, direction[:-1]), dot(to_next, direction[1:])
@@ -141,34 +140,34 @@ def system(clean: Frames, noise: Frames, x_t: Frames, rho: float) -> tuple[Matri
 
 
 def phi(remaining: FrameScalars, gap: PairScalars, rho: float) -> FrameScalars:
-    """phi_i from the remaining distances q_i and the gaps |x_{i+1} - x_i|."""
+    """Return phi_i, given the remaining distances q_i and the gaps |x_{i+1} - x_i|."""
     return rho * remaining + jnp.pad(gap, (1, 0)) + jnp.pad(gap, (0, 1))
 
 
 def tridiagonal(along_left: PairScalars, along_right: PairScalars, rho: float) -> Matrix:
-    """M from along_left_i = unit(x_{i+1} - x_i).a_i and along_right_i = unit(x_{i+1} - x_i).a_{i+1}."""
+    """Return M, given along_left_i = unit(x_{i+1} - x_i).a_i and along_right_i = unit(x_{i+1} - x_i).a_{i+1}."""
     diagonal = jnp.pad(along_right, (1, 0)) - jnp.pad(along_left, (0, 1)) - rho
     return jnp.diag(diagonal) + jnp.diag(along_right, 1) - jnp.diag(along_left, -1)
 
 
 def dot(x: Float[Array, "n h w c"], y: Float[Array, "n h w c"]) -> Float[Array, "n"]:
-    """Inner products of frames. Elementwise, since a matrix product may round float32 operands on accelerators."""
+    """Return the inner products of frames, elementwise because matrix products may round float32 on accelerators."""
     return jnp.sum(x * y, axis=(1, 2, 3))
 
 
 def norm(x: Float[Array, "n h w c"]) -> Float[Array, "n"]:
-    """Lengths of frames, with gradient zero where the length is zero. NaN stays NaN, so that divergence is noticed."""
+    """Return the lengths of frames. The gradient at 0 is 0. NaN stays NaN, so that divergence is noticed."""
     square = dot(x, x)
     return jnp.where(square == 0, 0.0, jnp.sqrt(jnp.where(square == 0, 1.0, square)))
 
 
 def safe_divide(x: Float[Array, "..."], length: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x / length, or 0 where the length is at most EPS; gradients are finite in both cases. NaN stays NaN."""
+    """Return x / length, or 0 if the length is at most EPS; gradients are finite in both cases. NaN stays NaN."""
     return jnp.where(length <= EPS, 0.0, x / jnp.where(length <= EPS, 1.0, length))
 
 
 def unit(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """x / |x|, or 0 for frames no longer than EPS. Unlike x / max(|x|, EPS), its slope at zero is not 1 / EPS."""
+    """Return x / |x|, or 0 if |x| is at most EPS. The slope at 0 is 0, whereas that of x / max(|x|, EPS) is 1 / EPS."""
     return safe_divide(x, per_frame(norm(x)))
 
 

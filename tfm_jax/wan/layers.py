@@ -1,7 +1,7 @@
-"""The building blocks that the three Wan networks share: parameters with named axes, linear layers, norms.
+"""Building blocks that the three Wan networks share: parameters with named axes, linear layers and norms.
 
 A module can be built as a stack of identical layers: `stack=(30,)` adds a leading axis to every parameter, and
-`jax.lax.scan` over the module passes one layer at a time to its body.
+`jax.lax.scan` over the module passes one layer at a time to the body of the loop.
 """
 
 import math
@@ -25,31 +25,31 @@ def param(
     stack: tuple[int, ...] = (),
     dtype: DTypeLike,
     bound: float | None = None,
-    kind: type[nnx.Variable] = nnx.Param,
+    variable_type: type[nnx.Variable] = nnx.Param,
 ) -> nnx.Variable:
-    """A parameter drawn from uniform(-bound, bound). The default bound is 1 / sqrt(product of all axes but the last).
+    """Draw a parameter from uniform(-bound, bound). By default, bound is 1 / sqrt(product of shape[:-1]).
 
     Args:
-        axes: logical names of the axes in `shape`; `tfm_jax.sharding.RULES` maps them to mesh axes.
-        stack: lengths of leading axes for stacked layers.
+        axes: logical names of the axes of `shape`, which `tfm_jax.sharding.RULES` maps to mesh axes.
+        stack: lengths of the leading axes of stacked layers, such as `(30,)`; `()` for a single layer.
     """
     assert len(shape) == len(axes), (shape, axes)
     if bound is None:
         bound = 1 / math.sqrt(math.prod(shape[:-1]) or 1)
     value = jax.random.uniform(key, (*stack, *shape), jnp.float32, -bound, bound).astype(dtype)
-    return kind(value, axes=("layers",) * len(stack) + tuple(axes))
+    return variable_type(value, axes=("layers",) * len(stack) + tuple(axes))
 
 
 def constant(
     value: float, shape: Sequence[int], axes: Axes, *, stack: tuple[int, ...] = (), dtype: DTypeLike = jnp.float32
 ) -> nnx.Param:
-    """A parameter initialised to one value everywhere, for norm scales and biases. Arguments as in `param`."""
+    """Create a parameter filled with `value`, for norm scales and biases. See `param` for the other arguments."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(jnp.full((*stack, *shape), value, dtype), axes=("layers",) * len(stack) + tuple(axes))
 
 
 def gathered(variable: nnx.Variable, dtype: DTypeLike) -> Array:
-    """One layer's parameter in `dtype`, all-gathered along its `embed` axis."""
+    """Return a parameter of one layer in `dtype`, all-gathered along its `embed` axis."""
     value = variable[...]
     return gather(value.astype(dtype), variable.get_metadata()["axes"][-value.ndim :])
 
@@ -57,8 +57,9 @@ def gathered(variable: nnx.Variable, dtype: DTypeLike) -> Array:
 class Linear(nnx.Module):
     """`x @ kernel + bias`, plus a low-rank adapter if one is attached.
 
-    `kernel` is `[in, out]` in the dtype of the base. `tfm_jax.lora.adapters` sets `lora_a` `[in, rank]`, `lora_b`
-    `[rank, out]` (stored in float32, used in the dtype of the input) and `lora_scale` = alpha / rank.
+    `kernel` is `[in, out]`. `tfm_jax.lora.adapters` attaches an adapter by setting `lora_a` `[in, rank]`, `lora_b`
+    `[rank, out]` and `lora_scale` = alpha / rank. All parameters are used in the dtype of the input; `lora_a` and
+    `lora_b` are stored in float32.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Linear(nnx.Module):
         y = _matmul(x, gathered(self.kernel, x.dtype))
         if self.bias is not None:
             y = y + gathered(self.bias, x.dtype)
-        # Round here. Otherwise XLA may keep excess precision, and not to the same extent with and without an adapter.
+        # Round here. Otherwise XLA may keep excess precision, and how much depends on whether there is an adapter.
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is not None and self.lora_b is not None:
@@ -111,7 +112,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm over the last axis, with or without scale and bias. Computes in and returns float32."""
+    """Layer norm over the last axis, with or without scale and bias. Computed and returned in float32."""
 
     def __init__(self, features: int, *, affine: bool, stack: tuple[int, ...] = (), eps: float = 1e-6):
         self.scale = nnx.data(constant(1.0, (features,), (None,), stack=stack) if affine else None)

@@ -1,4 +1,4 @@
-"""Loads networks from directories of weights in any layout, tensor by tensor, onto the devices of a mesh."""
+"""Load networks from directories of weights in any layout onto the devices of a mesh, one parameter at a time."""
 
 import math
 from collections import defaultdict
@@ -28,16 +28,17 @@ from tfm_jax.wan.vae import WanVae
 
 
 def load_transformer(path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None) -> WanTransformer:
-    """Load the diffusion transformer under `path`, a callable (latents, timestep `[b]` in 0..1000, text) -> velocity.
+    """Load the diffusion transformer, which maps (latents, timesteps in 0..1000, text) to velocities.
 
     Args:
-        path: a directory in any supported layout (`tfm_jax.wan.sources`), of the whole model or of this network.
-        dtype: type of kernels and computation; norms, modulation and time embedding are float32.
-        mesh: the devices to shard the parameters over, according to `tfm_jax.sharding.RULES`. None means the first
-            device.
+        path: directory of the whole model or of this network alone, in any of the layouts of `tfm_jax.wan.sources`.
+        dtype: type of the weights and of the computation. Norms, modulation, time embedding and softmax are always
+            float32.
+        mesh: devices over which `tfm_jax.sharding.RULES` shards the parameters; None means the first device alone.
 
     Raises:
-        InputError: a tensor is missing, unexpected, misshapen or not finite, or the files are not a Wan2.1-T2V model.
+        InputError: the files are not those of a Wan2.1-T2V model; a tensor is missing, unexpected, misshapen or not
+            finite; or the mesh does not divide a parameter evenly.
     """
     return _load(find_source(Path(path), TRANSFORMER), dtype, mesh)
 
@@ -46,7 +47,7 @@ def load_base(model: ModelConfig, mesh: Mesh | None = None) -> WanTransformer:
     """Load the transformer that a configuration names, in the dtype of the configuration.
 
     Raises:
-        InputError: as `load_transformer` and `find_base`.
+        InputError: see `load_transformer` and `find_base`.
     """
     return _load(find_base(model), model.dtype, mesh)
 
@@ -55,39 +56,39 @@ def find_base(model: ModelConfig) -> Source:
     """Find the transformer that a configuration names, without reading its weights.
 
     Raises:
-        InputError: it is not there, or its sizes differ from those of the configuration.
+        InputError: the transformer is not found, or its sizes differ from those of the configuration.
     """
     source = find_source(model.path, TRANSFORMER)
     for field in ("dim", "ffn_dim", "heads", "layers"):
         have, want = getattr(source.config, field), getattr(model, field)
         if have != want:
             raise InputError(
-                f"{source.file}: weights of a model with {field} {have}; the configuration is for model.{field}={want}"
+                f"{source.file}: the weights have {field} {have}; expected {want}, the configured model.{field}"
             )
     return source
 
 
 def load_vae(path: str | Path, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> WanVae:
-    """Load the video autoencoder under `path`: `encode(video [b t h w 3] in -1..1)` gives normalised latents.
+    """Load the video autoencoder, which encodes videos `[b t y x 3]` in -1..1 as normalised latents and decodes them.
 
-    Arguments and errors as in `load_transformer`.
+    The arguments and errors are those of `load_transformer`.
     """
     return _load(find_source(Path(path), VAE), dtype, mesh)
 
 
 def load_text_encoder(path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None) -> UMT5Encoder:
-    """Load the umT5 encoder under `path`, a callable (ids `[b l]`, mask `[b l]`) -> embeddings `[b l d]`.
+    """Load the umT5 encoder, which maps token ids `[b l]` and their mask `[b l]` to embeddings `[b l d]`.
 
-    Arguments and errors as in `load_transformer`.
+    The arguments and errors are those of `load_transformer`.
     """
     return _load(find_source(Path(path), TEXT_ENCODER), dtype, mesh)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer under `path`: `tokenizer/` (Diffusers layout) or `google/umt5-xxl/` (original layout).
+    """Load the tokenizer of the model directory `path`, in any layout.
 
     Raises:
-        InputError: neither folder is there, or its files are damaged.
+        InputError: the directory has no tokenizer, or its tokenizer is damaged or not umT5's.
     """
     return Tokenizer(Path(path))
 
@@ -113,7 +114,7 @@ def _load(source: Source, dtype: DTypeLike, mesh: Mesh | None) -> Any:
 
 
 def _not_finite(source: Source, rows: list[Row], dtype: DTypeLike) -> str:
-    """The error message for a parameter with values that are not finite. It names the tensor they come from."""
+    """Return the error message for a parameter that is not finite. The message names the tensor in the files."""
     for row in rows:
         with np.errstate(over="ignore"):
             if not np.isfinite(source.read(row).astype(dtype)).all():
@@ -126,7 +127,7 @@ def _placements(parameters: dict[str, nnx.Variable], mesh: Mesh) -> list[NamedSh
 
 
 def _assemble(source: Source, rows: list[Row], like: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-    """One parameter, stacked from the rows of its layers. Every process reads only what its devices hold, and once."""
+    """Read a parameter and stack its layers. Every process reads only the parts for its devices, and each part once."""
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
@@ -151,10 +152,11 @@ def _read(
 
 
 def _read_sharding(source: Source, row: Row, shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
-    """The sharding in which processes read a parameter: by the axis that varies slowest in the file, if that divides.
+    """Return the sharding in which the processes read a parameter; the devices exchange the parts afterwards.
 
-    A part along any other axis consists of pieces shorter than a page, so every process would read the whole file.
-    The devices exchange the parts afterwards.
+    A single process reads the parameter in its final `sharding`. With several processes, the parts are cut along the
+    axis that varies slowest in the file, if the number of parts divides the length of that axis. A part along any other
+    axis consists of pieces shorter than a page of memory, so every process would read the whole file.
     """
     if sharding.is_fully_addressable:
         return sharding

@@ -1,4 +1,4 @@
-"""Writes networks to directories of weights in any layout, one layer of one tensor at a time."""
+"""Write networks to directories of weights in any layout, reading one layer of one tensor at a time."""
 
 import json
 import shutil
@@ -23,12 +23,12 @@ from tfm_jax.wan.sources import ORIGINAL_FILES, Source, sidecar_fields, sidecar_
 from tfm_jax.wan.tensors import TensorWriter, allocate, copy_into
 
 PTH_OVERHEAD = 2**12
-"""Upper bound, in bytes, on what a .pth file stores per tensor beside its numbers, and per file."""
+"""Upper bound, in bytes, on what a .pth file stores per tensor besides the numbers, and on the rest of the file."""
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
-# This solver at first order is the Euler method on the noise levels of Wan's own sampling. diffusers' Euler scheduler
-# uses other noise levels, the last of which does not depend on the number of steps.
+# At order 1, this solver is the Euler method on the same noise levels as in Wan's own sampling. The Euler scheduler of
+# diffusers uses other noise levels, the last of which does not depend on the number of steps.
 _SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "solver_order": 1,
@@ -44,11 +44,12 @@ Progress = Callable[[str, int], None]
 def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, progress: Progress | None = None) -> None:
     """Write one network in `layout` into the model directory `directory`.
 
-    Kernels become `dtype`. Parameters that the network keeps in float32 (norms, modulation, time embedding) stay
-    float32, so that loading the result equals loading the source in `dtype`.
+    Parameters are converted to `dtype`, except those that the network always keeps in float32, such as norms and the
+    time embedding. Loading the result therefore gives the same network as loading the source in `dtype`.
 
     Raises:
-        InputError: the tensors of the source do not match its configuration, or are not finite.
+        InputError: the tensors of the source do not match its configuration or are not finite, or PyTorch, which
+            writes .pth files, is not installed.
     """
     component = source.component
     rows = component.rows(source.config)
@@ -102,7 +103,7 @@ def _save_pth(file: Path, arrays: dict[str, np.ndarray]) -> None:
             return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    # On a full disk torch.save raises an error that does not mention the disk, so the space is allocated first.
+    # Allocate the space first, because on a full disk torch.save raises an error that does not mention the disk.
     size = sum(array.nbytes + PTH_OVERHEAD for array in arrays.values()) + PTH_OVERHEAD
     with open(file, "wb") as stream:
         allocate(stream, size)
@@ -115,7 +116,7 @@ def _torch(file: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise InputError(f"{file.name}: writing it needs PyTorch; pip install 'tfm-jax[torch]'") from None
+        raise InputError(f"{file.name}: writing this file needs PyTorch; run pip install 'tfm-jax[torch]'") from None
     return torch
 
 
@@ -129,17 +130,18 @@ def save_model(
     scheduler: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write the networks of a model, its tokenizer and its index files. On failure, nothing is left behind.
+    """Write a model: its networks, its tokenizer and its scheduler. On failure, `directory` stays as it was.
 
-    The autoencoder stays float32 whatever `dtype` is, because it runs in float32.
+    The autoencoder is always written in float32, because it runs in float32. A complete model in the Diffusers layout
+    also gets the model_index.json that diffusers needs.
 
     Args:
-        tokenizer: a folder to copy.
-        scheduler: a scheduler_config.json of diffusers to copy, to the same place in every layout. Without one, the
-            Diffusers layout gets a scheduler that samples as this package does.
+        tokenizer: the folder of the tokenizer, or None to write none.
+        scheduler: a scheduler_config.json of diffusers, written to SCHEDULER_FILE in every layout. If it is None, a
+            complete model in the Diffusers layout gets a scheduler that samples as this package does.
 
     Raises:
-        InputError: `directory` exists and is not empty, or a network does not match its configuration.
+        InputError: `directory` exists and is not empty, or a network cannot be written (see `save`).
     """
     check_new_directory("target", directory)
     for source in sources:
@@ -166,7 +168,7 @@ def save_model(
 
 
 def find_scheduler(model: Path) -> Path | None:
-    """The configuration file of diffusers' scheduler in `model`, or None if there is none.
+    """Return the scheduler_config.json of diffusers in the directory `model`, or None if there is none.
 
     Raises:
         InputError: the file does not name a scheduler class.
@@ -174,14 +176,14 @@ def find_scheduler(model: Path) -> Path | None:
     file = model / SCHEDULER_FILE
     if not file.is_file():
         return None
-    kind = read_json(file).get("_class_name")
-    if not isinstance(kind, str):
-        raise InputError(f"{file}: _class_name is {short_repr(kind)}; expected a scheduler of diffusers")
+    name = read_json(file).get("_class_name")
+    if not isinstance(name, str):
+        raise InputError(f"{file}: _class_name is {short_repr(name)}; expected the name of a diffusers scheduler")
     return file
 
 
 def _pipeline(scheduler: str) -> dict[str, Any]:
-    """The content of model_index.json, which `diffusers.WanPipeline` needs to load the directory."""
+    """Return the content of model_index.json, which `diffusers.WanPipeline` needs to load the directory."""
     return {
         "_class_name": "WanPipeline",
         "scheduler": ["diffusers", scheduler],

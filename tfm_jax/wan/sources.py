@@ -1,7 +1,8 @@
-"""Finds the weights of each network in a directory, in one of three layouts.
+"""Find the weights of each network in a directory that has one of three layouts.
 
 - diffusers: `transformer/`, `vae/`, `text_encoder/`, `tokenizer/`, each with its config.json and safetensors.
-- original (Wan-AI): config.json and safetensors of the transformer, `.pth` files of the other two, `google/umt5-xxl/`.
+- original (Wan-AI): config.json and safetensors of the transformer, `.pth` files of the other two networks, and the
+  tokenizer in `google/umt5-xxl/`.
 - tfm_jax: like diffusers, but with our names, axes and stacked layers. `tfm-convert --to=tfm_jax` writes it.
 """
 
@@ -28,17 +29,20 @@ ORIGINAL_FILES = {"vae": "Wan2.1_VAE.pth", "text_encoder": "models_t5_umt5-xxl-e
 
 
 class Source(NamedTuple):
-    """The weights of one network: found and identified, not yet read."""
+    """The weights of one network, which have been found and identified but not read."""
 
     component: Component
     layout: Layout
     config: Any
     file: Path
-    """The config.json or .pth file that identifies the network; error messages start with it."""
+    """The config.json or .pth file that identifies the network; error messages start with its path."""
     tensors: Tensors
 
     def read(self, row: Row, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor of a row, or the part of it that `index` selects, with our axes less that of stacked layers."""
+        """Read the tensor of a row, or the part that `index` selects.
+
+        The result and `index` have our axes, without the axis of stacked layers.
+        """
         tensor = self.tensors[row.name(self.layout)]
         if self.layout == "tfm_jax":
             stacked = () if row.layer is None else (row.layer,)
@@ -49,22 +53,22 @@ class Source(NamedTuple):
         return rearrange(tensor.read(part), row.axes)
 
     def not_finite(self, row: Row) -> str:
-        """The error message for a tensor that contains a NaN or an infinite value."""
+        """Return the error message for a tensor that contains a NaN or an infinite value."""
         name = row.name(self.layout)
         return f"{self.tensors[name].file}: {name} has a NaN or infinite value; expected finite numbers"
 
     def outermost(self, row: Row) -> int:
-        """The index of the axis that varies slowest in the file, among our axes less that of stacked layers."""
+        """Return the index, among the same axes as in `read`, of the axis that varies slowest in the file."""
         if self.layout == "tfm_jax":
             return 0
         return row.our_axes.index(next(axis for axis in row.torch_axes if axis != "1"))
 
 
 def find_source(path: Path, component: Component) -> Source:
-    """The weights of `component` under `path`, the directory of a whole model or of that network alone.
+    """Find the weights of `component` in `path`, the directory of a whole model or of this network alone.
 
     Raises:
-        InputError: nothing there looks like this network, or it is a variant that this library does not support.
+        InputError: nothing there looks like this network, or the network is damaged or of an unsupported variant.
     """
     source = find_source_or_none(path, component)
     if not source:
@@ -93,7 +97,7 @@ def find_source_or_none(path: Path, component: Component) -> Source | None:
 
 
 def source_from_module(module: nnx.Module, component: Component) -> Source:
-    """A network in memory, as a source in our own layout."""
+    """Return a network in memory as a source in our own layout."""
     tensors = {
         name: LazyTensor(variable.shape, Path("memory"), np.asarray(variable.get_value()).__getitem__)
         for name, variable in named_parameters(module).items()
@@ -102,7 +106,7 @@ def source_from_module(module: nnx.Module, component: Component) -> Source:
 
 
 def _from_config(file: Path, component: Component) -> Source | None:
-    """The network that a config.json describes; None if that is another component."""
+    """Return the network that a config.json describes, or None if that is another component."""
     values = read_json(file)
     found = class_name(values, file)
     classes = {schema.class_name: key for key, schema in SCHEMAS.items()}
@@ -118,7 +122,7 @@ def _from_config(file: Path, component: Component) -> Source | None:
 
 
 def _from_pth(file: Path, component: Component) -> Source:
-    """The network in a .pth file. Its sizes come from the tensors and, if there is one, from its sidecar file."""
+    """Return the network in a .pth file. Its sizes come from the tensors and from the sidecar file, if there is one."""
     tensors = _without_aliases(open_pth(file))
     fields = _infer_sizes(file, _PTH_SIZES[component.name], tensors)
     named_in, sidecar = file, sidecar_file(file)
@@ -132,12 +136,12 @@ _PTH_SIZES = {"vae": names.vae_sizes, "text_encoder": names.text_encoder_sizes}
 
 
 def sidecar_file(pth: Path) -> Path:
-    """Our own JSON file beside a .pth file, for the fields of the architecture that cannot be inferred from it."""
+    """Return the path of our JSON file beside a .pth file, for the fields that the tensors do not determine."""
     return pth.with_suffix(SIDECAR_SUFFIX)
 
 
 def sidecar_fields(component: Component, config: Any, shapes: Shapes) -> dict[str, Any]:
-    """The content of the sidecar file: the fields of `config` that neither `shapes` nor Wan2.1's defaults give."""
+    """Return the content of the sidecar file: the fields of `config` that neither `shapes` nor the defaults give."""
     inferred = _PTH_SIZES[component.name](shapes)
     return {
         field.name: value
@@ -154,7 +158,7 @@ def _infer_sizes(file: Path, sizes: Callable[[Shapes], dict[str, Any]], tensors:
 
 
 def _without_aliases(tensors: Tensors) -> Tensors:
-    """Each tensor under one name: some files hold the text encoder's embedding under two."""
+    """Keep one name per tensor: some files hold the embedding of the text encoder under two names."""
     return {
         names.TEXT_ENCODER_ALIASES.get(name, name): tensor
         for name, tensor in tensors.items()

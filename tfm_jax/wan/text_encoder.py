@@ -1,4 +1,4 @@
-"""The text encoder of Wan: the encoder half of umT5 (transformers' `UMT5EncoderModel`, Wan's `modules/t5.py`).
+"""The text encoder of Wan: the encoder half of umT5 (transformers' `UMT5EncoderModel`, Wan's `wan/modules/t5.py`).
 
 Unlike in T5, every layer has its own table of relative position biases. As in T5, attention scores are not divided by
 the square root of the head width, linear layers have no bias, and the norms are RMS norms.
@@ -38,16 +38,17 @@ class TextEncoderConfig:
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[Array, "q s"]:
-    """The row of the bias table for every pair of query and source position (T5's bidirectional rule).
+    """Return the bucket, a row of the bias table, for every pair of a query and a source (T5's bidirectional rule).
 
-    One half of the buckets is for sources after the query, the other for the rest. In each half, the first half of the
-    buckets cover one distance each. The others grow logarithmically up to `max_distance`, and the last covers the rest.
+    Half of the buckets are for sources after the query, the other half for all other sources. In each half, the first
+    half of the buckets cover one distance each. The ranges of the others grow logarithmically up to `max_distance`,
+    and the last bucket also covers all larger distances.
     """
     side = buckets // 2
     exact = side // 2
     offset = np.arange(1 - length, length)  # source minus query
     distance = np.abs(offset)
-    # In float32 like the reference, because rounding decides on which side of a bucket edge a distance falls.
+    # Computed in float32, as in transformers, because rounding decides on which side of an edge a distance falls.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     steps = ratio / np.float32(math.log(max_distance / exact)) * np.float32(side - exact)
     far = np.minimum(exact + steps.astype(np.int32), side - 1)
@@ -57,7 +58,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[Array,
 
 
 class Attention(nnx.Module):
-    """Self-attention with a learnt bias per head and distance. The softmax runs in float32."""
+    """Self-attention with a learnt bias per head and bucket of distances. The softmax runs in float32."""
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
         linear = functools.partial(Linear, rngs=rngs, bias=False, stack=stack, dtype=dtype)
@@ -96,7 +97,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One encoder layer: attention and feed-forward network, each after a norm and added to the residual stream."""
+    """One encoder layer: attention, then a feed-forward network, each after a norm and with a residual connection."""
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: DTypeLike):
         self.norm1 = RMSNorm(config.dim, stack=stack, eps=config.eps)
@@ -110,10 +111,12 @@ class Block(nnx.Module):
 
 
 class UMT5Encoder(nnx.Module):
-    """`(ids, mask) -> embeddings`, equal to the `last_hidden_state` of transformers' `UMT5EncoderModel`.
+    """Maps `(ids, mask)` to embeddings: the `last_hidden_state` of transformers' `UMT5EncoderModel`.
 
-    Weights and activations are in `dtype`, norms and softmax in float32. Raises InputError for float16, because umT5's
-    residual stream overflows it.
+    Weights and activations are in `dtype`, norms and softmax in float32.
+
+    Raises:
+        InputError: `dtype` is float16, in which the residual stream of umT5 overflows.
     """
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -127,10 +130,10 @@ class UMT5Encoder(nnx.Module):
 
     @jax.jit
     def __call__(self, ids: TokenIds, mask: TokenMask) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Embeddings `[b, l, dim]` of the tokens. `mask` is 1 on tokens and 0 on padding, which nothing attends to.
+        """Return the embeddings `[b l d]` of the tokens. `mask` is 1 on tokens and 0 on padding, which is ignored.
 
-        The rows of padding are not zero, and the video transformer must not see them: `encode_prompts` of
-        `tfm_jax.wan.tokenizer` drops them.
+        The rows of the padding are not zero. `encode_prompts` in `tfm_jax.wan.tokenizer` drops them, because the video
+        transformer expects zeros there.
         """
         buckets = relative_buckets(ids.shape[1], self.config.buckets, self.config.max_distance)
 

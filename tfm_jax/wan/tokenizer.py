@@ -1,4 +1,4 @@
-"""From prompts to token ids and text embeddings, with the same steps as diffusers' `WanPipeline`."""
+"""Turn prompts into token ids and text embeddings, in the same steps as diffusers' `WanPipeline`."""
 
 import html
 import re
@@ -18,7 +18,7 @@ from tfm_jax.inputs import MAX_JSON_BYTES, read_json, short_repr
 from tfm_jax.wan.text_encoder import UMT5Encoder
 
 FOLDERS = ("tokenizer", "google/umt5-xxl")
-"""Folders of the tokenizer in a model directory: the Diffusers layout and ours, the original layout."""
+"""Folder of the tokenizer in a model directory: the first in the Diffusers layout and ours, the second in Wan-AI's."""
 
 _FILES = {
     "tokenizer.json": 2**25,
@@ -26,11 +26,13 @@ _FILES = {
     "special_tokens_map.json": MAX_JSON_BYTES,
     "added_tokens.json": MAX_JSON_BYTES,
 }
-"""The files that transformers reads, and the most bytes of each; umT5's vocabulary takes 17 MB."""
+"""The files that transformers reads, and the maximum size of each in bytes. umT5's tokenizer.json takes 17 MB."""
+
+_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>"}
 
 
 def clean_prompt(text: str) -> str:
-    """Repair the encoding, resolve HTML entities twice, collapse white space into single spaces (`prompt_clean`)."""
+    """Repair the encoding, unescape HTML entities twice and collapse white space, as diffusers' `prompt_clean` does."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
@@ -46,17 +48,17 @@ def _read(folder: Path) -> PreTrainedTokenizerFast:
         if (folder / name).exists():
             read_json(folder / name, limit)
     try:
-        # AutoTokenizer from version 5 on takes only the vocabulary from the file: it builds T5's rules itself and fixes
-        # <unk> at id 2. In the files of umT5, id 2 is <s> and <unk> is 3.
+        # From transformers 5 on, AutoTokenizer takes only the vocabulary from the file: it applies T5's own rules, with
+        # <unk> at id 2. In the files of umT5, id 2 is <s>, and <unk> has id 3.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        unnamed = [token for token in ("pad_token", "eos_token") if getattr(tokenizer, token) is None]
+        unnamed = [token for token in _TOKENS if getattr(tokenizer, token) is None]
         empty = tokenizer("").input_ids
         if not unnamed:
             empty = tokenizer("", padding="max_length", max_length=3).input_ids
-    except Exception as error:  # two libraries raise many types
-        raise InputError(f"{folder}: not a tokenizer ({short_repr(str(error))}); download them again") from None
+    except Exception as error:  # transformers and tokenizers may raise any exception
+        raise InputError(f"{folder}: not a tokenizer ({short_repr(str(error))}); download it again") from None
     if unnamed:
-        raise InputError(f"{folder / 'tokenizer_config.json'}: {unnamed[0]} is missing; expected <pad> and </s>")
+        raise InputError(f"{folder / 'tokenizer_config.json'}: {unnamed[0]} is missing; expected {_TOKENS[unnamed[0]]}")
     if empty != [1, 0, 0]:
         raise InputError(
             f"{folder}: an empty prompt, padded to three tokens, becomes {short_repr(empty)}; expected [1, 0, 0], "
@@ -66,10 +68,10 @@ def _read(folder: Path) -> PreTrainedTokenizerFast:
 
 
 class Tokenizer:
-    """The umT5 tokenizer in a model directory of any layout. It never downloads anything.
+    """The umT5 tokenizer of a model directory in any layout. Nothing is ever downloaded.
 
     Raises:
-        InputError: the directory has no `tokenizer.json`, or its tokenizer is not umT5's.
+        InputError: the directory has no tokenizer, or its tokenizer is damaged or not umT5's.
     """
 
     def __init__(self, model: str | Path):
@@ -78,15 +80,16 @@ class Tokenizer:
         found = find_tokenizer(model)
         if not found:
             expected = " or ".join(str(Path(model, name, "tokenizer.json")) for name in FOLDERS)
-            raise InputError(f"{model}: no tokenizer; expected {expected}")
+            raise InputError(f"{model}: has no tokenizer; expected {expected}")
         self._tokenizer = _read(found)
 
     def __call__(
         self, prompts: Sequence[str], length: int = TEXT_LENGTH
     ) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, "b l"]]:
-        """Clean the prompts and return their token ids and mask, `[b, length]`: each ends with `</s>`, then zeros.
+        """Clean the prompts and return their token ids and mask, each `[b, length]`.
 
-        A prompt that is too long is cut, with a warning that gives the number of dropped tokens.
+        The ids of every prompt end with `</s>` and are padded with zeros. A prompt that is too long is truncated, with
+        a warning that gives the number of dropped tokens.
         """
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         for prompt, tokens in zip(cleaned, self._tokenizer(cleaned, verbose=False).input_ids, strict=True):
@@ -100,7 +103,7 @@ class Tokenizer:
 def encode_prompts(
     tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: Sequence[str]
 ) -> list[Float[np.ndarray, "_ d"]]:
-    """Return the text embedding of each prompt, one row per token without the padding (`arrays.pad_text` adds it back).
+    """Return the text embedding of each prompt, one row per token, without padding (see `arrays.pad_text`).
 
     As in Wan, the encoder runs on ids that are padded to 512 tokens.
 
@@ -110,6 +113,8 @@ def encode_prompts(
     ids, mask = tokenizer(prompts)
     if ids.max() >= encoder.config.vocab_size:
         size = encoder.config.vocab_size
-        raise InputError(f"tokenizer: gives token id {ids.max()}, but the text encoder has a vocabulary of {size}")
+        raise InputError(
+            f"tokenizer: token id {ids.max()} is not in the text encoder's vocabulary; expected less than {size}"
+        )
     embeddings = np.asarray(encoder(jnp.asarray(ids), jnp.asarray(mask)))
     return [embedding[:length] for embedding, length in zip(embeddings, mask.sum(1), strict=True)]

@@ -1,8 +1,8 @@
-"""Exact, unmasked attention whose memory grows linearly with the number of tokens.
+"""Exact attention without masks. Its memory grows linearly with the number of tokens.
 
 - `dispatch.py` defines `attention` on one device and selects the kernel for the platform.
 - `sharded.py` splits `attention` over a mesh.
-- `chunked.py`, `splash.py` and `cudnn.py` hold one kernel each; `kernel.py` defines what a kernel is.
+- `chunked.py`, `splash.py` and `cudnn.py` hold one kernel each; `kernel.py` defines the interface of a kernel.
 """
 
 from tfm_jax.wan.attention.dispatch import ATTENTION_OUTPUT, attention

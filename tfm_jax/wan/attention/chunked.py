@@ -9,7 +9,7 @@ from tfm_jax.precision import precision_of
 from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, heads_first, pad_tokens, tokens_first
 
 QUERY_CHUNK = 128
-"""Queries per step of the scan: the scores of a head take QUERY_CHUNK x keys numbers instead of queries x keys."""
+"""Maximum number of queries per step: a head then has QUERY_CHUNK x keys scores in memory instead of queries x keys."""
 
 
 def chunked_forward(query: Queries, key: Keys, value: Keys) -> tuple[Queries, LogSumExp]:
@@ -34,11 +34,11 @@ def chunked_backward(
 ) -> tuple[Queries, Keys, Keys]:
     k, v = heads_first(key), heads_first(value)
     scale = query.shape[-1] ** -0.5
-    # Equals the sum over keys of (weight x gradient of the weight), but needs neither of them.
+    # This equals the sum over keys of weight x gradient of the weight, but is computed without either.
     shift = _einsum("bsnk,bsnk->bns", out, out_gradient)
 
-    # The gradients of keys and values are accumulated with the head width before the tokens, so that their products
-    # transpose the small operand instead of the scores.
+    # The gradients of keys and values are accumulated with the head width before the tokens (`b n k t`), so that the
+    # matrix products transpose their small operand instead of the scores.
     def chunk(sums: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         q, dout, lse, shift = part
         weights = jnp.exp(_einsum("bnqk,bntk->bnqt", q, k) * scale - lse[..., None])
@@ -49,7 +49,7 @@ def chunked_backward(
         return (dkey, dvalue), (_einsum("bnqt,bntk->bnqk", dscores, k) * scale).astype(query.dtype)
 
     zeros = jnp.zeros_like(rearrange(k, "b n t k -> b n k t"), jnp.float32)
-    # The padding of the last chunk adds nothing to the gradients: its queries, gradients, `lse` and shift are zero.
+    # The padding of the last chunk adds nothing to the gradients of keys and values, because `q` and `dout` are zero.
     parts = tuple(_split_chunks(x) for x in (heads_first(query), heads_first(out_gradient), lse, shift))
     (dkey, dvalue), dquery = jax.lax.scan(chunk, (zeros, zeros), parts)
     dkey, dvalue = (rearrange(x, "b n k t -> b t n k") for x in (dkey * scale, dvalue))
@@ -62,7 +62,7 @@ def _einsum(axes: str, x: Array, y: Array) -> Float32[Array, "..."]:
 
 
 def _split_chunks(x: Shaped[Array, "b n s ..."]) -> Shaped[Array, "i b n q ..."]:
-    """Split the queries into equal chunks of at most `QUERY_CHUNK`, padding the last one with zeros."""
+    """Split the queries into equal chunks of at most `QUERY_CHUNK` queries, padding the last chunk with zeros."""
     length = x.shape[2]
     chunks = -(-length // QUERY_CHUNK)
     size = -(-length // chunks)

@@ -1,12 +1,12 @@
 """cuDNN's flash attention for NVIDIA GPUs.
 
-The primitives under `jax.nn.dot_product_attention` are private, but the public function is no substitute: it rounds
-`lse` to the dtype of the queries, its backward pass does not accept an `lse` over more keys (`sharded.ring` needs one),
-and it can only be traced where cuDNN is installed. This is the only module that uses them, and
+This module uses the private primitives behind `jax.nn.dot_product_attention`, because the public function does not
+suffice: it rounds `lse` to the dtype of the queries, its backward pass does not accept an `lse` over more keys (which
+`sharded.ring` needs), and it can be traced only on a machine with cuDNN. No other module uses these primitives, and
 tests/test_private_apis.py checks them against the installed JAX.
 
-Tracing and lowering need no GPU. Where a program runs, JAX does not start its CUDA backend with a cuDNN older than the
-one it was built against, and compiling fails if cuDNN does not support a call; no other kernel replaces it.
+Tracing and lowering need no GPU. To run a program, JAX needs a cuDNN at least as new as the one that JAX was built
+against. If cuDNN rejects a call that `supports` accepts, compilation fails; there is no fallback to another kernel.
 """
 
 from typing import Any
@@ -41,12 +41,12 @@ CUDNN = Kernel(cudnn_forward, cudnn_backward)
 
 
 def unused_operands(query: Queries) -> tuple[jax.Array, ...]:
-    """Empty arrays in place of the bias, two lengths, two offsets and two page tables, which attention does not use."""
+    """Return empty arrays for the unused operands: the bias, two lengths, two offsets and two page tables."""
     return (jnp.zeros(0, query.dtype),) * 7
 
 
 def settings(query: Queries) -> dict[str, Any]:
-    """The parameters that both primitives take: softmax attention without mask, bias or dropout."""
+    """Return the parameters that both primitives take, for softmax attention without mask, bias or dropout."""
     values: dict[str, Any] = {
         "scale": query.shape[-1] ** -0.5,
         "seed": 42,

@@ -1,14 +1,16 @@
-"""What an attention kernel is, and the layout that the kernels share.
+"""The interface of an attention kernel, and the array layout that all kernels share.
 
-A kernel is a pair of functions over the arrays that one device holds:
+A kernel is a pair of functions that take the arrays of one device:
 
     forward(query, key, value) -> (out, lse)
     backward(query, key, value, out, lse, out_gradient) -> (query gradient, key gradient, value gradient)
 
-`lse` is the logarithm of the sum of the exponentials of each query's scores. The scores are not saved: the backward
-pass recomputes them from `lse`, block by block (Dao 2023, arXiv:2307.08691, sections 2.3 and 3.1). `out` and `lse` may
-come from a softmax over more keys than those passed to `backward`, which then returns the contribution of these keys
-to the gradients.
+`lse` is the log-sum-exp of the scaled scores of each query. Neither scores nor softmax weights are saved: the backward
+pass recomputes the scores block by block, and the weights from scores and `lse` (Dao 2023, arXiv:2307.08691, sections
+2.3 and 3.1). `out` and `lse` may come from a softmax over more keys than those passed to `backward`, which then returns
+the gradients of these keys and values, and their contribution to the gradient of the queries.
+
+The axes are b: videos, s: queries, t: keys, n: heads, k: head width, u: tokens after padding.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ LogSumExp = Float32[Array, "b n s"]
 
 
 class Kernel(NamedTuple):
-    """An implementation of attention; the module's docstring gives the signatures."""
+    """An implementation of attention. The docstring of this module gives the signatures of both functions."""
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., tuple[Array, Array, Array]]

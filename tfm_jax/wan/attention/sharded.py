@@ -1,13 +1,16 @@
-"""Attention on a mesh whose axes split batch, tokens and heads, as `tfm_jax.sharding.RULES` says.
+"""Attention on a mesh whose axes split batch, tokens and heads, according to `tfm_jax.sharding.RULES`.
 
-The queries of one device attend to the keys of all devices. There are two exact methods, each with its backward pass:
+In self-attention, the queries of one device attend to the keys of all devices along `sequence`. There are two exact and
+differentiable methods:
 
-- all-to-all (Ulysses; Jacobs et al. 2023, arXiv:2309.14509), where the number of devices divides the heads: each device
-  exchanges its tokens for a share of the heads, attends to all tokens with those heads, and exchanges back. It
-  communicates less than the ring.
+- all-to-all (Ulysses; Jacobs et al. 2023, arXiv:2309.14509), if the number of devices divides the number of heads:
+  each device exchanges its tokens for a share of the heads, attends to all tokens with those heads, and exchanges back.
+  This needs less communication than the ring.
 - a ring (Liu et al. 2023, arXiv:2310.01889) otherwise: keys and values are passed from device to device, and each
-  device combines the outputs of its queries by `lse`. In the backward pass the gradients of keys and values are passed
-  along with them and are complete when they are back on their own device.
+  device combines the partial outputs for its queries using their log-sum-exp (`lse`). In the backward pass, the
+  gradients of keys and values travel with them, and are complete once they are back on their own device.
+
+Keys and values of self-attention have as many tokens as the queries, and therefore the same type, `Queries`.
 """
 
 import jax
@@ -26,17 +29,17 @@ ALL_TOKENS = ("batch", None, "heads", None)
 
 
 def self_attention(query: Queries, key: Queries, value: Queries) -> Queries:
-    """Attend from a video's tokens to the same tokens; every device holds its part of all three arrays."""
+    """Let the tokens of a video attend to each other. Every device holds its part of all three arrays."""
     return per_device(_sequence_attention, (query, key, value), (SPLIT_TOKENS, SPLIT_TOKENS, SPLIT_TOKENS))
 
 
 def cross_attention(query: Queries, key: Keys, value: Keys) -> Queries:
-    """Attend from a video's tokens to a text; every device holds the whole text."""
+    """Let the tokens of a video attend to those of its text. Every device holds all tokens of the text."""
     return per_device(attention, (query, key, value), (SPLIT_TOKENS, ALL_TOKENS, ALL_TOKENS))
 
 
 def _sequence_attention(query: Queries, key: Queries, value: Queries) -> Queries:
-    """Self-attention of the tokens and heads of one device to the tokens of all devices along `sequence`."""
+    """Self-attention from one device's tokens and heads to the tokens of all devices along `sequence`."""
     shards = num_shards("tokens")
     if shards == 1:
         return attention(query, key, value)
@@ -44,7 +47,10 @@ def _sequence_attention(query: Queries, key: Queries, value: Queries) -> Queries
 
 
 def all_to_all(query: Queries, key: Queries, value: Queries) -> Queries:
-    """Attend to the tokens of all devices along `sequence`, whose number divides the heads of this device."""
+    """Attend to the tokens of all devices along `sequence`.
+
+    Requires that the number of these devices divides the number of local heads.
+    """
     query, key, value = (jax.lax.all_to_all(x, SEQUENCE, 2, 1, tiled=True) for x in (query, key, value))
     return jax.lax.all_to_all(attention(query, key, value), SEQUENCE, 1, 2, tiled=True)
 
@@ -52,10 +58,10 @@ def all_to_all(query: Queries, key: Queries, value: Queries) -> Queries:
 @jax.custom_vjp
 def ring(query: Queries, key: Queries, value: Queries) -> Queries:
     """Attend to the tokens of all devices along `sequence`, with any number of heads."""
-    return _ring_forward(query, key, value)[0]
+    return _ring_scan(query, key, value)[0]
 
 
-def _ring_forward(query: Queries, key: Queries, value: Queries) -> tuple[Queries, LogSumExp]:
+def _ring_scan(query: Queries, key: Queries, value: Queries) -> tuple[Queries, LogSumExp]:
     def step(carry: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], None]:
         key, value, out, lse = carry
         block_out, block_lse = forward(query, key, value)
@@ -70,7 +76,7 @@ def _ring_forward(query: Queries, key: Queries, value: Queries) -> tuple[Queries
 
 
 def _ring_fwd(query: Queries, key: Queries, value: Queries) -> tuple[Queries, tuple[Array, ...]]:
-    out, lse = (checkpoint_name(x, ATTENTION_OUTPUT) for x in _ring_forward(query, key, value))
+    out, lse = (checkpoint_name(x, ATTENTION_OUTPUT) for x in _ring_scan(query, key, value))
     return out, (query, key, value, out, lse)
 
 
@@ -93,7 +99,7 @@ ring.defvjp(_ring_fwd, _ring_bwd)
 
 
 def _pass_on(*arrays: Array) -> tuple[Array, ...]:
-    """Send the arrays to the next device along `sequence`, and return those of the previous device."""
+    """Send the arrays to the next device along `sequence`, and return the arrays of the previous device."""
     shards = num_shards("tokens")
     next_device = [(index, (index + 1) % shards) for index in range(shards)]
     return tuple(jax.lax.ppermute(x, SEQUENCE, next_device) for x in arrays)

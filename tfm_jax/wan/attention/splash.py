@@ -1,9 +1,9 @@
 """Splash attention, JAX's Pallas kernel for TPUs.
 
 The public constructor, `make_splash_mha`, does not suffice: a kernel that returns `lse` (`save_residuals=True`) has no
-gradient, no kernel's gradient accepts an `lse` over more keys (`sharded.ring` needs one), and even a full mask becomes
-tables that the kernel reads for each block. This is the only module that uses the private parts of splash, and
-tests/test_private_apis.py checks them against the installed JAX.
+gradient, the gradients of the other kernels do not accept an `lse` over more keys (which `sharded.ring` needs), and
+even a full mask becomes tables that the kernel reads for each block. No other module uses the private parts of splash,
+and tests/test_private_apis.py checks them against the installed JAX.
 """
 
 import jax
@@ -15,14 +15,15 @@ from jaxtyping import Array, Float
 from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, heads_first, pad_tokens, tokens_first
 
 LANES, SMALL_BLOCK, LARGE_BLOCK = 128, 512, 1024
-"""Block sizes in tokens: every block is a multiple of LANES, and long sequences use the other two."""
+"""Block sizes in tokens. A sequence of at most SMALL_BLOCK tokens is one block, padded to a multiple of LANES. A longer
+one is padded to a multiple of SMALL_BLOCK and uses blocks of the other two sizes."""
 
 _UNMASKED = MaskInfo(None, None, None, None, None)
 _MASK_VALUE = splash.DEFAULT_MASK_VALUE
 
 
 def splash_forward(query: Queries, key: Keys, value: Keys, *, interpret: bool = False) -> tuple[Queries, LogSumExp]:
-    """`interpret` emulates the kernel on any platform; it is slow and meant for tests."""
+    """Compute `out` and `lse`. If `interpret` is set, emulate the kernel on any platform, slowly, for tests."""
     queries, keys = query.shape[1], key.shape[1]
     sizes, padded_queries, padded_keys = block_sizes(queries, keys)
     kernel = splash.SplashAttentionKernel(
@@ -63,7 +64,7 @@ def splash_backward(
         settings = (False, _MASK_VALUE, False, sizes, None, None, None, interpret)  # as in splash_forward
         return splash._splash_attention_bwd(*settings, residuals, dout)[3:6]
 
-    # Padded queries have an output gradient of zero, so they add nothing to the gradients of keys and values.
+    # The output gradients of padded queries are zero, so they add nothing to the gradients of keys and values.
     q, out, dout = (heads_first(x, padded_queries) for x in (_scale(query), out, out_gradient))
     k, v = heads_first(key, padded_keys), heads_first(value, padded_keys)
     dq, dk, dv = jax.vmap(kernel)(q, k, v, out, pad_tokens(lse, padded_queries), dout)
@@ -74,13 +75,13 @@ SPLASH = Kernel(splash_forward, splash_backward)
 
 
 def block_sizes(queries: int, keys: int) -> tuple[splash.BlockSizes, int, int]:
-    """Return the block sizes, and the numbers of queries and keys after padding to whole blocks.
+    """Return the block sizes, the padded number of queries and the padded number of keys.
 
     A kernel reads all keys once per block of queries (or, for the gradients of the keys, all queries once per block of
-    keys), so its operations per byte of HBM are about the length of that block. 1024 is more than any TPU from v4 to
-    tpu7x needs to keep its matrix units busy (v6e needs the most, 560). Scores are float32 in VMEM, 1024 x 512 at a
-    time. The gradients use two kernels instead of the fused one, which stores the gradients of the queries once per
-    block of keys and so needs memory quadratic in the length.
+    keys). The number of operations per byte read from HBM is therefore about the number of tokens in that block. 1024
+    is more than any TPU from v4 to tpu7x needs to keep its matrix units busy; v6e needs the most, 560. VMEM holds
+    float32 scores, at most 1024 x 512 at a time. The gradients use two kernels instead of the fused one, because the
+    fused one stores the gradients of the queries once per block of keys, so its memory is quadratic in the length.
     """
     padded, small, large = [], [], []
     for length in (queries, keys):
@@ -102,7 +103,10 @@ def block_sizes(queries: int, keys: int) -> tuple[splash.BlockSizes, int, int]:
 
 
 def _segment_ids(keys: int, padded_queries: int, padded_keys: int) -> splash.SegmentIds | None:
-    """Mask padded keys: tokens attend within their segment only, and the padded keys form a second segment."""
+    """Return segment ids that mask padded keys, or None if there are none.
+
+    Tokens attend only within their segment, and the padded keys form a second segment without queries.
+    """
     if keys == padded_keys:
         return None
     padding = jnp.arange(padded_keys) >= keys
@@ -110,5 +114,5 @@ def _segment_ids(keys: int, padded_queries: int, padded_keys: int) -> splash.Seg
 
 
 def _scale(x: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
-    """Scale and round to the dtype of `x`: splash does not scale scores, so queries and their gradients are scaled."""
+    """Scale the queries or their gradients, since splash does not scale the scores. The result has the dtype of `x`."""
     return (x.astype(jnp.float32) * x.shape[-1] ** -0.5).astype(x.dtype)
