@@ -187,7 +187,7 @@ def test_a_signal_stops_after_the_step_and_the_same_command_continues(
     assert len(rounds) == 2
     err = capfd.readouterr().err
     assert "SIGTERM: stopping after this step; send it again to end the program at once" in err
-    assert err.splitlines()[-1] == "stopped: 1 of 3 videos are done; the same command continues"
+    assert err.splitlines()[-1] == "stopped: 1 of 3 videos are done; to continue, run the same command again"
     sample(run)
     assert len(rounds) == 2 + 2
     assert content(tmp_path / "out") == content(finished)
