@@ -80,7 +80,7 @@ def test_a_complete_run_is_reported(finished, model, monkeypatch, capsys):
         ({"guidance": 4.0}, r"sampling\.guidance=4\.0: .* made with 5\.0"),
         ({"negative_prompt": "rain"}, r"sampling\.negative_prompt=rain: "),
         ({"prompts": PROMPTS[:2]}, r"sampling\.prompts=.*made with 3 prompts, not 2"),
-        ({"prompts": [*PROMPTS[:2], "x"]}, r"sampling\.prompts=.* have another prompt 2: '一个蓝色的圆 🔵'"),
+        ({"prompts": [*PROMPTS[:2], "x"]}, r"sampling\.prompts=.* were made with prompt 2 '一个蓝色的圆 🔵'"),
         ({"lora": "new"}, r"sampling\.lora=.* made with another LoRA"),
         ({"model": "new"}, r"model\.path=.* made with other weights"),
     ],
