@@ -46,13 +46,13 @@ mbtree_propagate_list_internal). With cpu-independent, x264 uses its C code for 
 
 
 def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int) -> UInt8[np.ndarray, "t y x 3"]:
-    """Read the frames shown at 0, 1 / fps, 2 / fps, ... seconds; turn them upright, scale and crop them.
+    """Read the frames shown at 0, 1 / fps, 2 / fps, ... seconds, upright, scaled and cropped to the given size.
 
     The crop keeps the centre. Scaling keeps the aspect ratio of the displayed picture; pixels need not be square.
 
     Raises:
-        InputError: the file does not exist, is not a video, is damaged, is too short for `frames`, or has frames of more
-            than `MAX_FRAME_PIXELS` pixels.
+        InputError: the file does not exist, is not a video, is damaged, is too short for `frames`, or has frames of
+            more than `MAX_FRAME_PIXELS` pixels.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a video")

@@ -62,8 +62,8 @@ BAD_TABLES = {
     "same row twice": ("video,prompt\na.mp4,x\n\n./a.mp4,x\n", r":4: repeats the video and prompt of line 2"),
     "missing video": ("video,prompt\na.mp4,x\nz.mp4,y\n", r":3: video='z.mp4': no such file; expected a video in"),
     "a folder": ("video,prompt\nsub,y\n", r":2: video='sub': no such file"),
-    "empty video": ("video,prompt\n,y\n", r":2: video='': empty; expected a path relative"),
-    "blank video": ("video,prompt\n  ,y\n", r":2: video='  ': empty"),
+    "empty video": ("video,prompt\n,y\n", r":2: video='': is empty; expected a path relative"),
+    "blank video": ("video,prompt\n  ,y\n", r":2: video='  ': is empty"),
     "URL": (
         "video,prompt\nhttps://example.org/a.mp4,y\n",
         r":2: video='https://example.org/a.mp4': is a URL; .*download",

@@ -29,7 +29,7 @@ class PrepareRun:
 
 
 class Prepared(NamedTuple):
-    """The numbers of clips in metadata.csv that were written and that were rejected."""
+    """How many clips of metadata.csv were written, and how many were rejected."""
 
     written: int
     rejected: int

@@ -47,7 +47,7 @@ class Record(NamedTuple):
 
 
 class RecordWriter:
-    """Context manager that writes records one by one into `folder.partial` and finally renames that to `folder`.
+    """Context manager that writes records one by one into `folder.partial` and finally renames this folder to `folder`.
 
     After an exception, nothing is kept. Files that a killed run left in `folder.partial` are removed. `metadata` is
     stored with the records: JSON values that describe the model and the clips.
