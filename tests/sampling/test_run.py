@@ -208,7 +208,7 @@ def test_a_damaged_samples_json_is_refused(finished, model, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
     for text in ("", "{}", '{"run": 1'):
         (tmp_path / "out" / "samples.json").write_text(text)
-        with pytest.raises(InputError, match=r"samples\.json: damaged"):
+        with pytest.raises(InputError, match=r"samples\.json: is damaged"):
             sample(run_of(model, tmp_path / "out"))
 
 
