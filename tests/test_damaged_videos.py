@@ -43,7 +43,7 @@ def test_too_short(tmp_path, container):
     suffix = {"mp4": "mp4", "matroska": "mkv"}[container]
     path = encode(tmp_path / f"a.{suffix}", grey_clip(16), container=container)
     assert len(read_clip(path, 16, 64, 64, FPS)) == 16
-    refused(path, r"16 frames, 1.00 s long; expected enough for 17 frames, the last one at 1.00 s")
+    refused(path, r"16 frames and lasts 1.00 s; expected enough for 17 frames, the last one at 1.00 s")
 
 
 def test_one_frame(tmp_path):
@@ -153,7 +153,7 @@ def test_a_large_picture_is_refused_before_decoding(tmp_path):
 def test_a_codec_without_a_decoder(tmp_path):
     path = encode(tmp_path / "a.mp4", smooth_clip(1))
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
-    refused(path, "no decoder for its video stream", frames=1)
+    refused(path, "no decoder for the video stream", frames=1)
 
 
 def test_frames_that_go_back_in_time(tmp_path):

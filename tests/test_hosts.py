@@ -67,7 +67,7 @@ def test_two_processes_are_stopped_resumed_and_equal_one(folder, launch):
     assert [process.returncode for process in two] == [75, 75], err + err_of_other
     (stopped,) = saved(output)[0]
     assert "devices: 8 x cpu in 2 processes; mesh: data=1, fsdp=8, sequence=1, tensor=1" in out
-    line = f"stopped by SIGTERM after step {stopped} of 1000; the same command with --resume continues\n"
+    line = f"stopped by SIGTERM after step {stopped} of 1000; to continue, run the same command with --resume\n"
     assert (err + err_of_other).count(line) == 1
     assert not any(word in out_of_other + err_of_other for word in ("processes", "error", "step 1/"))
     assert [line["step"] for line in read_metrics(output / "metrics.jsonl")] == list(range(1, stopped + 1))
@@ -153,7 +153,9 @@ def test_a_killed_process_ends_the_other_and_ctrl_c_stops_both(folder, launch):
     assert f"resumed {output} after step {before}" in out
     stopped = saved(output)[0][-1]
     assert stopped > before
-    message = rf"stopped by SIG(INT|TERM) after step {stopped} of 1000; the same command with --resume continues\n"
+    message = (
+        rf"stopped by SIG(INT|TERM) after step {stopped} of 1000; to continue, run the same command with --resume\n"
+    )
     assert len(re.findall(message, err + err_of_other)) == 1
     assert "SIGINT: saving a checkpoint after this step; send it again to end the program at once\n" in err
     assert [line["step"] for line in read_metrics(output / "metrics.jsonl")] == list(range(1, stopped + 1))
@@ -181,7 +183,7 @@ def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypat
     (step,) = saved(tmp_path / "run")[0]
     assert step in (2, 3)  # the signal arrived after step 2 had asked for signals
     assert str(stopped.value) == (
-        f"stopped by {number.name} after step {step} of 1000; the same command with --resume continues"
+        f"stopped by {number.name} after step {step} of 1000; to continue, run the same command with --resume"
     )
 
 

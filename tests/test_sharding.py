@@ -140,10 +140,10 @@ def test_tokens_are_exchanged_and_never_gathered(runs, mesh, kind, shape):
         ({"data": 4, "fsdp": 4}, "mesh.data=4 x mesh.fsdp=4 x mesh.sequence=1 x mesh.tensor=1 is 16, but there are 8 "
                                  "devices; use mesh.data=2 or -1"),
         ({"fsdp": 3}, "mesh.fsdp=3 does not divide the 8 devices; use one of 1, 2, 4, 8"),
-        ({"fsdp": 4, "sequence": 4}, "mesh.sequence=4 does not divide the 2 devices that mesh.fsdp=4 leaves; "
+        ({"fsdp": 4, "sequence": 4}, "mesh.sequence=4 does not divide the 2 devices left after mesh.fsdp=4; "
                                      "use one of 1, 2"),
-        ({"fsdp": 2, "sequence": 2, "tensor": 3}, "mesh.tensor=3 does not divide the 2 devices that mesh.fsdp=2 x "
-                                                  "mesh.sequence=2 leaves; use one of 1, 2"),
+        ({"fsdp": 2, "sequence": 2, "tensor": 3}, "mesh.tensor=3 does not divide the 2 devices left after "
+                                                  "mesh.fsdp=2 x mesh.sequence=2; use one of 1, 2"),
     ],
 )  # fmt: skip
 def test_meshes_that_do_not_fit_the_devices_are_refused(settings, message):

@@ -28,16 +28,17 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": (),
     "rank": (),
 }
-"""Logical axis -> the mesh axes it is split over. To split another axis, add a row."""
+"""Logical axis -> the mesh axes it is split over. To split another logical axis, name its mesh axes here."""
 
 Axes = tuple[str | None, ...]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a configuration over `devices`, by default all. Neighbours in the mesh are close on the network.
+    """Return the mesh of a configuration over `devices`, by default all of them.
 
-    Only `data` spans the slices of a TPU pod, which are connected by the slower data-centre network. GPUs keep their
-    order, host by host, so that the last axes stay within a host.
+    Neighbours in the mesh are close on the network. Only `data` spans the slices of a multislice run, which are
+    connected by the slower data-centre network. GPUs keep their order, host by host, so that the last axes stay within
+    a host if they fit.
 
     Raises:
         InputError: the product of the axes is not the number of devices, or `data` is not a multiple of the number of
@@ -60,23 +61,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def num_slices(devices: Sequence[Any]) -> int:
-    """The number of TPU slices that the devices belong to, at least 1. GPUs count as one slice, though JAX gives each
-    of their hosts a slice index."""
+    """Return the number of TPU slices that the devices belong to. Other devices count as one slice, although JAX gives
+    each host of GPUs its own slice index."""
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform != "gpu"}) or 1
 
 
 def one_device_mesh() -> Mesh:
-    """A mesh of the first device alone."""
+    """Return a mesh of the first device alone."""
     return _mesh(np.array(_devices()[:1]).reshape(1, 1, 1, 1))
 
 
 def _mesh(devices: np.ndarray) -> Mesh:
-    # Auto: the compiler derives all other shardings from those of the arguments and of the constrained activations.
+    # Auto: the compiler derives all other shardings from those of the arguments and the constrained activations.
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
-    """The length of every mesh axis; -1 for `data` stands for the devices that the other axes leave."""
+    """Return the length of every mesh axis. If `data` is -1, it takes the devices that the other axes leave."""
     inner = {name: getattr(config, name) for name in MESH_AXES[1:]}
     remaining = devices
     for name, size in inner.items():
@@ -84,9 +85,9 @@ def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
             before = [
                 f"mesh.{other}={inner[other]}" for other in MESH_AXES[1 : MESH_AXES.index(name)] if inner[other] > 1
             ]
-            of = f" that {' x '.join(before)} leaves" if before else ""
+            left = f" left after {' x '.join(before)}" if before else ""
             raise InputError(
-                f"mesh.{name}={size} does not divide the {remaining} devices{of}; use one of {_divisors(remaining)}"
+                f"mesh.{name}={size} does not divide the {remaining} devices{left}; use one of {_divisors(remaining)}"
             )
         remaining //= size
     if config.data not in (-1, remaining):
@@ -99,7 +100,7 @@ def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raise InputError unless the batch divides evenly over the mesh."""
+    """Raise InputError unless the batch can be split evenly over the mesh."""
     parts = num_shards("batch", mesh)
     if batch_size % parts:
         above = -(-batch_size // parts) * parts
@@ -110,7 +111,7 @@ def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
 
 
 def check_split(heads: int, tokens: int, mesh: Mesh | AbstractMesh | None = None) -> None:
-    """Raise InputError unless heads and tokens divide evenly over `mesh`, by default that of `jax.set_mesh`."""
+    """Raise InputError unless heads and tokens can be split evenly over `mesh`, by default that of `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     for axis, length, what in (("heads", heads, "heads of the model"), ("tokens", tokens, "tokens of a clip")):
         parts = num_shards(axis, mesh)
@@ -120,7 +121,7 @@ def check_split(heads: int, tokens: int, mesh: Mesh | AbstractMesh | None = None
 
 
 def _divisors(number: int) -> str:
-    """All divisors of a number, as a list for error messages."""
+    """List all divisors of a number for an error message."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
@@ -136,7 +137,7 @@ def _devices() -> list[Any]:
 
 
 def partition_spec(axes: Axes) -> PartitionSpec:
-    """The partition spec of an array with these logical axes.
+    """Return the partition spec of an array with these logical axes.
 
     Raises:
         ValueError: two of the axes would be split over the same mesh axis.
@@ -149,7 +150,10 @@ def partition_spec(axes: Axes) -> PartitionSpec:
 
 
 def num_shards(axis: str | None, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """The number of parts a logical axis is split into on `mesh`, by default that of `jax.set_mesh`; 1 without one."""
+    """Return how many parts a logical axis is split into on `mesh`, by default that of `jax.set_mesh`.
+
+    Without a mesh, there is one part.
+    """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty or axis is None:
         return 1
@@ -157,10 +161,11 @@ def num_shards(axis: str | None, mesh: Mesh | AbstractMesh | None = None) -> int
 
 
 def shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The sharding of every variable of a module or state, from its logical axes. Other leaves are replicated.
+    """Return the sharding of every leaf of a module or state. Variables are split according to their logical axes, and
+    other leaves are replicated.
 
     Raises:
-        InputError: the mesh axes do not divide the length of an axis.
+        InputError: the sizes of the mesh axes do not divide the length of an axis that is split over them.
     """
 
     def sharding_of(variable: Any) -> Any:
@@ -171,7 +176,8 @@ def shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
             if length % num_shards(axis, mesh):
                 names = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in RULES[axis] if mesh.shape[name] > 1)
                 raise InputError(
-                    f"{names} does not divide the {axis} axis of length {length} of a parameter; use a divisor of it"
+                    f"{names} does not divide the {axis} axis of length {length} of a parameter; "
+                    f"use a divisor of {length}"
                 )
         return variable.replace(NamedSharding(mesh, partition_spec(axes)))
 
@@ -179,41 +185,41 @@ def shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The sharding of arrays whose first axis is the batch."""
+    """Return the sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The sharding of arrays of which every device holds a full copy."""
+    """Return the sharding of arrays of which every device holds a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def per_device(
     function: Callable[..., Array], arrays: Sequence[Shaped[Array, "..."]], axes: Sequence[Axes]
 ) -> Shaped[Array, "..."]:
-    """Run `function` on each device's part of `arrays`, which have these logical `axes`.
+    """Run `function` on each device's part of `arrays`, which are split by their logical `axes`.
 
-    The result is split as the first array is. This is for kernels that the compiler cannot partition, and for
-    communication that it would not choose. Needs `jax.set_mesh`; without a mesh, this is `function(*arrays)`.
+    The result is split like the first array. This is for kernels that the compiler cannot partition, and for
+    communication that it would not choose. The mesh is that of `jax.set_mesh`; without one, return `function(*arrays)`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(*arrays)
     specs = tuple(partition_spec(names) for names in axes)
-    # check_vma=False: Pallas calls do not declare over which axes their results vary, so JAX cannot check them.
+    # check_vma=False: Pallas calls do not declare over which mesh axes their results vary, so JAX cannot check it.
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def constrain(x: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
-    """Constrain how an activation is split. Needs `jax.set_mesh`; without a mesh, this returns `x`."""
+    """Constrain how an activation is split over the mesh of `jax.set_mesh`. Without a mesh, return `x`."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
 def gather(x: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
-    """Gather a parameter along the mesh axes that split batch or tokens; other axes stay split.
+    """Gather a parameter along the mesh axes that split the batch or the tokens; along others it stays split.
 
-    Without this, the compiler may choose to move the activations, which are larger.
+    Without this, the compiler may choose to move the activations instead, which are larger.
     """
     gathered = {*RULES["batch"], *RULES["tokens"]}
     return constrain(x, tuple(None if axis and gathered & set(RULES[axis]) else axis for axis in axes))

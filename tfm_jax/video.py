@@ -1,7 +1,7 @@
-"""Video files: reading the pixels of a clip, writing a clip, showing several clips in one picture.
+"""Video files: read the pixels of a clip, write a clip, and show several clips in one picture.
 
 We open every file ourselves and give the decoder a stream and the container format. A name such as `concat:...` or a
-playlist called `.mp4` therefore cannot make the decoder open another file.
+playlist with the suffix `.mp4` therefore cannot make the decoder open another file.
 """
 
 import re
@@ -28,13 +28,13 @@ MAX_FRAME_PIXELS = 8192 * 4320
 """Frames are decoded one by one, so this bounds the memory that a tiny file can request."""
 
 CLOCK_TOLERANCE = Fraction(1, 1000)
-"""How late a timestamp may be, in seconds: containers round timestamps, Matroska to whole milliseconds."""
+"""How late the timestamp of a frame may be, in seconds. Containers round timestamps, Matroska to milliseconds."""
 
 TO_RGB = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 """Interpolates colour to full resolution; the default repeats every second column, which costs 4 dB."""
 
 TO_YUV = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
-"""Without accurate rounding the result depends on the instruction set of the CPU."""
+"""Without accurate rounding, the result depends on the instruction set of the CPU."""
 
 BT709 = 1
 LIMITED_RANGE = 1
@@ -46,13 +46,13 @@ mbtree_propagate_list_internal). With cpu-independent, x264 uses its C code for 
 
 
 def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int) -> UInt8[np.ndarray, "t y x 3"]:
-    """Read the frames shown at 0, 1 / fps, 2 / fps, ... seconds, upright, scaled and cropped to `height` x `width`.
+    """Read the frames shown at 0, 1 / fps, 2 / fps, ... seconds, upright, scaled and cropped to the given size.
 
     The crop keeps the centre. Scaling keeps the aspect ratio of the displayed picture; pixels need not be square.
 
     Raises:
-        InputError: the file does not exist, is not a video, is damaged, is too short for `frames`, or has frames of an
-            absurd size.
+        InputError: the file does not exist, is not a video, is damaged, is too short for `frames`, or has frames of
+            more than `MAX_FRAME_PIXELS` pixels.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a video")
@@ -66,20 +66,20 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int
             aspect = stream.sample_aspect_ratio or Fraction(1)
             return np.stack([_fit(frame, height, width, aspect, path) for frame in shown])
     except (FFmpegError, OSError) as error:
-        raise InputError(f"{path}: damaged or not a video ({error.strerror}); expected a whole video") from error
+        raise InputError(f"{path}: is damaged or not a video ({error.strerror}); expected an intact video") from error
 
 
 def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int) -> None:
-    """Encode a clip as an mp4 file (H.264, 4:2:0, BT.709); an existing file is replaced at the end.
+    """Encode a clip as an mp4 file (H.264, 4:2:0, BT.709). An existing file is replaced at the end.
 
-    The bytes depend only on the clip and the build of PyAV, not on the load or the number of cores.
+    The bytes depend only on the arguments and the build of PyAV, not on the load or the number of cores.
 
     Raises:
         InputError: height or width is odd, which 4:2:0 does not support.
     """
     height, width = clip.shape[1:3]
     if height % 2 or width % 2:
-        raise InputError(f"{path}: a clip of {height} x {width} pixels; expected an even height and width")
+        raise InputError(f"{path}: the clip has {height} x {width} pixels; expected an even height and width")
     options = {"movflags": "+faststart"}
     # An absolute path, because FFmpeg takes the start of a relative one such as concat:a.mp4 for a protocol.
     with replacing(path.absolute()) as scratch, av.open(scratch, "w", format="mp4", options=options) as container:
@@ -118,7 +118,7 @@ def to_uint8(pixels: Float[np.ndarray, "*any 3"]) -> UInt8[np.ndarray, "*any 3"]
 
 
 def contact_sheet(clips: Iterable[np.ndarray], labels: Sequence[str], columns: int = 9, cell: int = 128) -> Image.Image:
-    """Draw one row per clip (`[t, y, x, 3]` uint8): its label, and up to `columns` evenly spaced frames."""
+    """Draw one row per clip (`[t, y, x, 3]` uint8): its label and up to `columns` evenly spaced frames."""
     font, margin, line = ImageFont.load_default(14), 8, 20
     rows = [_thumbnails(clip, columns, cell) for clip in clips]
     heights = [line + row[0].height + margin for row in rows]
@@ -155,34 +155,34 @@ def _open(file: BinaryIO, demuxer: str) -> InputContainer:
 
 
 def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
-    """Return the first video stream, with a decoder that reports damage and enforces the size limit."""
+    """Return the first video stream. Its decoder is set to report damage and to enforce the size limit."""
     if not container.streams.video:
-        raise InputError(f"{path}: no video stream; expected a video")
+        raise InputError(f"{path}: contains no video stream; expected a video")
     stream = container.streams.video[0]
     context: av.VideoCodecContext | None = stream.codec_context
-    if context is None:  # if FFmpeg cannot decode the codec, which PyAV's types omit
-        raise InputError(f"{path}: no decoder for its video stream; expected a codec such as H.264")
+    if context is None:  # FFmpeg cannot decode the codec; PyAV's types omit this case
+        raise InputError(f"{path}: there is no decoder for the video stream; expected a codec such as H.264")
     if context.width * context.height > MAX_FRAME_PIXELS:
         size = f"{context.width} x {context.height}"
-        raise InputError(f"{path}: frames of {size} pixels; expected at most {MAX_FRAME_PIXELS:,} pixels a frame")
+        raise InputError(f"{path}: has frames of {size} pixels; expected at most {MAX_FRAME_PIXELS:,} pixels per frame")
     context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a frame may be larger than the header claims
     stream.thread_type = "NONE"  # with threads, the decoder conceals damage and does not mark the frame
     return stream
 
 
 def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path: Path) -> Iterator[av.VideoFrame]:
-    """Yield the frame shown at each time, in seconds from the first frame; stop decoding after the last one."""
+    """Yield the frame shown at each time, in seconds after the first frame. Stop decoding after the last time."""
     pending = list(reversed(times))
     shown, first, count = None, None, 0
     moment = gap = lasts = Fraction(0)
     for frame in decoded:
         if frame.is_corrupt or frame.pts is None or frame.time_base is None:
-            raise InputError(f"{path}: frame {count} is damaged; expected a whole video")
+            raise InputError(f"{path}: frame {count} is damaged; expected an intact video")
         stamp, lasts = frame.pts * frame.time_base, frame.duration * frame.time_base
         first = stamp if first is None else first
         gap, moment = stamp - first - moment, stamp - first
         if gap < 0:
-            raise InputError(f"{path}: frame {count} is shown before frame {count - 1}; expected a whole video")
+            raise InputError(f"{path}: frame {count} is shown before frame {count - 1}; expected frames in order")
         while shown is not None and pending and pending[-1] + CLOCK_TOLERANCE < moment:
             yield shown
             pending.pop()
@@ -197,7 +197,7 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
         pending.pop()
     if pending:
         wanted = f"{len(times)} frames, the last one at {float(times[-1]):.2f} s"
-        raise InputError(f"{path}: {count} frames, {float(end):.2f} s long; expected enough for {wanted}")
+        raise InputError(f"{path}: has {count} frames and lasts {float(end):.2f} s; expected enough for {wanted}")
 
 
 def _fit(frame: av.VideoFrame, height: int, width: int, aspect: Fraction, path: Path) -> UInt8[np.ndarray, "y x 3"]:
@@ -217,7 +217,9 @@ def _fit(frame: av.VideoFrame, height: int, width: int, aspect: Fraction, path: 
 
 
 def _orientation(frame: av.VideoFrame, path: Path) -> Int[np.ndarray, "2 2"]:
-    """Return the directions in which the stored axes are displayed: row 0 is the (x, y) direction of x, row 1 of y.
+    """Return the directions in which the stored axes are displayed.
+
+    Row 0 is the (x, y) direction in which the stored x axis is displayed, and row 1 that of the stored y axis.
 
     The display matrix `[[a, b, u], [c, d, v], [x, y, w]]` maps the stored point (p, q, 1) to (a p + c q + x,
     b p + d q + y), up to perspective (FFmpeg, libavutil/display.h). The eight combinations of quarter turns and flips
@@ -225,8 +227,8 @@ def _orientation(frame: av.VideoFrame, path: Path) -> Int[np.ndarray, "2 2"]:
     """
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError as error:  # PyAV does not know some kinds of FFmpeg's side data
-        raise InputError(f"{path}: side data that cannot be read ({error}); expected an ordinary video") from None
+    except ValueError as error:  # PyAV does not know every type of side data that FFmpeg has
+        raise InputError(f"{path}: has side data that cannot be read ({error}); expected an ordinary video") from None
     if data is None:
         return np.eye(2, dtype=int)
     matrix = np.frombuffer(data, np.int32).reshape(3, 3).astype(float)
@@ -235,5 +237,5 @@ def _orientation(frame: av.VideoFrame, path: Path) -> Int[np.ndarray, "2 2"]:
     right_angles = (abs(turn).sum(0) == 1).all() and (abs(turn).sum(1) == 1).all() and abs(axes - turn).max() < 0.01
     if not right_angles or matrix[:2, 2].any():
         values = ", ".join(f"{value:g}" for value in (matrix / [2**16, 2**16, 2**30]).ravel())
-        raise InputError(f"{path}: display matrix [{values}]; expected flips and turns by multiples of 90 degrees")
+        raise InputError(f"{path}: has display matrix [{values}]; expected flips and turns by multiples of 90 degrees")
     return turn

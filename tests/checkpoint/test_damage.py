@@ -101,7 +101,7 @@ def test_a_checkpoint_under_the_number_of_another_step(folder, capsys):
     (folder / "2").rename(folder / "3")
     with Checkpoints(folder, max_to_keep=3) as checkpoints:
         assert_is_of_step(checkpoints.restore(), 1)
-    assert capsys.readouterr().out.endswith("now named 3.damaged: it is the checkpoint of step 2\n")
+    assert capsys.readouterr().out.endswith("now named 3.damaged: the metadata belongs to step 2\n")
 
 
 def test_damaged_checkpoints_are_kept_and_the_run_goes_on(folder, capsys):
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_the_first_version_is_refused(folder):
     )
     with (
         Checkpoints(folder, max_to_keep=3) as checkpoints,
-        pytest.raises(InputError, match=r"2: written by version 0\.1\.0"),
+        pytest.raises(InputError, match=r"2: was written by version 0\.1\.0"),
     ):
         checkpoints.restore()
     assert names(folder) == ["1", "2"]

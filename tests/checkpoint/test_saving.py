@@ -113,7 +113,7 @@ def test_a_step_before_the_newest_is_refused(folder):
     """Orbax would skip it silently."""
     with Checkpoints(folder, max_to_keep=3) as checkpoints:
         for step in (0, 1, 2):
-            with pytest.raises(InputError, match=f"has step 2 already; expected only steps before {step}"):
+            with pytest.raises(InputError, match=f"already contains step 2; expected only steps before {step}"):
                 checkpoints.save(step, state(step), METADATA)
 
 

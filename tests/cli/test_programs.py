@@ -227,7 +227,7 @@ def test_a_clip_that_cannot_be_used(call, world, tmp_path):
     outcome = call("prepare_data", *config(world), *options)
     file = tmp_path / "latents" / "rejected.jsonl"
     assert (outcome.code, outcome.out) == (0, f"{file.parent}: 3 of 4 clips; 1 rejected: see {file}\n"), outcome.err
-    assert "clips/0002.mp4: damaged or not a video" in file.read_text()
+    assert "clips/0002.mp4: is damaged or not a video" in file.read_text()
     assert len(open_records(file.parent)) == 3
 
 

@@ -59,15 +59,18 @@ BAD_TABLES = {
     "text behind a quote": ('video,prompt\na.mp4,"x"y\n', r"metadata.csv:2: .*expected comma-separated values"),
     "field too long": (f"video,prompt\na.mp4,{'x' * 140_000}\n", r"metadata.csv:2: field larger than"),
     "not UTF-8": (b"video,prompt\na.mp4,caf\xe9\n", r"metadata.csv: byte \d+ is not UTF-8"),
-    "same row twice": ("video,prompt\na.mp4,x\n\n./a.mp4,x\n", r":4: the same video and prompt as line 2"),
+    "same row twice": ("video,prompt\na.mp4,x\n\n./a.mp4,x\n", r":4: repeats the video and prompt of line 2"),
     "missing video": ("video,prompt\na.mp4,x\nz.mp4,y\n", r":3: video='z.mp4': no such file; expected a video in"),
     "a folder": ("video,prompt\nsub,y\n", r":2: video='sub': no such file"),
-    "empty video": ("video,prompt\n,y\n", r":2: video='': empty; expected a path relative"),
-    "blank video": ("video,prompt\n  ,y\n", r":2: video='  ': empty"),
-    "URL": ("video,prompt\nhttps://example.org/a.mp4,y\n", r":2: video='https://example.org/a.mp4': a URL; .*download"),
-    "file URL": ("video,prompt\nfile:///etc/passwd,y\n", r":2: video='file:///etc/passwd': a URL"),
+    "empty video": ("video,prompt\n,y\n", r":2: video='': is empty; expected a path relative"),
+    "blank video": ("video,prompt\n  ,y\n", r":2: video='  ': is empty"),
+    "URL": (
+        "video,prompt\nhttps://example.org/a.mp4,y\n",
+        r":2: video='https://example.org/a.mp4': is a URL; .*download",
+    ),
+    "file URL": ("video,prompt\nfile:///etc/passwd,y\n", r":2: video='file:///etc/passwd': is a URL"),
     "other protocol": ("video,prompt\nconcat:a.mp4|a.mp4,y\n", r":2: video='concat:a.mp4\|a.mp4': no such file"),
-    "absolute": ("video,prompt\n/etc/passwd,y\n", r":2: video='/etc/passwd': an absolute path"),
+    "absolute": ("video,prompt\n/etc/passwd,y\n", r":2: video='/etc/passwd': is an absolute path"),
     "drive letter": ("video,prompt\nC:\\a.mp4,y\n", r"an absolute path"),
     "parent": ("video,prompt\n../outside.mp4,y\n", r":2: video='../outside.mp4': is outside the folder"),
     "hidden parent": ("video,prompt\nsub/../../outside.mp4,y\n", r"is outside the folder"),
@@ -93,7 +96,7 @@ def test_all_bad_rows_are_reported_at_once(folder):
     assert str(caught.value) == (
         f"{folder}/metadata.csv: 4 bad rows; line 2: video='z.mp4': no such file; expected a video in {folder}; "
         "line 4: video='../b.mp4': is outside the folder; expected a path relative to the folder of metadata.csv; "
-        "line 5: the same video and prompt as line 3; expected one row; and 1 more"
+        "line 5: repeats the video and prompt of line 3; expected each pair once; and 1 more"
     )
 
 

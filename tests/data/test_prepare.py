@@ -51,11 +51,11 @@ def test_bad_clips_are_rejected_and_the_others_are_kept(clips, capsys):
     assert [records[n].video for n in range(len(records))] == ["0.mp4", "1.mp4", "3.mp4"]
     rejected = [json.loads(line) for line in (run.data.path / "rejected.jsonl").read_text().splitlines()]
     assert [(entry["line"], entry["video"]) for entry in rejected] == [(4, "2.mp4"), (6, "4.mp4")]
-    assert f"{clips}/2.mp4: damaged or not a video" in rejected[0]["reason"]
+    assert f"{clips}/2.mp4: is damaged or not a video" in rejected[0]["reason"]
     assert "expected enough for 5 frames" in rejected[1]["reason"]
     said = capsys.readouterr().err
     assert f"{clips}: 5 clips, 5 frames of 16 x 16 pixels at 16 frames a second; model weights; 1 x cpu" in said
-    assert f"rejected: {clips}/2.mp4: damaged" in said
+    assert f"rejected: {clips}/2.mp4: is damaged" in said
     assert len(tfds.builder_from_directory(run.data.path).as_data_source(split="train")) == 3
 
 
@@ -76,7 +76,7 @@ def test_no_clip_can_be_used(clips):
     for file in clips.glob("*.mp4"):
         file.write_bytes(b"")
     with pytest.raises(
-        InputError, match=r"latents: none of the 5 clips can be used; the first: .*clips/0.mp4: damaged"
+        InputError, match=r"latents: none of the 5 clips can be used; the first problem: .*clips/0.mp4: is damaged"
     ):
         prepare(prepare_run(clips))
     assert [path.name for path in clips.parent.iterdir()] == ["clips"]
@@ -102,6 +102,6 @@ def test_an_encoder_that_gives_infinity_is_an_error_not_a_rejected_clip(clips, m
     record = make_records(1)[0]
     record.latents[0] = np.inf
     monkeypatch.setattr(prepare_module, "_encoder", lambda model: lambda row, pixels: record._replace(video=row.video))
-    with pytest.raises(InputError, match=r"0.mp4: its latents or text are not finite"):
+    with pytest.raises(InputError, match=r"0.mp4: the latents or the text embedding are not finite"):
         prepare(prepare_run(clips))
     assert [path.name for path in clips.parent.iterdir()] == ["clips"]

@@ -85,14 +85,16 @@ def test_folders_that_cannot_be_renamed_to(tmp_path, monkeypatch):
     for path in ("", ".", "/", ".."):
         assert refused_writer(Path(path)).startswith(f"data.path={Path(path)}: expected the path of a folder")
     monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
-    assert "data.path=disk: a mount point; expected a folder inside it" in refused_writer(Path("disk"))
+    assert "data.path=disk: is a mount point; use a folder inside it, such as disk/latents" in refused_writer(
+        Path("disk")
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["disk"]
 
 
 def test_two_writers(tmp_path):
     with RecordWriter(tmp_path / "latents", {}) as writer:
         writer.write(make_records(1)[0])
-        assert "latents: in use by another run" in refused_writer(tmp_path / "latents")
+        assert "latents: is in use by another run" in refused_writer(tmp_path / "latents")
     assert len(open_records(tmp_path / "latents")) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
 
@@ -115,7 +117,7 @@ def test_what_a_killed_run_left_is_replaced(tmp_path, small_shards, capsys):
 def test_a_partial_folder_of_somebody_else_is_kept(tmp_path):
     (tmp_path / "latents.partial").mkdir()
     (tmp_path / "latents.partial" / "thesis.txt").touch()
-    assert "latents.partial: not made by this version of tfm-prepare" in refused_writer(tmp_path / "latents")
+    assert "latents.partial: was not made by this version of tfm-prepare" in refused_writer(tmp_path / "latents")
     assert [path.name for path in (tmp_path / "latents.partial").iterdir()] == ["thesis.txt"]
 
 
@@ -154,7 +156,7 @@ def test_values_that_are_not_finite(tmp_path, field):
     record = make_records(1)[0]
     getattr(record, field).flat[3] = np.nan
     with (
-        pytest.raises(InputError, match=r"clip 0.mp4: its latents or text are not finite"),
+        pytest.raises(InputError, match=r"clip 0.mp4: the latents or the text embedding are not finite"),
         RecordWriter(tmp_path / "latents", METADATA) as writer,
     ):
         writer.write(record)
@@ -173,10 +175,10 @@ def truncate(path: Path) -> None:
 
 
 BAD_SHARDS = {
-    "missing": (Path.unlink, r"array_record-00001: missing"),
-    "empty": (lambda path: path.write_bytes(b""), r"array_record-00001: damaged"),
-    "truncated": (truncate, r"array_record-00001: damaged"),
-    "another": (lambda path: path.write_bytes(shard(path.parent, 2).read_bytes()), r"00001: 1 clips; expected 3"),
+    "missing": (Path.unlink, r"array_record-00001: is missing"),
+    "empty": (lambda path: path.write_bytes(b""), r"array_record-00001: is damaged"),
+    "truncated": (truncate, r"array_record-00001: is damaged"),
+    "another": (lambda path: path.write_bytes(shard(path.parent, 2).read_bytes()), r"00001: contains 1 clips, not 3"),
 }
 
 
@@ -201,7 +203,7 @@ def test_a_flipped_bit_is_noticed(dataset):
 
 def test_not_a_dataset(tmp_path, dataset):
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(InputError, match=r"no dataset_info.json in it; expected a folder that tfm-prepare"):
+        with pytest.raises(InputError, match=r"contains no dataset_info.json; expected a folder that tfm-prepare"):
             open_records(folder)
     for name in ("dataset_info.json", "features.json", "metadata.json"):
         content = (dataset / name).read_text()
@@ -264,10 +266,10 @@ def test_data_of_an_earlier_version(dataset):
     file = dataset / "fingerprints.txt"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
-    with pytest.raises(InputError, match=r"fingerprints.txt: 6 lines for 7 clips; prepare the data again"):
+    with pytest.raises(InputError, match=r"fingerprints.txt: contains 6 lines for 7 clips; prepare the data again"):
         open_records(dataset)
     file.unlink()
-    with pytest.raises(InputError, match=r"no fingerprints.txt: written by an earlier version; prepare the data"):
+    with pytest.raises(InputError, match=r"contains no fingerprints.txt, as in earlier versions; prepare the data"):
         open_records(dataset)
 
 

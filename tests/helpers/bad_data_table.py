@@ -46,7 +46,7 @@ METADATA = [
     table("a prompt of 200,000 letters", f"video,prompt\n0000.mp4,{'a' * 200_000}\n", ":2", "field larger"),
     table("one field too many", "video,prompt\n0000.mp4,a disc, red\n", ":2", "3 fields", "expected 2"),
     table("one field too few", "video,prompt\n0000.mp4\n", ":2", "1 field", "expected 2"),
-    table("a repeated row", "video,prompt\n0000.mp4,a\n0000.mp4,a\n", ":3", "same video and prompt as line 2"),
+    table("a repeated row", "video,prompt\n0000.mp4,a\n0000.mp4,a\n", ":3", "repeats the video and prompt of line 2"),
     table("no such video", "video,prompt\n0009.mp4,a\n", ":2", "video='0009.mp4'", "no such file"),
     table("an empty name", "video,prompt\n ,a\n", ":2", "empty"),
     table("a path outside the folder", "video,prompt\n../clips/0000.mp4,a\n", ":2", "is outside the folder"),

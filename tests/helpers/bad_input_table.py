@@ -224,9 +224,7 @@ COMMANDS = [
     ),
     row("train", "an endless path", f"--train.output=$tmp/{LONG}", words="aaaaa"),
     row("train", "a number of 5000 digits", f"--train.steps={'9' * 5000}", words="--train.steps=999"),
-    row(
-        "prepare_data", "no source", "--data.source=null", words=("data.source", "expected the folder of metadata.csv")
-    ),
+    row("prepare_data", "no source", "--data.source=null", words=("data.source", "that contains metadata.csv")),
     malformed(row("prepare_data", "a word that is no option", "now", words=("Unrecognized options", "now"))),
     malformed(
         row("sample", "an option without a value", "--sampling.lora", words=("Missing value", "--sampling.lora"))

@@ -36,7 +36,7 @@ def test_networks_that_do_not_fit_together_are_refused(model, tmp_path):
     encoder = source_from_module(initialise(TEXT_ENCODER, config, 0), TEXT_ENCODER)
     save_model([encoder], None, tmp_path / "other", "diffusers", jnp.float32)
     shutil.move(tmp_path / "other" / "text_encoder", copy / "text_encoder")
-    with pytest.raises(InputError, match="text width of the text encoder: 32; expected 64, that of the transformer"):
+    with pytest.raises(InputError, match="the text encoder has width 32, but the transformer takes 64"):
         sample(run_of(copy, tmp_path / "out"))
 
 

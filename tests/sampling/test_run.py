@@ -80,7 +80,7 @@ def test_a_complete_run_is_reported(finished, model, monkeypatch, capsys):
         ({"guidance": 4.0}, r"sampling\.guidance=4\.0: .* made with 5\.0"),
         ({"negative_prompt": "rain"}, r"sampling\.negative_prompt=rain: "),
         ({"prompts": PROMPTS[:2]}, r"sampling\.prompts=.*made with 3 prompts, not 2"),
-        ({"prompts": [*PROMPTS[:2], "x"]}, r"sampling\.prompts=.* have another prompt 2: '一个蓝色的圆 🔵'"),
+        ({"prompts": [*PROMPTS[:2], "x"]}, r"sampling\.prompts=.* were made with prompt 2 '一个蓝色的圆 🔵'"),
         ({"lora": "new"}, r"sampling\.lora=.* made with another LoRA"),
         ({"model": "new"}, r"model\.path=.* made with other weights"),
     ],
@@ -187,7 +187,7 @@ def test_a_signal_stops_after_the_step_and_the_same_command_continues(
     assert len(rounds) == 2
     err = capfd.readouterr().err
     assert "SIGTERM: stopping after this step; send it again to end the program at once" in err
-    assert err.splitlines()[-1] == "stopped: 1 of 3 videos are done; the same command continues"
+    assert err.splitlines()[-1] == "stopped: 1 of 3 videos are done; to continue, run the same command again"
     sample(run)
     assert len(rounds) == 2 + 2
     assert content(tmp_path / "out") == content(finished)
@@ -208,7 +208,7 @@ def test_a_damaged_samples_json_is_refused(finished, model, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
     for text in ("", "{}", '{"run": 1'):
         (tmp_path / "out" / "samples.json").write_text(text)
-        with pytest.raises(InputError, match=r"samples\.json: damaged"):
+        with pytest.raises(InputError, match=r"samples\.json: is damaged"):
             sample(run_of(model, tmp_path / "out"))
 
 

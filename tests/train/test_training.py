@@ -188,7 +188,7 @@ def test_a_signal_before_the_first_step(options, monkeypatch, signal, name):
         raise signal
 
     monkeypatch.setattr(loop, "load_base", load)
-    with pytest.raises(StoppedEarly, match=f"stopped by {name} before the first step; the same command starts again"):
+    with pytest.raises(StoppedEarly, match=f"stopped by {name} while preparing to train; run the same command again"):
         start(options)
 
 
@@ -234,7 +234,7 @@ def test_a_bad_step_is_skipped(options, tmp_path, spoil, capsys):
 
 def test_bad_steps_in_a_row_end_the_run(options, spoil, tmp_path):
     spoil(2, 3, 5)
-    message = r"step 3: the loss is nan .*row: 2\); the adapters before the bad steps are saved in .*run"
+    message = r"step 3: the loss is nan .*row: 2\); the adapters from before the bad steps are saved in .*run"
     options = [*options, "--train.steps=9", "--train.max_bad_steps=2", "--train.checkpoint_every=9"]
     with pytest.raises(NonFiniteLoss, match=message):
         start(options)
@@ -255,5 +255,6 @@ def test_a_run_with_only_bad_steps_fails(options, tmp_path):
     state = saved(tmp_path / "run", 1)
     assert all(np.isfinite(array).all() for array in state.values())
     assert not any(array.any() for name, array in state.items() if name.endswith("lora_b"))
-    with pytest.raises(NonFiniteLoss, match="the run is complete, but its last 1 steps were skipped"):
+    message = r"the run is complete, but its last steps were skipped \(bad steps in a row: 1\)"
+    with pytest.raises(NonFiniteLoss, match=message):
         start(options, resume=True)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Shaped, UInt32
 
 
 class Summary(NamedTuple):
-    """What is known of an array after one pass over it."""
+    """What one pass over an array computes."""
 
     fingerprint: int
     is_finite: bool
@@ -18,13 +18,13 @@ class Summary(NamedTuple):
 
 
 def fingerprints(arrays: Mapping[str, Array]) -> dict[str, int]:
-    """The fingerprint of every array, by name. It does not depend on how the array is split over devices."""
+    """Return the fingerprint of every array by name. How an array is split over devices does not matter."""
     return {name: summary.fingerprint for name, summary in summarize(arrays).items()}
 
 
 def summarize(arrays: Mapping[str, Array]) -> dict[str, Summary]:
-    """The summary of every array, by name."""
-    hashed = {name: _hash(array) for name, array in arrays.items()}  # all are dispatched before the first is awaited
+    """Return the summary of every array by name."""
+    hashed = {name: _hash(array) for name, array in arrays.items()}  # dispatches all before waiting for one
     return {name: _to_host(words, finite) for name, (words, finite) in hashed.items()}
 
 
@@ -35,11 +35,11 @@ def _to_host(words: UInt32[Array, "2"], finite: Bool[Array, ""]) -> Summary:
 
 @jax.jit
 def _hash(x: Shaped[Array, "..."]) -> tuple[UInt32[Array, "2"], Bool[Array, ""]]:
-    """The two words of the fingerprint, and whether all elements are finite.
+    """Return the two words of the fingerprint, and whether all elements are finite.
 
-    Each word is a sum over the elements, which mixes the bits of an element with its position. Sums modulo 2^32 are the
-    same in any order. For a fixed position, both words are bijections of the bits, so a change of one element always
-    changes both sums. Other changes go unnoticed with a probability of about 2^-64.
+    Each word is a sum over all elements. The summand of an element is a mix of its bits and its position. Sums modulo
+    2^32 are the same in any order. For a fixed position, different bits always give different summands, so a change of
+    a single element always changes both sums. Other changes go unnoticed with a probability of about 2^-64.
     """
     bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)
@@ -52,7 +52,10 @@ def _hash(x: Shaped[Array, "..."]) -> tuple[UInt32[Array, "2"], Bool[Array, ""]]
 
 
 def _mix(word: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The finaliser of MurmurHash3 (Appleby, 2011): a bijection where each input bit flips half of the output bits."""
+    """Apply the finaliser of MurmurHash3 (Appleby, 2011), a bijection.
+
+    Flipping one input bit flips about half of the output bits.
+    """
     word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
     return word ^ (word >> 16)

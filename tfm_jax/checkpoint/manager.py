@@ -1,6 +1,6 @@
-"""The checkpoints of a run: save them, list them, and restore the newest one that is not damaged.
+"""The checkpoints of a run: save and list them, and restore the newest undamaged one.
 
-Orbax's format does not detect every change of the data. Each checkpoint therefore has a record (`record.py`) with a
+Orbax does not detect every change of the stored data. Each checkpoint therefore has a record (`record.py`) with a
 fingerprint of every array, and the record has a checksum.
 """
 
@@ -17,13 +17,13 @@ from tfm_jax.errors import InputError, NonFiniteLoss
 
 
 class Checkpoints:
-    """The checkpoints of one run. Use it as a context manager: leaving it waits for the last save.
+    """The checkpoints of one run. Use this class as a context manager, which waits for the last save when it exits.
 
-    With `max_to_keep`, the number of newest checkpoints that are kept, it is the only writer of the run: it renames
-    damaged checkpoints, and removes what a killed run left unfinished. Without `max_to_keep` it only reads, even while
-    the run is training.
+    With `max_to_keep`, the object is a writer: it keeps only that many of the newest checkpoints, renames damaged ones,
+    and removes what a killed run left unfinished. A run may have only one writer at a time. Without `max_to_keep`, the
+    object is a reader, which changes nothing and may be used while the run is training.
 
-    In a run of several processes, all make the same calls and get the same results.
+    In a run of several processes, all processes must make the same calls, and they get the same results.
     """
 
     def __init__(self, directory: Path, max_to_keep: int | None = None):
@@ -32,11 +32,11 @@ class Checkpoints:
         self._writer: Any = None
 
     def save(self, step: int, arrays: Arrays, metadata: dict[str, Any]) -> None:
-        """Save `arrays` and JSON `metadata` as the checkpoint after `step` steps, in the background.
+        """Save `arrays` and the JSON data `metadata` in the background, as the checkpoint after `step` steps.
 
         Raises:
             NonFiniteLoss: an array has a value that is not finite; nothing is written.
-            InputError: a checkpoint of this step or a later one exists.
+            InputError: a checkpoint of this step or of a later one exists.
             InputError, OSError: this save or the previous one cannot be written.
         """
         summaries = summarize(arrays)
@@ -44,10 +44,11 @@ class Checkpoints:
             if not summary.is_finite:
                 raise NonFiniteLoss(f"step {step}: {name} has values that are not finite; no checkpoint is written")
         if hosts.is_first() and self.steps and self.steps[-1] >= step:  # Orbax would skip the save silently
-            raise InputError(f"{self.directory}: has step {self.steps[-1]} already; expected only steps before {step}")
+            newest = self.steps[-1]
+            raise InputError(f"{self.directory}: already contains step {newest}; expected only steps before {step}")
         record = make_record(step, arrays, summaries, metadata)
         try:
-            # The writer is opened here, not before: its cleanup must come after damaged checkpoints are renamed.
+            # Open the writer only now: damaged checkpoints must be renamed before it cleans up.
             self._writer = self._writer or open_writer(self.directory, self._max_to_keep)
             self._writer.save_async(step, arrays, custom_metadata=to_orbax(record))
         except Exception as error:
@@ -55,8 +56,8 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, oldest first. Some may be damaged."""
-        # Orbax gives a checkpoint its final name when it is complete.
+        """The steps of the complete checkpoints in ascending order. Some of these checkpoints may be damaged."""
+        # Orbax gives a checkpoint its final name only when it is complete.
         return sorted(int(path.name) for path in self.directory.glob("*") if _is_step(path.name))
 
     @property
@@ -65,23 +66,24 @@ class Checkpoints:
         return sorted(self.directory.glob("*.damaged*"))
 
     def restore(self, make_target: MakeTarget | None = None, step: int | None = None) -> Restored | None:
-        """Read the newest checkpoint that is not damaged, or that of `step`. None if there is none.
+        """Read the newest undamaged checkpoint, or that of `step`. Return None if there are no checkpoints.
 
-        Each damaged checkpoint found on the way is reported in one printed line, and renamed by a writer.
+        Without `step`, each damaged checkpoint found on the way is reported in one line, and a writer renames it. If
+        all checkpoints are damaged, return None.
 
         Args:
-            make_target: called with the metadata of a checkpoint. It returns the abstract arrays to load, with their
+            make_target: called with the metadata of a checkpoint. Returns the abstract arrays to load, with their
                 shardings, or raises InputError if the checkpoint belongs to another run. By default, all arrays are
-                placed on one device.
+                loaded onto one device.
 
         Raises:
-            InputError: from `make_target`; or the checkpoint has other arrays than the target; or the checkpoint of
-                `step` is missing or damaged.
+            InputError: `make_target` raised it, the arrays of the checkpoint differ from those of the target, version
+                0.1.0 wrote the checkpoint, or the checkpoint of `step` is damaged or not among the existing ones.
         """
         if step is not None and self.steps:
             return self._restore_step(step, make_target)
         tried: set[int] = set()
-        # Process 0 chooses: listings of a shared folder may differ for a while.
+        # Process 0 chooses, because processes may see different listings of a shared folder for a while.
         while (newest := int(first_text(str(max(set(self.steps) - tried, default=-1))))) >= 0:
             try:
                 return self._read(newest, make_target)
@@ -112,7 +114,7 @@ class Checkpoints:
         return read_checkpoint(self.directory / str(step), make_target)
 
     def _report_damage(self, step: int, reason: str) -> None:
-        """Print that a checkpoint is damaged. A writer also renames it, so that its name is no longer a step."""
+        """Print that a checkpoint is damaged. A writer also renames it, so that its name is no longer a number."""
         checkpoint = self.directory / str(step)
         if self._max_to_keep is None:
             hosts.print_once(f"note: {checkpoint} is damaged and not used: {reason}")
@@ -137,7 +139,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Closing waits for the other processes, which may have been left behind by an error.
+        # Closing waits for the other processes, which may not be closing if there was an error.
         if self._writer is None or (kind is not None and hosts.is_distributed()):
             return
         try:
@@ -145,7 +147,7 @@ class Checkpoints:
         except Exception as error:
             if kind is None:
                 self._raise_failed_write(error)
-            # The exception that ends the block is the one to report.
+            # The exception that ended the block takes precedence, so only print this one.
             hosts.print_once(f"note: {self.directory}: the last save failed: {one_line(error)}")
 
 

@@ -1,4 +1,4 @@
-"""Reading and verifying one checkpoint. When one process finds damage, all processes raise the same error."""
+"""Read and verify one checkpoint. If one process finds damage, all processes raise the same error."""
 
 import textwrap
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from tfm_jax.sharding import one_device_mesh, replicated
 T = TypeVar("T")
 
 MakeTarget = Callable[[dict[str, Any]], Arrays]
-"""Metadata of a checkpoint -> the abstract arrays to load, with their shardings."""
+"""Maps the metadata of a checkpoint to the abstract arrays to load, with their shardings."""
 
 
 class Restored(NamedTuple):
@@ -38,12 +38,13 @@ def read_checkpoint(checkpoint: Path, make_target: MakeTarget | None) -> Restore
     """Read a checkpoint and verify every array.
 
     Args:
-        checkpoint: the folder, whose name is the step.
-        make_target: by default, all arrays are placed on one device.
+        checkpoint: folder of the checkpoint; the name of the folder is the step.
+        make_target: by default, all arrays are loaded onto one device.
 
     Raises:
-        DamagedError: the checkpoint is not what was saved; raised by all processes if one of them finds damage.
-        InputError: from `make_target`, or the checkpoint has other arrays than the target.
+        DamagedError: the checkpoint differs from what was saved; all processes raise this if one of them finds damage.
+        InputError: `make_target` raised it, the arrays of the checkpoint differ from those of the target, or version
+            0.1.0 wrote the checkpoint.
     """
     record = _on_all_processes(lambda: read_record(checkpoint))
     target = _on_one_device(record) if make_target is None else make_target(record.metadata)
@@ -51,14 +52,14 @@ def read_checkpoint(checkpoint: Path, make_target: MakeTarget | None) -> Restore
     arrays = _on_all_processes(lambda: read_arrays(checkpoint, target))
     for name, fingerprint in fingerprints(arrays).items():
         if fingerprint != record.arrays[name]["fingerprint"]:
-            raise DamagedError(f"the values of {name} are not those that were saved")
+            raise DamagedError(f"the values of {name} differ from those that were saved")
     return Restored(record.step, arrays, record.metadata)
 
 
 def read_arrays(checkpoint: Path, target: Arrays) -> dict[str, Array]:
-    """Read the arrays in Orbax's format with TensorStore; each process reads only what its devices need.
+    """Read arrays in Orbax's format with TensorStore. Each process reads only what its devices need.
 
-    Orbax itself would wait for the other processes while it reads, and print tracebacks from its threads if a file is
+    Orbax itself would wait for the other processes while reading, and its threads would print tracebacks if a file is
     damaged.
     """
     base = {"driver": "file", "path": f"{checkpoint / 'state'}/"}
@@ -106,35 +107,38 @@ def _check_target(checkpoint: Path, record: Record, target: Arrays) -> None:
 
 
 def _on_all_processes(read: Callable[[], T]) -> T:
-    """The result of `read` if it succeeds on all processes. Otherwise all raise the DamagedError of one of them."""
+    """Return the result of `read` if no process finds damage; otherwise raise the same DamagedError on all processes.
+
+    InputError, and exceptions that are unrelated to damage, are raised as they are.
+    """
     result, reason = None, ""
     try:
         result = read()
     except DamagedError as damage:
         reason = str(damage)
     except Exception as error:  # damaged files make JSON and TensorStore raise exceptions of many types
-        if isinstance(error, InputError) or _is_unrelated_to_files(error):
+        if isinstance(error, InputError) or _is_unrelated_to_damage(error):
             raise
-        reason = f"it cannot be read: {one_line(error)}"
+        reason = f"reading failed: {one_line(error)}"
     if reason := first_text(reason):
         raise DamagedError(reason)
     return result  # pyright: ignore[reportReturnType]
 
 
-def _is_unrelated_to_files(error: Exception) -> bool:
-    """Whether an exception shows no damage of the files: out of memory, a failed device, missing permission."""
+def _is_unrelated_to_damage(error: Exception) -> bool:
+    """Whether an exception has a cause other than damaged files: out of memory, a failed device, no permission."""
     types = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
     texts = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
     return isinstance(error, types) or any(text in str(error) for text in texts)
 
 
 def one_line(error: Exception) -> str:
-    """Type and message of an exception, shortened to one line."""
+    """Return the type and the message of an exception, shortened to one line."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
 
 
 def first_text(text: str) -> str:
-    """The `text` of the first process whose text is not empty. All processes must call this."""
+    """Return the first non-empty `text` in process order, or "" if there is none. All processes must call this."""
     if not hosts.is_distributed():
         return text
     row = np.zeros(512, np.uint8)

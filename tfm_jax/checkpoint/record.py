@@ -1,7 +1,7 @@
 """The record of a checkpoint: its step, a description of its arrays, and the metadata of the run.
 
-Orbax stores the record as custom metadata. It is kept as JSON text with a checksum of that text, because Orbax may
-change how numbers are written.
+Orbax stores the record as custom metadata: one JSON text and its checksum. Orbax does not see the numbers in this text,
+because it may change how they are written.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from tfm_jax.errors import InputError
 
 
 class DamagedError(Exception):
-    """A checkpoint is not what was saved; the message is the reason."""
+    """A checkpoint differs from what was saved; the message says how."""
 
 
 class Record(NamedTuple):
@@ -27,13 +27,13 @@ class Record(NamedTuple):
     arrays: dict[str, dict[str, Any]]
     """Path -> shape, dtype and fingerprint."""
     metadata: dict[str, Any]
-    """JSON data that the run attached."""
+    """JSON data that the run saved with the arrays."""
 
 
 def make_record(
     step: int, arrays: Mapping[str, Array], summaries: Mapping[str, Summary], metadata: dict[str, Any]
 ) -> Record:
-    """The record of a checkpoint of these arrays."""
+    """Return the record of a checkpoint of these arrays."""
     described = {
         name: {"shape": list(array.shape), "dtype": str(array.dtype), "fingerprint": summaries[name].fingerprint}
         for name, array in arrays.items()
@@ -42,7 +42,7 @@ def make_record(
 
 
 def to_orbax(record: Record) -> dict[str, str]:
-    """The record as custom metadata for Orbax."""
+    """Convert a record to custom metadata for Orbax."""
     text = json.dumps(record._asdict())
     return {"record": text, "sha256": _sha256(text)}
 
@@ -51,20 +51,20 @@ def read_record(checkpoint: Path) -> Record:
     """Read the record of a checkpoint.
 
     Raises:
-        DamagedError: the record is not what was saved.
+        DamagedError: the record differs from what was saved, or the checkpoint is not a folder.
         InputError: version 0.1.0 of this package wrote the checkpoint, without a checksum.
-        Exception: any other type, since damaged files make JSON raise many.
+        Exception: of any type, because damaged files make the JSON parser raise many types.
     """
     if not checkpoint.is_dir():
-        raise DamagedError("it is not a folder")
+        raise DamagedError("the checkpoint is not a folder")
     content = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))["custom_metadata"]
     if content.keys() == {"arrays", "facts"}:
-        raise InputError(f"{checkpoint}: written by version 0.1.0, without a checksum; expected a later version")
+        raise InputError(f"{checkpoint}: was written by version 0.1.0, without a checksum; expected a later version")
     if content.keys() != {"record", "sha256"} or _sha256(content["record"]) != content["sha256"]:
-        raise DamagedError("its metadata is not what was saved")
+        raise DamagedError("the metadata differs from what was saved")
     record = Record(**json.loads(content["record"]))
     if record.step != int(checkpoint.name):
-        raise DamagedError(f"it is the checkpoint of step {record.step}")
+        raise DamagedError(f"the metadata belongs to step {record.step}")
     return record
 
 

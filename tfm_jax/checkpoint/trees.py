@@ -5,17 +5,17 @@ from typing import Any
 import jax
 
 Arrays = dict[str, Any]
-"""Path -> array, or an abstract array with a sharding."""
+"""Path -> array, or abstract array with a sharding."""
 
 
 def flatten(tree: Any) -> Arrays:
-    """The leaves of a tree by their paths, such as `lora/blocks/self_attn/q/lora_a/value`."""
+    """Return the leaves of a tree by their paths, such as `lora/blocks/self_attn/q/lora_a/value`."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {_name(path): leaf for path, leaf in leaves}
 
 
 def unflatten(tree: Any, arrays: Arrays) -> Any:
-    """`tree` with every leaf replaced by the array of the same path."""
+    """Return `tree` with every leaf replaced by the array of the same path."""
     leaves, structure = jax.tree.flatten_with_path(tree)
     return jax.tree.unflatten(structure, [arrays[_name(path)] for path, _ in leaves])
 

@@ -1,4 +1,4 @@
-"""Orbax, which writes the arrays in the background, each process its part. No other file imports it."""
+"""Write arrays with Orbax in the background; each process writes its part. No other file imports Orbax."""
 
 import logging
 from pathlib import Path
@@ -6,18 +6,18 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-_training: Any = ocp.training  # its annotations reject arguments that its documentation passes
+_training: Any = ocp.training  # the annotations reject arguments that the documentation passes
 
 
 def open_writer(directory: Path, max_to_keep: int | None) -> Any:
-    """Orbax's manager of a folder of checkpoints. It removes what an earlier run left unfinished."""
+    """Return Orbax's checkpointer for a folder. It removes what an earlier run left unfinished."""
     context = ocp.Context()
-    # If the folder cannot be made in the background, threads wait 20 minutes for it and keep the process alive.
+    # If creating the folder failed in the background, threads would wait for 20 minutes and keep the process alive.
     context.asynchronous.create_directories_asynchronously = False
     return _training.Checkpointer(
         directory,
         context=context,
-        # Save whenever asked: the default skips a step while the previous one is still being written.
+        # Save at every call: the default skips a save while the previous one is still in progress.
         save_decision_policy=_training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=_training.preservation_policies.LatestN(max_to_keep),
         cleanup_tmp_directories=True,
@@ -25,10 +25,10 @@ def open_writer(directory: Path, max_to_keep: int | None) -> Any:
 
 
 def _filter_log(record: logging.LogRecord) -> bool:
-    """Whether absl's logger, which Orbax uses, prints a record.
+    """Whether absl's logger, which Orbax uses, should print a record.
 
-    Every thread of Orbax logs a failure with its traceback, although the failure is raised as well. The exception is an
-    old checkpoint that cannot be removed: that is logged only, and here becomes one line.
+    Orbax logs every failure with its traceback. These records are dropped, because the failure is also raised. Only the
+    failure to remove an old checkpoint is not raised; its record is shortened to one line.
     """
     if "orbax" not in Path(record.pathname).parts:
         return True

@@ -1,4 +1,4 @@
-"""The batches of training. The order of clips is a function of (seed, step) alone, for any number of processes."""
+"""Training batches. Which clips a batch contains does not depend on the number of processes."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from tfm_jax.sharding import batch_sharding
 
 
 class Batch(NamedTuple):
-    """The input of one training step: numpy arrays as read, jax arrays once placed on the devices."""
+    """The input of one training step: NumPy arrays when read, JAX arrays once placed on the devices."""
 
     latents: Float[np.ndarray | Array, "b f h w c"]
     text: Float[np.ndarray | Array, "b l d"]
@@ -25,9 +25,11 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Batches of shuffled clips. Each epoch has every clip once, in a new order; a batch may span two epochs.
+    """Batches of shuffled clips. Each epoch contains every clip once, in a new order; a batch may span two epochs.
 
-    `rows` are the rows of a batch that the devices of this process hold, ascending. Only these are read.
+    For given records and batch size, the clips of a batch depend only on the seed and the step.
+
+    `rows` are the rows of a batch that the devices of this process hold, in ascending order. Only these are read.
 
     Raises:
         InputError: there are fewer clips than a batch has rows.
@@ -45,10 +47,10 @@ class Batches:
         self._order: Any = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
 
     def read(self, step: int) -> tuple[Batch, list[int]]:
-        """Read this process's rows of the batch of a step (from 0).
+        """Read this process's rows of the batch of `step`, counted from 0.
 
         Returns:
-            The rows, and the index of the record in every row of the whole batch.
+            The rows, and the indices of the records of the whole batch, row by row.
 
         Raises:
             InputError: a record is damaged, or differs from the one that was prepared.
@@ -60,13 +62,13 @@ class Batches:
         return Batch(latents, pad_text([record.text for record in records])), clips
 
     def iterate(self, start: int = 0) -> Iterator[tuple[int, Batch, list[int]]]:
-        """Yield `(step, *read(step))` for step = start, start + 1, ... without end; threads read a few steps ahead."""
+        """Yield `(step, *read(step))` for step = start, start + 1, ... for ever. Threads read a few steps ahead."""
         steps = grain.MapDataset.range(start, sys.maxsize)
         batches = steps.map(lambda step: (int(step), *self.read(int(step))))
         return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
     def place(self, batch: Batch) -> Batch:
-        """Make global jax arrays, split over the devices of all processes, from the rows of this process."""
+        """Make global JAX arrays, split over the devices of all processes, from the rows of this process."""
 
         def place(values: np.ndarray) -> jax.Array:
             def part(index: Any) -> np.ndarray:
@@ -80,6 +82,6 @@ class Batches:
 
 
 def _local_rows(batch_size: int, mesh: Mesh) -> list[int]:
-    """The rows of a batch that the devices of this process hold."""
+    """Return the rows of a batch that the devices of this process hold, in ascending order."""
     parts: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (part,) in parts for row in range(*part.indices(batch_size))})

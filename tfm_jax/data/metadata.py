@@ -18,17 +18,17 @@ class Clip(NamedTuple):
     """A row of metadata.csv."""
 
     path: Path
-    """The video file. It exists, and is inside the folder after links are resolved."""
+    """The video file, which exists and is inside the folder even after links are resolved."""
     video: str
-    """Its path as written in metadata.csv, relative to the folder."""
+    """The path as written in metadata.csv, relative to the folder."""
     prompt: str
     """May be empty."""
     line: int
-    """The line of metadata.csv on which the row starts, from 1."""
+    """The line of metadata.csv on which the row starts, counted from 1."""
 
 
 class _BadRow(Exception):
-    """A row that cannot be used; the message gives the problem and what was expected."""
+    """A row cannot be used; the message says why, and what was expected."""
 
 
 def read_metadata(folder: Path) -> list[Clip]:
@@ -37,8 +37,8 @@ def read_metadata(folder: Path) -> list[Clip]:
     Other columns are ignored. A video may have several prompts, each in its own row.
 
     Raises:
-        InputError: the table or some of its rows cannot be used. The message names the file, and the line, field and
-            value of the first few bad rows.
+        InputError: the table or some of its rows cannot be used. The message names the file, and the lines and problems
+            of the first few bad rows.
     """
     file = folder / METADATA_FILE
     if not file.is_file():
@@ -52,7 +52,7 @@ def read_metadata(folder: Path) -> list[Clip]:
                     clip = _clip(line, header, row, folder)
                     same = clips.setdefault((os.path.realpath(clip.path), clip.prompt), clip)
                     if same is not clip:
-                        raise _BadRow(f"the same video and prompt as line {same.line}; expected one row")
+                        raise _BadRow(f"repeats the video and prompt of line {same.line}; expected each pair once")
                 except _BadRow as problem:
                     problems.append((line, str(problem)))
     except UnicodeDecodeError as error:
@@ -77,8 +77,8 @@ def _report(file: Path, problems: list[tuple[int, str]]) -> str:
 
 
 def _rows(stream: TextIO, file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Yield the line number, the column names and the fields of every row; blank lines are skipped."""
-    reader = csv.reader(stream, strict=True)  # limits a field to 128 KiB
+    """Yield the number of the first line, the column names and the fields of every row. Skip blank lines."""
+    reader = csv.reader(stream, strict=True)  # limits a field to 131072 characters
     header: list[str] = []
     line = 1
     try:
@@ -113,16 +113,16 @@ def _clip(line: int, header: list[str], row: list[str], folder: Path) -> Clip:
 
 
 def _locate(video: str, folder: Path) -> Path:
-    """Return the path of a clip, which must be inside the folder."""
+    """Return the path of a video, which must be a file inside the folder."""
     relative = "expected a path relative to the folder of metadata.csv"
     if not video.strip():
-        raise _BadRow(f"empty; {relative}")
+        raise _BadRow(f"is empty; {relative}")
     if "\0" in video:
         raise _BadRow(f"contains a NUL character; {relative}")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", video):
-        raise _BadRow("a URL; expected a file in the folder of metadata.csv; download it first")
+        raise _BadRow("is a URL; expected a file in the folder of metadata.csv; download it first")
     if PurePosixPath(video).is_absolute() or PureWindowsPath(video).is_absolute():
-        raise _BadRow(f"an absolute path; {relative}")
+        raise _BadRow(f"is an absolute path; {relative}")
     path = folder / video
     root = os.path.realpath(folder)
     try:
@@ -138,6 +138,6 @@ def _locate(video: str, folder: Path) -> Path:
 
 
 def _quote(value: str) -> str:
-    """Quote a value on one line of at most 100 characters."""
+    """Return a value in quotes, on one line of at most 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:96]}...'"

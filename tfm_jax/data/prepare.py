@@ -1,4 +1,4 @@
-"""Encode clips and prompts into latents and text embeddings on disk, once, so that training never runs the encoders."""
+"""Encode clips and prompts once, into latents and text embeddings on disk, so that training never runs the encoders."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ class PrepareRun:
 
 
 class Prepared(NamedTuple):
-    """The number of clips of metadata.csv that were written, and the number that were rejected."""
+    """How many clips of metadata.csv were written, and how many were rejected."""
 
     written: int
     rejected: int
@@ -38,14 +38,15 @@ class Prepared(NamedTuple):
 def prepare(run: PrepareRun) -> Prepared:
     """Encode the clips listed in metadata.csv and write `run.data.path`, completely or not at all.
 
-    A clip that cannot be used (too short, damaged) is listed in rejected.jsonl in that folder, with the reason.
+    A clip that cannot be used, such as one that is too short or damaged, is listed with the reason in rejected.jsonl in
+    that folder.
 
     Raises:
-        InputError: rows of metadata.csv or the model are not as expected, the output folder is not empty, or no clip
-            can be used.
+        InputError: `run.data.source` is missing, metadata.csv or the model is not as expected, the output folder is not
+            empty, or no clip can be used.
     """
     if run.data.source is None:
-        raise InputError("data.source is missing; expected the folder of metadata.csv and its clips")
+        raise InputError("data.source is missing; expected the folder that contains metadata.csv and the clips")
     rows = read_metadata(run.data.source)
     values = configs.plain(run)
     metadata = {"model": values["model"]["path"], **values["clip"]}
@@ -63,8 +64,8 @@ def _announce(run: PrepareRun, count: int) -> None:
 
 
 def _encoder(model: configs.ModelConfig) -> Callable[[Clip, np.ndarray], Record]:
-    """Load the encoders, and return a function from a row of metadata.csv and its pixels (`[t, y, x, 3]` uint8) to the
-    record."""
+    """Load the encoders, and return a function that encodes a row of metadata.csv and its pixels (`[t, y, x, 3]` uint8)
+    into a record."""
     console.log("loading the text encoder and the autoencoder")
     tokenizer = load_tokenizer(model.path)
     text_encoder = load_text_encoder(model.path, model.dtype)
@@ -95,7 +96,8 @@ def _write(
             repeating.append(row.video)
         writer.write(encode(row, pixels))
     if len(rejected) == len(rows):
-        raise InputError(f"{writer.folder}: none of the {len(rows)} clips can be used; the first: {rejected[0]}")
+        reason = f"the first problem: {rejected[0]}"
+        raise InputError(f"{writer.folder}: none of the {len(rows)} clips can be used; {reason}")
     if repeating:
         console.log(
             f"note: {len(repeating)} of {len(rows)} clips, such as {repeating[0]}, show the same frame twice in a row: "
@@ -105,7 +107,7 @@ def _write(
 
 
 def _with_progress(rows: Sequence[Clip]) -> Iterator[Clip]:
-    """Yield the rows, with a progress bar from the second one on: the first one includes the compilation."""
+    """Yield the rows, with a progress bar from the second one on, because the first one includes the compilation."""
     console.log("compiling, and encoding the first clip")
     yield rows[0]
     yield from tqdm(rows[1:], desc="preparing", unit="clip", initial=1, total=len(rows))

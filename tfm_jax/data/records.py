@@ -1,6 +1,6 @@
 """Prepared clips on disk: a TFDS dataset of ArrayRecord shards, written and read without TensorFlow.
 
-Other programs open it with `tfds.builder_from_directory(folder).as_data_source("train")`.
+Other programs can open the dataset with `tfds.builder_from_directory(folder).as_data_source("train")`.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from tfm_jax.files import check_new_directory, lock
 NAME = "tfm_clips"
 INFO = "dataset_info.json"
 FINGERPRINTS = "fingerprints.txt"
-"""The hexadecimal `_fingerprint` of every record, one per line, in the order of the records."""
+"""The file with the hexadecimal `_fingerprint` of every record, one per line, in the order of the records."""
 REJECTED = "rejected.jsonl"
-"""One line per clip that could not be used. The file exists only if there are such clips."""
+"""The file with one line per clip that could not be used. It exists only if there are such clips."""
 LOCK = "lock"
-"""The lock file in the unfinished folder, held by the run that writes it."""
+"""The lock file in the unfinished folder, held by the run that writes to the folder."""
 SPLIT = "train"
 FIELDS = {"latents", "text", "prompt", "video"}
 SHARD_BYTES = 2**30
@@ -43,23 +43,23 @@ class Record(NamedTuple):
     """Embedding of the prompt, one row per token, without padding."""
     prompt: str
     video: str
-    """Name of the video file."""
+    """Path of the video file as written in metadata.csv."""
 
 
 class RecordWriter:
-    """Context manager that writes records one by one into `folder.partial` and finally renames it to `folder`.
+    """Context manager that writes records one by one into `folder.partial` and finally renames this folder to `folder`.
 
-    After an exception, nothing is kept. Files that a killed run left in `folder.partial` are replaced. `metadata` (JSON
-    values: the model and the size of the clips) is stored with the records.
+    After an exception, nothing is kept. Files that a killed run left in `folder.partial` are removed. `metadata` is
+    stored with the records: JSON values that describe the model and the clips.
 
     Raises:
-        InputError: on entering, `folder` cannot be created, another run is writing it, or another program made
-            `folder.partial`; on leaving, no record was written.
+        InputError: on entering, `folder` is not empty or cannot be created, another run is writing to it, or this
+            version did not create `folder.partial`; on leaving, no record was written.
     """
 
     def __init__(self, folder: Path, metadata: dict[str, Any]):
         self.folder = folder
-        self._target = Path(os.path.realpath(folder))  # a folder cannot be renamed to a link
+        self._target = Path(os.path.realpath(folder))  # resolves links, because a folder cannot be renamed onto one
         self.partial = self._target.parent / f"{self._target.name}.partial"
         self._metadata = metadata
         self._writer: tfds.core.SequentialWriter | None = None
@@ -69,32 +69,41 @@ class RecordWriter:
     def __enter__(self) -> "RecordWriter":
         check_new_directory("data.path", self.folder)
         if os.path.ismount(self._target):
-            raise InputError(f"data.path={self.folder}: a mount point; expected a folder inside it, such as latents")
+            raise InputError(
+                f"data.path={self.folder}: is a mount point; use a folder inside it, such as {self.folder}/latents"
+            )
         if self.partial.is_dir() and any(self.partial.iterdir()) and not (self.partial / LOCK).exists():
-            raise InputError(f"{self.partial}: not made by this version of tfm-prepare; remove or rename it")
+            raise InputError(f"{self.partial}: was not made by this version of tfm-prepare; remove or rename it")
         with contextlib.ExitStack() as held:
             if not held.enter_context(lock(self.partial / LOCK)):
-                raise InputError(f"{self.folder}: in use by another run; wait for it to finish")
+                raise InputError(f"{self.folder}: is in use by another run; wait for that run to finish")
             if self._remove_files():
                 print(f"note: {self.partial}: removed the files of an unfinished run", flush=True)
             self._lock = held.pop_all()
         return self
 
     def _remove_files(self) -> bool:
-        """Remove all files but the lock, which marks a folder that may be replaced. Return whether there were any."""
+        """Remove all files except the lock, and return whether there were any.
+
+        The lock stays, because it marks a folder that may be replaced.
+        """
         files = [path for path in self.partial.iterdir() if path.name != LOCK]
         for path in files:
             path.unlink()
         return bool(files)
 
     def write(self, record: Record) -> None:
-        """Append a record. The latents of all records have the same shape, and their text embeddings the same width.
+        """Append a record.
+
+        The latents of all records must have the same shape, and the text embeddings must have the same width.
 
         Raises:
             InputError: a value is not finite.
+            ValueError: the text has more than 512 tokens.
         """
         if not (np.isfinite(record.latents).all() and np.isfinite(record.text).all()):
-            raise InputError(f"{record.video}: its latents or text are not finite; check the weights of the model")
+            problem = "the latents or the text embedding are not finite"
+            raise InputError(f"{record.video}: {problem}; check the weights of the model")
         if len(record.text) > TEXT_LENGTH:
             raise ValueError(f"{record.video}: {len(record.text)} text tokens; expected at most {TEXT_LENGTH}")
         if self._writer is None:
@@ -106,8 +115,8 @@ class RecordWriter:
         """Add a clip that cannot be used to rejected.jsonl.
 
         Args:
-            video: its path in metadata.csv.
-            line: the line of metadata.csv on which its row starts, from 1.
+            video: path of the clip as written in metadata.csv.
+            line: line of metadata.csv on which the row of the clip starts, counted from 1.
         """
         with open(self.partial / REJECTED, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"line": line, "video": video, "reason": reason}, ensure_ascii=False) + "\n")
@@ -134,7 +143,7 @@ class RecordWriter:
                     with contextlib.suppress(Exception):  # on a full disk, closing fails too
                         self._writer.close_all()
             finally:
-                with contextlib.suppress(OSError):  # the folder was renamed if all went well
+                with contextlib.suppress(OSError):  # if all went well, the folder has been renamed
                     self._remove_files()
                     shutil.rmtree(self.partial)
 
@@ -149,7 +158,7 @@ class RecordWriter:
 
 
 class Records:
-    """Random access to prepared clips, `len(records)` and `records[i]`, as returned by `open_records`."""
+    """Random access to prepared clips by `records[i]`, with `len(records)`. Returned by `open_records`."""
 
     def __init__(self, folder: Path, source: Any, fingerprints: Sequence[str], metadata: dict[str, Any]):
         self.folder = folder
@@ -162,15 +171,16 @@ class Records:
 
     @property
     def fingerprint(self) -> str:
-        """A location-independent fingerprint of the dataset: a hash of all records in their order."""
+        """Hash of the dataset's description and of all records in order. The location of the folder does not matter."""
         content = (self.folder / FINGERPRINTS).read_bytes() + (self.folder / INFO).read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> Record:
-        """Read record `index`, 0 <= index < len.
+        """Read record `index`, which is counted from 0.
 
         Raises:
-            InputError: it is damaged, or differs from the record that was prepared.
+            IndexError: there is no such record.
+            InputError: the record is damaged, or differs from the one that was prepared.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -178,7 +188,7 @@ class Records:
             fields = self._source[index]
             record = Record(fields["latents"], fields["text"], fields["prompt"].decode(), fields["video"].decode())
             fingerprint = _fingerprint(record)
-        except Exception as error:  # ArrayRecord raises RuntimeError (wrong checksum), the decoders of TFDS anything
+        except Exception as error:  # TFDS may raise any exception
             reason = _one_line(error)
             raise InputError(f"{self.folder}: clip {index} is damaged; prepare the data again ({reason})") from error
         if fingerprint != self._fingerprints[index]:
@@ -196,9 +206,9 @@ def open_records(folder: Path) -> Records:
     """
     expected = "expected a folder that tfm-prepare wrote"
     if not (folder / INFO).is_file():
-        raise InputError(f"{folder}: no {INFO} in it; {expected}")
+        raise InputError(f"{folder}: contains no {INFO}; {expected}")
     if not (folder / FINGERPRINTS).is_file():
-        raise InputError(f"{folder}: no {FINGERPRINTS}: written by an earlier version; prepare the data again")
+        raise InputError(f"{folder}: contains no {FINGERPRINTS}, as in earlier versions; prepare the data again")
     try:
         builder: Any = tfds.builder_from_directory(folder)
         features = builder.info.features
@@ -208,17 +218,17 @@ def open_records(folder: Path) -> Records:
         split = builder.info.splits[SPLIT]
         shards = list(zip(map(Path, split.filepaths), split.shard_lengths, strict=True))
         source = builder.as_data_source(split=SPLIT)
-    except Exception as error:  # the parsers of TFDS raise anything
+    except Exception as error:  # TFDS may raise any exception
         raise InputError(f"{folder}: cannot be read ({_one_line(error)}); {expected}") from error
     if fields != FIELDS:
-        raise InputError(f"{folder}: a dataset with the fields {', '.join(sorted(fields))}; {expected}")
+        raise InputError(f"{folder}: is a dataset with the fields {', '.join(sorted(fields))}; {expected}")
     if not ours:
         raise InputError(f"{folder}: features.json differs from what tfm-prepare writes; prepare the data again")
     for shard, length in shards:
         _check_shard(shard, length)
     fingerprints = (folder / FINGERPRINTS).read_text(encoding="latin-1").split()
     if len(fingerprints) != len(source):
-        count = f"{len(fingerprints)} lines for {len(source)} clips"
+        count = f"contains {len(fingerprints)} lines for {len(source)} clips"
         raise InputError(f"{folder / FINGERPRINTS}: {count}; prepare the data again")
     return Records(folder, source, fingerprints, metadata)
 
@@ -241,15 +251,15 @@ def _is_ours(features: Any) -> bool:
 def _check_shard(shard: Path, length: int) -> None:
     remedy = "prepare the data again"
     if not shard.is_file():
-        raise InputError(f"{shard}: missing; {remedy}")
+        raise InputError(f"{shard}: is missing; {remedy}")
     try:
         reader = ArrayRecordReader(str(shard))
         found = reader.num_records()
         reader.close()
     except Exception as error:  # its message may be empty
-        raise InputError(f"{shard}: damaged ({_one_line(error)}); {remedy}") from error
+        raise InputError(f"{shard}: is damaged ({_one_line(error)}); {remedy}") from error
     if found != length:
-        raise InputError(f"{shard}: {found} clips; expected {length}: {remedy}")
+        raise InputError(f"{shard}: contains {found} clips, not {length}; {remedy}")
 
 
 def _one_line(error: Exception) -> str:
@@ -257,7 +267,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _fingerprint(record: Record) -> str:
-    """Hash all fields of a record."""
+    """Return a hash of all fields of a record."""
     parts = [record.latents.dtype.str, record.latents.shape, record.text.dtype.str, record.text.shape, *record[2:]]
     state = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8)
     for array in (record.latents, record.text):

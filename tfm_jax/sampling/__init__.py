@@ -1,4 +1,4 @@
-"""Sampling videos from prompts: the flow ODE, guidance, and the sampling run."""
+"""Sample videos from prompts: the flow ODE, guidance, and the sampling run."""
 
 from tfm_jax.sampling.pipeline import sample_latents
 

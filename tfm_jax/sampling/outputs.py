@@ -1,4 +1,4 @@
-"""The output folder of a sampling run: what its videos are made from, which exist, and which process may write."""
+"""The output folder of a sampling run: what its videos are made from, which of them exist, and who may write."""
 
 import contextlib
 import dataclasses
@@ -16,17 +16,17 @@ from tfm_jax.config import section
 from tfm_jax.errors import InputError
 
 RECORD = "samples.json"
-"""What the videos in the folder are made from: `Samples` as JSON."""
+"""Name of the file that records what the videos in the folder are made from: `Samples` as JSON."""
 CONTACT_SHEET = "contact_sheet.png"
 LOCK = ".lock"
 
 MAY_CHANGE = {"model.path", "sampling.prompts", "sampling.lora", "sampling.output", "mesh.data", "mesh.fsdp",
               "mesh.sequence", "mesh.tensor"}  # fmt: skip
-"""Fields that may differ from those of the command that started the folder. Files are compared by content; the mesh
-changes how the videos are computed, not what is computed."""
+"""Fields that may differ between the run that started the folder and a run that continues it. Files are compared by
+content. The mesh changes how the videos are computed, but not the result, beyond rounding."""
 
 NUM_CHUNKS, CHUNK_BYTES = 256, 64 * 1024
-"""Of each file, for `fingerprint_weights`."""
+"""Number and size of the chunks that `fingerprint_weights` reads from each file."""
 
 
 @section
@@ -48,7 +48,7 @@ class Samples:
     weights: str
     """Fingerprint of the files of the model, from `fingerprint_weights`."""
     lora: str | None
-    """Fingerprint of the LoRA file."""
+    """Fingerprint of the LoRA file; None without a LoRA."""
 
     @property
     def folder(self) -> Path:
@@ -59,7 +59,7 @@ class Samples:
         return self.folder / CONTACT_SHEET
 
     def video(self, number: int) -> Path:
-        """Return the file for prompt `number`: 000.mp4 and so on, with names of equal length."""
+        """Return the path of the video for prompt `number`, such as 000.mp4. All names have the same length."""
         digits = max(3, len(str(len(self.prompts) - 1)))
         return self.folder / f"{number:0{digits}d}.mp4"
 
@@ -68,10 +68,11 @@ class Samples:
         return {number for number in range(len(self.prompts)) if not self.video(number).exists()}
 
     def check(self) -> None:
-        """Check that the folder is new or empty, or was started by this run.
+        """Check that the folder is new or empty, or was started by a run with the same inputs.
 
         Raises:
-            InputError: it contains other files, or videos of a different run; the message names the first difference.
+            InputError: the folder contains other files, or videos of a different run. In the latter case, the message
+                names the first difference.
         """
         files.check_output_directory("sampling.output", self.folder)
         record = self.folder / RECORD
@@ -79,12 +80,12 @@ class Samples:
             self._compare(_read(record))
         elif self.folder.exists() and any(not _is_temporary(path) for path in self.folder.iterdir()):
             raise InputError(
-                f"sampling.output={self.folder}: not empty, and not created by this program; expected a new or empty "
-                "directory"
+                f"sampling.output={self.folder}: is not empty and was not created by this program; "
+                "expected a new or empty directory"
             )
 
     def _compare(self, started: "Samples") -> None:
-        """Raise InputError for the first difference from the run that started the folder."""
+        """Raise InputError for the first difference, if any, from the run that started the folder."""
         before, now = _fields(started.run), _fields(self.run)
         for name, value in now.items():
             if name not in MAY_CHANGE and before[name] != value:
@@ -95,19 +96,19 @@ class Samples:
             raise self._other_run("sampling.prompts", settings.prompts, count)
         for number, (old, new) in enumerate(zip(started.prompts, self.prompts, strict=True)):
             if old != new:
-                raise self._other_run("sampling.prompts", settings.prompts, f"have another prompt {number}: {old!r}")
+                raise self._other_run("sampling.prompts", settings.prompts, f"were made with prompt {number} {old!r}")
         if started.lora != self.lora:
             raise self._other_run("sampling.lora", settings.lora or "null", "were made with another LoRA")
         if started.weights != self.weights:
             raise self._other_run("model.path", self.run.model.path, "were made with other weights")
 
     def _other_run(self, name: str, value: Any, difference: str) -> InputError:
-        expected = "expected the same value, or another sampling.output"
+        expected = "expected the same, or another sampling.output"
         return InputError(f"{name}={value}: the videos in {self.folder} {difference}; {expected}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and lock it for this process; remove it at the end if it is still empty.
+        """Create the folder and lock it for this process. At the end, remove new folders that are still empty.
 
         Raises:
             InputError: another process holds the lock.
@@ -122,12 +123,12 @@ class Samples:
             finally:
                 if all(path.name == LOCK for path in self.folder.iterdir()):
                     (self.folder / LOCK).unlink()
-                    with contextlib.suppress(OSError):  # another program uses a parent folder
+                    with contextlib.suppress(OSError):  # if another program uses a parent folder
                         for path in created:
                             path.rmdir()
 
     def begin(self) -> None:
-        """Record what the videos are made from, and remove the unfinished files of a killed process."""
+        """Record what the videos are made from, and remove the unfinished files that a killed process left."""
         for path in self.folder.glob(".*.partial"):
             path.unlink()
         with files.replacing(self.folder / RECORD) as scratch:
@@ -137,7 +138,7 @@ class Samples:
             configs.dump(self.run, scratch)
 
     def write_contact_sheet(self) -> None:
-        """Write the contact sheet. Its frames come from the files, so that an interrupted run makes the same one."""
+        """Write the contact sheet. All frames are read from the videos, so interruptions do not change the sheet."""
         clip = self.run.clip
         clips = (
             video.read_clip(self.video(number), clip.frames, clip.height, clip.width, clip.fps)
@@ -148,16 +149,16 @@ class Samples:
 
 
 def _is_temporary(path: Path) -> bool:
-    """Return whether a file is the lock, or an unfinished file of a killed process."""
+    """Whether a file is the lock, or an unfinished file that a killed process left."""
     return path.name == LOCK or path.suffix == ".partial"
 
 
 def _read(record: Path) -> Samples:
-    """Read samples.json; fields that a later version of this program added get their defaults."""
+    """Read samples.json. Fields that did not exist yet when the file was written get their defaults."""
     try:
         return pydantic.TypeAdapter(Samples).validate_json(record.read_bytes())
     except pydantic.ValidationError:
-        raise InputError(f"{record}: damaged, or written by another version; use another sampling.output") from None
+        raise InputError(f"{record}: is damaged or of another version; use another sampling.output") from None
 
 
 def _fields(run: SampleRun) -> dict[str, Any]:
@@ -174,11 +175,11 @@ def fingerprint_file(file: Path) -> str:
 
 
 def fingerprint_weights(paths: Sequence[Path]) -> str:
-    """Return a fingerprint of large files: SHA-256 of the size of each and of 256 chunks spread evenly over it.
+    """Return a fingerprint of large files: a hash of the size of each file and of 256 chunks spread evenly over it.
 
-    At most 16 MiB of each file are read, so that a model of many gigabytes takes a second; smaller files are read
-    completely. Training, converting or merging a model changes it everywhere, which this detects; a change of a few
-    values in a large file may go undetected.
+    At most 16 MiB of each file are read, so that a model of many gigabytes takes only a second; smaller files are read
+    completely. Training, conversion and merging change values everywhere in a model, which is always detected. A change
+    of a few values in a large file may go undetected.
     """
     digest = hashlib.sha256()
     for path in paths:

@@ -41,14 +41,14 @@ PAIRS = "two b l d -> (b two) l d"
 def guided_velocity(
     transformer: WanTransformer, x: Latents, sigma: Scalar, text: Text, negative: Text, *, guidance: float
 ) -> Latents:
-    """Return the velocity `v(negative) + guidance (v(text) - v(negative))`; guidance 1 computes only v(text).
+    """Return the velocity `v(negative) + guidance (v(text) - v(negative))`. If guidance is 1, compute only v(text).
 
-    Under `jax.set_mesh`, the videos are sharded along the batch axis.
+    Under `jax.set_mesh`, the result is sharded along the batch axis.
     """
     time = timestep(jnp.broadcast_to(sigma, x.shape[:1]))
     if guidance == 1:
         return constrain(transformer(x, time, text), ("batch",))
-    # The two rows of a video are adjacent, so that they are on the same device.
+    # The two rows of each video are adjacent, so that both are on the same device.
     both = transformer(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), rearrange([text, negative], PAIRS))
     with_text, without = rearrange(both, "(b two) f h w c -> two b f h w c", two=2)
     return constrain(without + guidance * (with_text - without), ("batch",))
@@ -65,9 +65,9 @@ def sample_latents(
     guidance: float = 5.0,
     on_step: Callable[[], None] | None = None,
 ) -> Latents:
-    """Sample the latents of videos for `text` and away from `negative`, with Euler steps along `guided_velocity`.
+    """Sample latents of videos, guided towards `text` and away from `negative`, with Euler steps.
 
-    `on_step` is called after each step has been computed. An exception raised in it stops the sampling.
+    `on_step` is called once the velocity of a step has been computed. An exception that it raises stops the sampling.
     """
 
     def velocity(x: Latents, sigma: np.float32) -> Latents:
@@ -84,16 +84,17 @@ def sample_latents(
 
 
 def sample(run: SampleRun) -> None:
-    """Make the missing videos of `run.sampling.output`, saving each as soon as it is decoded, and the contact sheet.
+    """Make the missing videos and the contact sheet in run.sampling.output. Save each video as soon as it is decoded.
 
-    A video depends only on the configuration and its number, so that an interrupted and continued run writes the same
-    files as an uninterrupted one. All inputs are checked before the first step.
+    A video depends only on the inputs and its number, so that an interrupted and continued run writes the same files as
+    an uninterrupted one. All inputs are checked before the first step.
 
-    The text encoder is freed before the transformer is loaded. The autoencoder (0.5 GB) remains in memory with it.
+    The text encoder is freed before the transformer is loaded. The autoencoder (0.5 GB) stays in memory alongside the
+    transformer.
 
     Raises:
-        InputError: a file is missing, damaged or does not fit the model, the mesh cannot be made or cannot split the
-            video, the output folder is in use or contains other files, or a video is not finite.
+        InputError: a file is missing, is damaged or does not fit the model; the mesh cannot be made or cannot split the
+            video; the output folder is in use or contains other files; or a video is not finite.
         StoppedEarly: Ctrl-C or SIGTERM stopped the run; the finished videos are kept.
     """
     settings = run.sampling
@@ -121,7 +122,7 @@ def sample(run: SampleRun) -> None:
         except KeyboardInterrupt:
             done = len(prompts) - len(samples.missing())
             raise StoppedEarly(
-                f"stopped: {done} of {len(prompts)} videos are done; the same command continues"
+                f"stopped: {done} of {len(prompts)} videos are done; to continue, run the same command again"
             ) from None
     print(f"{settings.output}: {len(prompts)} videos and {samples.contact_sheet.name}")
 
@@ -137,8 +138,8 @@ def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) ->
         transformer = _transformer(run, lora, mesh)
     rounds = _rounds(len(prompts), num_shards("batch", mesh), missing)
 
-    def draw(numbers: list[int], steps: int, on_step: Callable[[], None]) -> np.ndarray:
-        """Sample the latents of these prompts."""
+    def sample_round(numbers: list[int], steps: int, on_step: Callable[[], None]) -> np.ndarray:
+        """Sample the latents of the prompts with these numbers."""
         shape = (*run.clip.latent_size, transformer.config.channels)
         key = jax.random.key(run.sampling.seed)
         noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in numbers])
@@ -149,7 +150,7 @@ def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) ->
 
     with interrupts.postponed("stopping after this step"):
         with console.timed("compiling, and testing one step and the autoencoder"):
-            latents = draw(rounds[0], 1, _stop_if_requested)
+            latents = sample_round(rounds[0], 1, _stop_if_requested)
             _decode(vae, latents[0], rounds[0][0], run)
         samples.begin()
         with tqdm(total=len(rounds) * run.sampling.steps, desc="sampling", unit="step") as bar:
@@ -159,15 +160,16 @@ def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) ->
                 _stop_if_requested()
 
             for numbers in rounds:
-                latents = draw(numbers, run.sampling.steps, on_step)
+                latents = sample_round(numbers, run.sampling.steps, on_step)
                 _write(samples, missing, vae, dict(zip(sorted(set(numbers)), latents, strict=False)))
 
 
 def _rounds(num_prompts: int, size: int, missing: set[int]) -> list[list[int]]:
     """Return the numbers of the prompts in each round that has a missing video.
 
-    A round has as many prompts as the batch has shards. The last one is filled up with copies of its last prompt, so
-    that all rounds run the same program. A prompt is always in a round with the same others, whichever are missing.
+    A round has as many prompts as the batch has shards. The last round is filled up with copies of its last prompt, so
+    that all rounds run the same program. The prompts of a round are always the same, no matter which videos are
+    missing.
     """
     last = num_prompts - 1
     rounds = [[min(first + n, last) for n in range(size)] for first in range(0, num_prompts, size)]
@@ -178,29 +180,30 @@ def _write(samples: Samples, missing: set[int], vae: WanVae, latents: dict[int, 
     """Decode the latents of a round (prompt number -> latents) and write the missing videos.
 
     Raises:
-        InputError: a video is not finite; the others have been written.
+        InputError: a video is not finite or has an unexpected size; the others have been written.
     """
-    refused = None
+    first_error = None
     for number in sorted(missing & latents.keys()):
         try:
             pixels = _decode(vae, latents[number], number, samples.run)
         except InputError as error:
-            refused = refused or error
+            first_error = first_error or error
         else:
             video.write_clip(samples.video(number), video.to_uint8(pixels), samples.run.clip.fps)
-    if refused:
-        raise refused
+    if first_error:
+        raise first_error
 
 
 def _decode(vae: WanVae, latents: np.ndarray, number: int, run: SampleRun) -> np.ndarray:
     """Decode the latents of one video into pixels `[t, y, x, 3]` in -1..1.
 
     Raises:
-        InputError: latents or pixels are not finite, or the size differs from the configuration.
+        InputError: latents or pixels are not finite, or the size of the video differs from the configuration.
     """
     if not np.isfinite(latents).all():
-        hint = f"sampling.guidance={run.sampling.guidance:g}, the weights or the LoRA may be too large"
-        raise InputError(f"prompt {number}: the latents are not finite; {hint}")
+        guidance = f"sampling.guidance={run.sampling.guidance:g} may be too high"
+        values = "the weights or the LoRA may contain extreme values"
+        raise InputError(f"prompt {number}: the latents are not finite; {guidance}, or {values}")
     pixels = np.asarray(vae.decode(jnp.asarray(latents[None])))[0]
     if not np.isfinite(pixels).all():
         raise InputError(f"prompt {number}: the autoencoder of {run.model.path} produced pixels that are not finite")
@@ -215,13 +218,14 @@ def _decode(vae: WanVae, latents: np.ndarray, number: int, run: SampleRun) -> np
 
 
 def check_model(model: configs.ModelConfig) -> list[Path]:
-    """Check the tokenizer, and that the three networks are complete and fit together, without reading a tensor.
+    """Check, without reading tensors, that the tokenizer and the three networks are complete and fit together.
 
     Returns:
         The files of the model.
 
     Raises:
-        InputError: a tensor is missing, unexpected or of the wrong shape, or a size differs from the configuration.
+        InputError: the tokenizer is missing or damaged; a tensor is missing, unexpected or of the wrong shape; or a
+            size differs from the configuration or from that of another network.
     """
     load_tokenizer(model.path)
     paths = [Path(find_tokenizer(model.path) or "", "tokenizer.json")]
@@ -230,14 +234,13 @@ def check_model(model: configs.ModelConfig) -> list[Path]:
         check_source(source, abstract_parameters(source.component, source.config, model.dtype))
         paths += sorted({source.file, *(tensor.file for tensor in source.tensors.values())})
     transformer, vae, encoder = (source.config for source in sources)
-    _require_equal(model.path, "latent channels", transformer.channels, "autoencoder", vae.z_dim)
-    _require_equal(model.path, "text width", transformer.text_dim, "text encoder", encoder.dim)
+    if vae.z_dim != transformer.channels:
+        channels = f"the autoencoder has {vae.z_dim} latent channels, but the transformer takes {transformer.channels}"
+        raise InputError(f"{model.path}: {channels}")
+    if encoder.dim != transformer.text_dim:
+        width = f"the text encoder has width {encoder.dim}, but the transformer takes {transformer.text_dim}"
+        raise InputError(f"{model.path}: {width}")
     return paths
-
-
-def _require_equal(path: Path, what: str, takes: int, network: str, makes: int) -> None:
-    if takes != makes:
-        raise InputError(f"{path}: {what} of the {network}: {makes}; expected {takes}, that of the transformer")
 
 
 def _read_prompts(file: Path) -> list[str]:
@@ -248,7 +251,7 @@ def _read_prompts(file: Path) -> list[str]:
 
 
 def _embed(run: SampleRun, prompts: Sequence[str]) -> np.ndarray:
-    """Encode the prompts into `[n, 512, d]`, in host memory.
+    """Encode the prompts into an array `[n, 512, d]` in host memory.
 
     Raises:
         InputError: the text encoder is damaged, or an embedding is not finite.

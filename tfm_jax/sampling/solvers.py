@@ -1,4 +1,4 @@
-"""Solvers of the flow ODE dx / dsigma = velocity, from noise (sigma 1) to clean (sigma 0)."""
+"""Solve the flow ODE dx / dsigma = velocity, from noise (sigma = 1) to clean latents (sigma = 0)."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,10 +19,10 @@ def noise_levels(steps: int, shift: float) -> Levels:
 
 
 def euler(velocity: Callable[[Latents, np.float32], Latents], noise: Latents, levels: Levels) -> Latents:
-    """Integrate with one Euler step from each level to the next, in float32.
+    """Integrate the velocity from `noise`, with one Euler step from each level to the next, in float32.
 
     Args:
-        velocity: (latents, sigma) -> the velocity, `noise - clean`.
+        velocity: maps (latents, sigma) to the velocity, an estimate of `noise - clean`.
     """
     x = noise
     for sigma, following in pairwise(levels):

@@ -12,15 +12,15 @@ from tfm_jax.lora.files import Dialect, write_lora
 
 
 def export(run: Path, file: Path, dialect: Dialect, dtype: np.dtype, step: int | None = None) -> tuple[int, int]:
-    """Write the LoRA of the training run in the folder `run` to `file`. The file's metadata says how it was trained.
+    """Write the LoRA of the training run in the folder `run` to `file`, with metadata that says how it was trained.
 
-    This uses the newest checkpoint that is not damaged, or the one of `step`. The run may still be training.
+    The LoRA comes from the newest undamaged checkpoint, or from that of `step`. The run may still be training.
 
     Returns:
         The step of the checkpoint, and the number of linear layers with an adapter.
 
     Raises:
-        InputError: there is no such checkpoint, the one of `step` is damaged, or `file` exists or cannot be created.
+        InputError: there is no such undamaged checkpoint, or `file` already exists or cannot be created.
     """
     _check_new_file(file)
     if not (run / "checkpoints").is_dir():
@@ -47,9 +47,9 @@ def export(run: Path, file: Path, dialect: Dialect, dtype: np.dtype, step: int |
 
 
 def _check_new_file(file: Path) -> None:
-    """Raise InputError if `file` exists or cannot be created."""
+    """Raise InputError if `file` exists, or if one of its parents is not a directory."""
     if file.is_dir():
-        raise InputError(f"{file}: a directory; expected the name of a new file")
+        raise InputError(f"{file}: is a directory; expected the name of a new file")
     if file.exists():
         raise InputError(f"{file}: already exists; expected a new file")
     parent = next(folder for folder in file.absolute().parents if folder.exists())

@@ -1,4 +1,4 @@
-"""A training run, from a configuration to checkpoints: prepare, restore, loop."""
+"""A training run: prepare it from a configuration, restore the newest checkpoint, and train."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,8 @@ from tfm_jax.wan.transformer import WanTransformer, token_grid
 MAY_CHANGE = {"train.output", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
               "train.max_bad_steps", "train.remat", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
               "model.path", "data.path"}  # fmt: skip
-"""Fields that may differ when a run is resumed, because they do not change what a step computes."""
+"""Fields that may differ when a run is resumed, because they do not change what a step computes, beyond rounding.
+Base weights and data may move, but their fingerprints must stay the same."""
 
 
 @section
@@ -44,7 +45,7 @@ class TrainRun(configs.TrainingSections):
 
 
 class _Setup(NamedTuple):
-    """Everything that a run needs, prepared once."""
+    """Everything that a run needs, built by `_prepare`."""
 
     mesh: Mesh
     batches: Batches
@@ -53,20 +54,20 @@ class _Setup(NamedTuple):
     state_sharding: TrainState
     step: Step
     metadata: dict[str, Any]
-    """Saved with every checkpoint: the configuration and the fingerprints of base weights and data, which are compared
-    when a run is resumed."""
+    """The configuration, and the fingerprints of the base weights and the data. It is saved with every checkpoint and
+    compared when a run is resumed."""
 
 
 def train(run: TrainRun, resume: bool = False) -> None:
-    """Train a LoRA. Writes config.yaml, metrics.jsonl and checkpoints/ to `run.train.output`.
+    """Train a LoRA, and write config.yaml, metrics.jsonl and checkpoints/ to `run.train.output`.
 
-    With `resume`, training continues from the newest checkpoint, exactly as if it had not been interrupted, or starts
-    if there is none. In a run of several processes (`tfm_jax.hosts`), all call this with the same arguments, on a
-    shared filesystem.
+    With `resume`, training continues from the newest undamaged checkpoint, exactly as if it had not been interrupted,
+    or starts from step 0 if there is no checkpoint. In a run of several processes (`tfm_jax.hosts`), every process
+    calls this with the same arguments, on a shared filesystem.
 
     Raises:
-        InputError: an input is missing, inputs do not fit together, results would be overwritten, or another run is
-            using the folder.
+        InputError: an input is missing or damaged, inputs do not fit together, results would be overwritten, or
+            another run is using the folder.
         NonFiniteLoss: training diverged.
         CompilerError: the training step could not be compiled.
         StoppedEarly: Ctrl-C or SIGTERM stopped the run before its last step.
@@ -74,9 +75,9 @@ def train(run: TrainRun, resume: bool = False) -> None:
     output, steps = run.train.output, run.train.steps
     files.check_output_directory("train.output", output)
     hosts.print_once(f"training a LoRA in {output}: {steps} steps, batches of {run.train.batch_size}")
-    with contextlib.ExitStack() as folder:
-        with _stopping_before_the_first_step():
-            setup = folder.enter_context(_prepared_in_folder(run, resume))
+    with contextlib.ExitStack() as stack:
+        with _stop_on_signal():
+            setup = stack.enter_context(_prepared_in_folder(run, resume))
             first, state = _restore(run, setup)
             if first >= steps:
                 hosts.print_once(f"{output} is complete: it has {first} steps, and train.steps={steps}")
@@ -86,13 +87,13 @@ def train(run: TrainRun, resume: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _stopping_before_the_first_step() -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into `StoppedEarly`. There is no work to save yet."""
+def _stop_on_signal() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into `StoppedEarly` while there is nothing to save."""
     try:
         yield
     except KeyboardInterrupt as signal:
         name = "SIGTERM" if isinstance(signal, Terminated) else "SIGINT"
-        raise StoppedEarly(f"stopped by {name} before the first step; the same command starts again") from None
+        raise StoppedEarly(f"stopped by {name} while preparing to train; run the same command again") from None
 
 
 # --- Prepare ---------------------------------------------------------------------------------------------------------
@@ -100,10 +101,10 @@ def _stopping_before_the_first_step() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _prepared_in_folder(run: TrainRun, resume: bool) -> Iterator[_Setup]:
-    """Prepare a run, and lock its folder until the block ends.
+    """Prepare a run, and keep its folder locked until the block ends.
 
-    An existing folder is locked before anything else. A new one is created only after all input has been checked, so
-    that bad input leaves nothing behind.
+    An existing folder is locked before anything else. A new folder is created only after all inputs have been checked,
+    so that bad input leaves nothing behind.
     """
     output = run.train.output
     with contextlib.ExitStack() as lock:
@@ -119,10 +120,10 @@ def _prepared_in_folder(run: TrainRun, resume: bool) -> Iterator[_Setup]:
 
 @contextlib.contextmanager
 def _locked(output: Path, resume: bool) -> Iterator[None]:
-    """Lock the folder of a run, so that no other run uses it. Creates the folder if it does not exist.
+    """Lock the folder of a run in the first process, so that no other run uses it. Create it if it does not exist.
 
     Raises:
-        InputError: another run has locked it, or it contains a checkpoint and `resume` is false.
+        InputError: another run has locked the folder, or the folder contains a checkpoint and `resume` is false.
     """
     if not hosts.is_first():
         yield
@@ -138,7 +139,7 @@ def _locked(output: Path, resume: bool) -> Iterator[None]:
 
 
 def _prepare(run: TrainRun) -> _Setup:
-    """Check the input, load the model and build the training step."""
+    """Check the inputs, load the data and the model, and build the training step."""
     settings = run.train
     mesh = make_mesh(run.mesh)
     processes = f" in {jax.process_count()} processes" if hosts.is_distributed() else ""
@@ -168,30 +169,31 @@ def _prepare(run: TrainRun) -> _Setup:
 
 
 def _check_clip_settings(records: Records, run: TrainRun) -> None:
-    """Raise InputError unless the clips were prepared with the settings of the configuration."""
+    """Raise InputError unless the clips were prepared with the clip settings of the configuration."""
     for name, value in _config_dict(run)["clip"].items():
         prepared = records.metadata.get(name)
         if prepared is None:
-            raise InputError(f"{run.data.path}: its metadata has no clip.{name}; expected one: prepare the data again")
+            raise InputError(f"{run.data.path}: the metadata lacks clip.{name}; prepare the data again")
         if prepared != value:
             raise InputError(
-                f"clip.{name}={value}: data.path={run.data.path} was prepared with {prepared}; expected the same"
+                f"clip.{name}={value}: data.path={run.data.path} was prepared with {prepared}; expected the same value"
             )
 
 
 def _check_widths(records: Records, model: WanTransformer, run: TrainRun) -> None:
-    """Raise InputError unless latents and text have the widths that the transformer takes."""
+    """Raise InputError unless the latents and the text embeddings have the widths that the transformer takes."""
     record = records[0]
     channels, text_dim = record.latents.shape[-1], record.text.shape[-1]
     if (channels, text_dim) != (model.config.channels, model.config.text_dim):
         raise InputError(
             f"{run.data.path}: prepared with {channels} channels and text width {text_dim}; the transformer of "
-            f"{run.model.path} takes {model.config.channels} and {model.config.text_dim}; prepare the data for it"
+            f"{run.model.path} takes {model.config.channels} channels and text width {model.config.text_dim}; "
+            "prepare the data with this model"
         )
 
 
 def _config_dict(run: TrainRun) -> dict[str, dict[str, Any]]:
-    """The configuration to save, as plain dictionaries. It omits `data.source`, which training does not read."""
+    """Return the configuration to save as dictionaries, without `data.source`, which training does not read."""
     values = configs.plain(run)
     del values["data"]["source"]
     return values
@@ -205,7 +207,7 @@ def _count_parameters(state: nnx.State) -> int:
 
 
 def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
-    """The number of steps done, and the state after them."""
+    """Return the number of completed steps, and the state after them: from a checkpoint, or the initial state."""
     output = run.train.output
 
     def make_target(metadata: dict[str, Any]) -> Arrays:
@@ -231,26 +233,28 @@ def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
     hosts.print_once(f"resumed {output} after step {restored.step}")
     bad_steps = int(state.bad_steps)
     if restored.step >= run.train.steps and bad_steps >= _max_bad_steps(run):
-        raise NonFiniteLoss(f"train.output={output}: the run is complete, but its last {bad_steps} steps were skipped")
+        reason = f"its last steps were skipped (bad steps in a row: {bad_steps})"
+        raise NonFiniteLoss(f"train.output={output}: the run is complete, but {reason}")
     return restored.step, state
 
 
 def _check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) -> None:
-    """Raise InputError unless the metadata `saved` of a checkpoint belongs to the run with the metadata `now`."""
+    """Raise InputError unless a checkpoint with metadata `saved` belongs to the run with metadata `now`."""
     output = run.train.output
+    started = f"the run in {output} was started with"
     config = configs.from_plain(TrainRun, saved["config"], str(output / "checkpoints"))
     before, after = _fields(_config_dict(config)), _fields(now["config"])
     for name, value in after.items():
         if name not in MAY_CHANGE and before[name] != value:
-            raise InputError(f"{name}={value}: the run in {output} was started with {before[name]}")
+            raise InputError(f"{name}={value}: {started} {before[name]}; expected the same value")
     if saved["data"] != now["data"]:
-        raise InputError(f"data.path={run.data.path}: not the clips that the run in {output} was started with")
+        raise InputError(f"data.path={run.data.path}: these are not the clips that {started}")
     if saved["base"] != now["base"]:
-        raise InputError(f"model.path={run.model.path}: not the base weights that the run in {output} was started with")
+        raise InputError(f"model.path={run.model.path}: these are not the base weights that {started}")
 
 
 def _fields(sections: dict[str, Any]) -> dict[str, Any]:
-    """The values of all fields by their full names, such as `lora.rank`."""
+    """Map the full name of every field, such as `lora.rank`, to its value."""
     return {f"{name}.{field}": value for name, part in sections.items() for field, value in part.items()}
 
 
@@ -267,13 +271,13 @@ def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
         with jax.set_mesh(setup.mesh):
             compiled = program.lower(state, setup.frozen, setup.batches.place(batch)).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise CompilerError(f"the training step: {' '.join(str(error).split())[:300]}") from error
+        raise CompilerError(f"compiling the training step failed: {' '.join(str(error).split())[:300]}") from error
     hosts.print_once(f"compiled in {time.monotonic() - start:.1f} s")
     return compiled
 
 
 def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
-    """Train from step `first` to the last step, a signal or too many bad steps in a row, then save a checkpoint."""
+    """Train until the last step, a signal, or too many bad steps in a row; then save a checkpoint."""
     settings, output, done = run.train, run.train.output, first
     signal: str | None = None
     diverged: NonFiniteLoss | None = None
@@ -295,23 +299,25 @@ def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
                     metrics.flush()
             except NonFiniteLoss as error:
                 diverged = error
+                # Metrics lag one step, so write those of the step that has already been computed.
                 with contextlib.suppress(NonFiniteLoss):
-                    metrics.flush()  # metrics are one step late: one more step has been computed
+                    metrics.flush()
             if save or diverged:
                 checkpoints.save(done, flatten(state), setup.metadata)
             if stop or diverged:
                 break
     hosts.barrier("the last checkpoint is complete")
     if diverged:
-        raise NonFiniteLoss(f"{diverged}; the adapters before the bad steps are saved in {output}")
+        raise NonFiniteLoss(f"{diverged}; the adapters from before the bad steps are saved in {output}")
     if done < settings.steps:
         raise StoppedEarly(
-            f"stopped by {signal} after step {done} of {settings.steps}; the same command with --resume continues"
+            f"stopped by {signal} after step {done} of {settings.steps}; "
+            "to continue, run the same command with --resume"
         )
 
 
 def _open_metrics(run: TrainRun, setup: _Setup, first: int) -> Metrics:
-    """Open metrics.jsonl and write config.yaml; only the first process writes them."""
+    """Open metrics.jsonl and write config.yaml, both in the first process only."""
     settings, output = run.train, run.train.output
     file = None
     if hosts.is_first():
@@ -324,11 +330,11 @@ def _open_metrics(run: TrainRun, setup: _Setup, first: int) -> Metrics:
 
 
 def _max_bad_steps(run: TrainRun) -> int:
-    """The number of bad steps in a row that ends the run, at most all of its steps."""
+    """Return the number of bad steps in a row that ends the run, capped at the number of steps of the run."""
     return min(run.train.max_bad_steps, run.train.steps)
 
 
 def _fingerprint(frozen: Any) -> str:
-    """The fingerprint of the base weights. It is the same on every mesh."""
+    """Return the fingerprint of the base weights, which is the same on every mesh."""
     text = json.dumps(fingerprints(flatten(frozen)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl records every step, the console shows some."""
+"""The metrics of a run: metrics.jsonl records every step, and the console shows some of the steps."""
 
 import contextlib
 import json
@@ -14,23 +14,24 @@ from tfm_jax.errors import NonFiniteLoss
 from tfm_jax.files import replacing
 
 MAX_CLIPS_SHOWN = 8
-"""How many clips of a bad step the console names; metrics.jsonl names all of them."""
+"""The console names at most this many clips of a bad step; metrics.jsonl names all of them."""
 
 
 class Metrics:
     """Writes the report of each step, one step late, so that the devices never wait for the host.
 
-    A line on the console has the loss and its terms, learning rate, gradient norm, clips per second and the remaining
-    time. The last two are measured over the steps since the previous line, beginning at the end of the first step.
+    A line on the console shows the loss and its terms, the gradient norm, the learning rate, the clips per second and
+    the remaining time. The last two are measured since the previous line, or since the end of the first step; a line
+    for the first step itself omits them.
 
-    A step is bad if one of its values is not finite, or if its report has `bad_steps` above 0: the number of bad steps
-    in a row up to this one.
+    `bad_steps` in the report of a step is the number of bad steps in a row up to that step, so the step is bad if the
+    number is above 0. If a report has no `bad_steps`, the step is bad if one of its values is not finite.
 
     Args:
-        file: metrics.jsonl; with None, nothing is written and only bad steps are detected.
-        first_step: the number of steps done before; later lines of an existing file are removed.
-        max_bad_steps: the number of bad steps in a row that ends the run.
-        clip_name: index of a clip -> its name.
+        file: metrics.jsonl; if None, nothing is written or printed, but bad steps are still detected.
+        first_step: number of steps already done; an existing file loses its lines about later steps.
+        max_bad_steps: number of bad steps in a row that ends the run.
+        clip_name: maps the index of a clip to its name.
     """
 
     def __init__(
@@ -51,17 +52,22 @@ class Metrics:
             self._stream = open(file, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
 
     def add(self, step: int, report: dict[str, Any], clips: Sequence[int]) -> None:
-        """Accept the report of a step, which may still be being computed, and write the report of the step before.
+        """Accept the report of a step, which the devices may still be computing, and write that of the previous step.
 
         Raises:
-            NonFiniteLoss: the step before was bad step number `max_bad_steps` in a row. `flush` still writes this one.
+            NonFiniteLoss: the last `max_bad_steps` steps up to the previous one were bad. `flush` can still write the
+                new report.
         """
         before, self._pending = self._pending, (step, report, clips)
         if before:
             self._write(*before)
 
     def flush(self) -> None:
-        """Write the last report. Raises as `add` does."""
+        """Write the last report that `add` accepted.
+
+        Raises:
+            NonFiniteLoss: the last `max_bad_steps` steps were bad.
+        """
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._write(*pending)
@@ -117,18 +123,19 @@ class Metrics:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._stream:
             # A line that could not be written is still in the buffer, and closing the file tries to write it again.
+            # A second failure must not replace the first exception.
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
                 self._stream.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. A bad step has `skipped`, its clips, and None for values that are not finite."""
+    """Read the lines of metrics.jsonl. Bad steps also have `skipped` and `clips`, and None for non-finite values."""
     with open(file, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
 def _remove_steps_after(file: Path, last: int) -> None:
-    """Remove the lines that an interrupted run wrote after its last checkpoint."""
+    """Remove the lines of steps after `last`, which an interrupted run wrote after its last checkpoint."""
     if file.exists():
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         with replacing(file) as scratch:
@@ -136,7 +143,7 @@ def _remove_steps_after(file: Path, last: int) -> None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinity for a line that a crash cut off."""
+    """Return the step of a line, or infinity if a crash cut the line off."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):

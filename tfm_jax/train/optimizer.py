@@ -13,9 +13,10 @@ FACTORS = ("lora_a", "lora_b")
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW as in torch, with decoupled weight decay that is scaled by the learning rate of each factor.
+    """Return AdamW as in PyTorch: the weight decay is decoupled, and scaled by the learning rate of each factor.
 
-    The learning rate of B is `lora_b_factor` times that of A (LoRA+, Hayou et al. 2024).
+    The learning rate of B is `lora_b_factor` times that of A (LoRA+, Hayou et al. 2024). The gradient is first clipped
+    to the global norm `max_grad_norm`, if one is set.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity(),
@@ -27,7 +28,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """The learning rate of the A factors at update 0, 1, ...: a linear warm-up that starts above 0, then constant."""
+    """Return the schedule of the learning rate of A: a linear warm-up that starts above 0, then a constant."""
     warmup = optax.linear_schedule(
         config.learning_rate / (config.warmup_steps + 1), config.learning_rate, config.warmup_steps
     )
@@ -35,12 +36,12 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def last_learning_rate(state: Any) -> Scalar:
-    """The learning rate of the last update, from the state of the optimizer after it."""
+    """Return the learning rate of A in the last update, given the optimizer state after that update."""
     return state[-1].hyperparams["learning_rate"]
 
 
 def _factors(*names: str) -> Callable[[Any], Any]:
-    """A function that masks a tree of adapters: true for the leaves of these factors."""
+    """Return a function that maps a tree of adapters to a mask, which is true for the leaves of these factors."""
 
     def mask(tree: Any) -> Any:
         def is_selected(path: tuple, _: Any) -> bool:

@@ -1,6 +1,6 @@
-"""The training step, one jitted function: the loss of a batch, its gradient in the adapters, and their update.
+"""The training step, one jitted function that computes the loss of a batch and its gradient, and updates the adapters.
 
-A step with a value that is not finite is bad. It is skipped on the devices, without the host: only counters change.
+A step with a value that is not finite is bad. The devices skip it without waiting for the host: only counters change.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     bad_steps: Int[Array, ""]
-    """The number of steps skipped in a row, up to the last step."""
+    """Number of steps skipped in a row, up to and including the last step; 0 if the last step was not skipped."""
     lora: nnx.State
     optimizer: Any
 
@@ -39,18 +39,18 @@ class RunKeys(NamedTuple):
     """The independent random keys of a run."""
 
     adapters: jax.Array
-    """Draws the initial adapters."""
+    """For the initial adapters."""
     steps: jax.Array
-    """Folded with the index of a step, draws its noise and noise levels."""
+    """For the noise and noise levels. The key of a step is folded from this key and the index of the step."""
 
 
 def run_keys(seed: int) -> RunKeys:
-    """The random keys of a run with this seed."""
+    """Return the random keys of a run with this seed."""
     return RunKeys(*jax.random.split(jax.random.key(seed)))
 
 
 def init_state(lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """The state before the first step, and its shardings. The optimizer's moments are split like the adapters."""
+    """Return the state before the first step, and its sharding. The optimizer's moments are split like the adapters."""
 
     def init(lora: nnx.State) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
@@ -68,18 +68,18 @@ def make_step(
     state_sharding: TrainState,
     remat: Remat = "full",
 ) -> Step:
-    """The jitted step (state, frozen weights, batch) -> (new state, report). It donates the buffers of the old state.
+    """Return the jitted step (state, frozen weights, batch) -> (new state, report), which donates the old state.
 
-    Noise and noise levels depend only on the seed and the index of the step, so a resumed run draws the same ones.
+    The noise and the noise levels depend only on the seed and the index of the step, so a resumed run draws the same.
 
     If the loss, one of its terms, the gradient norm, an updated adapter or the updated optimizer state is not finite,
-    adapters and optimizer state stay unchanged. The report contains the loss, its terms, grad_norm, learning_rate and
-    bad_steps; bad_steps is that of the new state, 0 unless this step was skipped.
+    the adapters and the optimizer state stay unchanged. The report contains loss, its terms, grad_norm, learning_rate
+    and the new state's bad_steps.
 
     Args:
-        graphdef: of the transformer with its adapters.
-        state_sharding: the sharding of every part of the state.
-        remat: which activations are saved for the backward pass, as in `TrainConfig.remat`.
+        graphdef: graph definition of the transformer with its adapters.
+        state_sharding: sharding of every part of the state, from `init_state`.
+        remat: which activations are saved for the backward pass; see `TrainConfig.remat`.
     """
     key = run_keys(seed).steps
 
