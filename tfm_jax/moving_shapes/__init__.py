@@ -1,7 +1,7 @@
 """A toy world of moving shapes, in which the whole pipeline runs within minutes on a CPU.
 
 This package provides clips with captions and known positions, a tiny Wan2.1 trained on such clips, motion metrics, and
-a study that compares flow matching with TFM. Outside this package, only the command-line programs import it.
+a study that compares flow matching with TFM. The rest of tfm_jax, except its command-line programs, does not import it.
 
     scene.py        defines the vocabulary, the constants and the types of the world
     laws.py         implements the laws of motion in closed form

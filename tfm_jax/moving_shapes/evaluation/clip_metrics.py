@@ -41,7 +41,7 @@ class ClipMetrics(NamedTuple):
 def measure_clip(clip: Pixels, caption: str | None, fps: float | int) -> ClipMetrics:
     """Measure one clip.
 
-    Without a caption of this world, the objects found (at least one) are the expected ones, and the law is bouncing.
+    Without a caption of this world, the objects found count as expected (at least one), and bouncing as their law.
     """
     spec = ClipSpec(len(clip), clip.shape[1:3], fps)
     law, objects = (read_caption(caption) if caption else None) or ("bouncing", ())

@@ -79,8 +79,9 @@ def compare(generated: ClipSet, reference: ClipSet) -> tuple[list[Row], int]:
     """Return the rows of the comparison, and the number n of clips on each side of a distance.
 
     Distances depend on the number of clips, so both sides always have n clips: n is the number of generated clips, or
-    half the number of reference clips if that is smaller. Generated clips are compared with n random reference clips,
-    and, for the floor, n other reference clips are compared with the same ones; both are averaged over SPLITS draws.
+    half the number of reference clips if that is smaller. In each of SPLITS random draws, n generated clips are
+    compared with n reference clips and, for the floor, n other reference clips are compared with the same ones; the
+    results are averaged.
     For a metric of one set, the floor is the mean difference between the two sets of reference clips.
     """
     rng = np.random.default_rng(0)

@@ -13,8 +13,8 @@ slowest moving object has a speed of 0.8."""
 STILLNESS = 0.05
 """In pixels per frame: added to the denominator of the roughness, so that a frozen clip has a finite roughness."""
 SECTOR = 22.5
-"""In degrees: how far a motion may deviate from a direction to either side, half the angle between two neighbouring
-directions."""
+"""In degrees: how far a motion may deviate from its direction to either side. This is half the angle between neighbours
+among the eight directions."""
 
 VISIBLE = 0.25
 """A pixel belongs to an object if its brightness is more than this fraction of the way from background to object."""

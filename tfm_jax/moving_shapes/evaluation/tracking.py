@@ -1,6 +1,4 @@
-"""Tracks the objects of a clip: assigns pixels to colours, then finds mass, centre and parts in every frame, and the
-shape.
-"""
+"""Tracks the objects in a clip: assigns pixels to colours, then finds mass, centre, parts and shape of each object."""
 
 from typing import NamedTuple
 
@@ -32,7 +30,7 @@ class Track(NamedTuple):
     parts: Int[np.ndarray, "t"]
     """Number of connected components, not counting specks."""
     shape: str
-    """Judged by the filled fraction of the bounding box, of which the median over the frames is taken."""
+    """Judged by the median, over the frames, of the filled fraction of the bounding box."""
 
 
 def track(clip: Pixels) -> list[Track]:
@@ -75,7 +73,7 @@ def _find_background(clip: Pixels) -> Float[np.ndarray, "y 1 3"]:
 def _project(
     light: Float[np.ndarray, "t y x 3"], rays: Float[np.ndarray, "k y 3"]
 ) -> tuple[Float[np.ndarray, "k t y x"], Float[np.ndarray, "k t y x"]]:
-    """Return, for each ray and pixel, their ratio of brightness and the cosine of the angle between them."""
+    """Return the ratio of brightness between each pixel and each ray, and the cosine of the angle between them."""
     along = np.einsum("tyxc,kyc->ktyx", light, rays)
     lengths = np.linalg.norm(rays, axis=-1)[:, None, :, None]
     return (light @ LUMA) / (rays @ LUMA)[:, None, :, None], along / lengths / np.linalg.norm(light, axis=-1).clip(1e-3)

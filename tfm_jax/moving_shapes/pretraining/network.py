@@ -22,7 +22,7 @@ def make_optimizer(learning_rate: float, vector_lr_factor: float, steps: int) ->
     """Combine Muon for kernels with Adam for the rest (Jordan et al. 2024), with warm-up and cosine decay to zero.
 
     In short trainings of narrow networks, Muon is far ahead of Adam: after 500 steps on single frames, the autoencoder
-    reaches 24 dB instead of 20. Gradients are clipped to norm 1.
+    reaches 24 dB instead of 20. Gradients are clipped to a global norm of 1.
     """
 
     def schedule(peak: float) -> optax.Schedule:

@@ -46,7 +46,7 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
             return run_step
 
         steps = {name: make_timed(objective) for name, objective in objectives.items()}
-        for run_step in steps.values():  # the first call compiles
+        for run_step in steps.values():  # compiles and warms up
             run_step()
             run_step()
         seconds = {name: [] for name in steps}

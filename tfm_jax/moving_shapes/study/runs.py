@@ -265,7 +265,10 @@ def column(rows: Sequence[Row], side: str) -> dict[str, float | None]:
 
 
 def latest_costs(results: Results) -> dict[str, list[float]]:
-    """Return the last cost measurement, as costs are comparable only within one: arm -> seconds per step and round."""
+    """Map each arm to the seconds per step in each round of the last measurement.
+
+    Costs from different measurements cannot be compared.
+    """
     measured = results.all("cost")
     return measured[-1]["seconds"] if measured else {}
 

@@ -38,8 +38,8 @@ def bootstrap(values: Sequence[float] | Numbers, statistic: Callable[..., np.nda
 def paired_difference(one: dict[int, float | None], other: dict[int, float | None]) -> Estimate | None:
     """Estimate one - other over the seeds that both have.
 
-    Return None if there are no such seeds, or if one or other has no finite number for such a seed: leaving the seed
-    out would favour the arm that failed.
+    Return None if there are no such seeds, or if the value of one of them is missing or not finite: leaving that
+    seed out would favour the arm that failed.
     """
     seeds = sorted(one.keys() & other.keys())
     differences = [_minus(one[seed], other[seed]) for seed in seeds]
