@@ -1,9 +1,10 @@
-"""Run the whole chain on the embedded model, in minutes on two CPU cores: clips, latents, TFM training, LoRA, videos.
+"""Run the whole pipeline on the embedded model: clips, latents, TFM training, LoRA, videos.
 
     python scripts/demo.py
 
-fine-tunes a model that knows only uniform motion on shapes that bounce off the walls. The demo runs the same programs
-as a real fine-tuning, prints each command, and writes everything into runs/demo/, which it deletes first.
+The embedded model knows only uniform motion; the demo fine-tunes it on clips of shapes that bounce off the walls. It
+runs the same programs as a real fine-tuning, prints each command, and writes everything into runs/demo/, which it
+deletes first. This takes minutes on two CPU cores.
 """
 
 import json
@@ -38,22 +39,22 @@ CONFIG = "wan_tiny"
 LAW = "bouncing"
 """A law of motion that the embedded model does not know."""
 CLIP_SETS = {"clips": (64, 1), "reference": (64, 2)}
-"""Folder of real clips -> their number and their seed: for training, and for comparison."""
+"""Folder -> number and seed of its real clips: the first folder is for training, the second for comparison."""
 NUM_PROMPTS = 16
-"""Number of captions of the reference that are sampled."""
+"""Number of captions of reference clips that are used as prompts."""
 NUM_SHOWN = 4
-"""Number of prompts in report.png."""
+"""Number of prompts, counted from the first, for which report.png shows clips."""
 
 
 @config.section
 class Options:
-    """The demo has none."""
+    """The demo has no options."""
 
 
 def main(argv: Sequence[str]) -> None:
     command.parse(Options, argv, "python scripts/demo.py", __doc__)
     if (ROOT / DEMO).exists():
-        shutil.rmtree(ROOT / DEMO)  # an error must stop the demo, or the programs would continue with the old files
+        shutil.rmtree(ROOT / DEMO)  # if this fails, the demo stops: it must not continue with old files
     for name, (count, seed) in CLIP_SETS.items():
         print(f"making {count} clips of {LAW} shapes in {DEMO / name}/", flush=True)
         write_clips(ROOT / DEMO / name, count, seed=seed, laws=[LAW], num_objects=[1])
@@ -74,15 +75,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_program(name: str, *arguments: str) -> None:
-    """Run a program from the root of the repository, as a user would; if it fails, exit with its code."""
+    """Run a program in the root of the repository, as a user would; if it fails, exit with the same code."""
     print(f"\n$ {name} {shlex.join(arguments)}", flush=True)
     done = subprocess.run([Path(sys.executable).with_name(name), *arguments], cwd=ROOT)
     if done.returncode:
-        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)  # a shell adds 128 to signals
+        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)  # a signal, as a shell reports it
 
 
 def draw_report(demo: Path) -> None:
-    """Draw report.png: the loss of every step, the metrics of motion, and frames of samples and of real clips."""
+    """Draw report.png: the losses of every step, the motion metrics, and frames of samples and of real clips."""
     figure, axes = plt.subplot_mosaic(
         [["loss", "samples"], ["table", "samples"]], figsize=(17, 11), width_ratios=(1, 1), layout="constrained"
     )
@@ -93,12 +94,12 @@ def draw_report(demo: Path) -> None:
     folders = {"base": demo / "samples" / "base", "LoRA": demo / "samples" / "lora", "real": demo / "reference"}
     clips, labels = [], []
     for number in range(NUM_SHOWN):
-        for kind, folder in folders.items():
+        for source, folder in folders.items():
             file = video.find_clips(folder)[number]
             clips.append(video.read_clip(file, clip.frames, clip.height, clip.width, clip.fps))
-            labels.append(f"{number:03d} {kind}")
+            labels.append(f"{number:03d} {source}")
     axes["samples"].imshow(video.contact_sheet(clips, labels, columns=9, cell=96))
-    axes["samples"].set(title="samples from the same noise, and a real clip with the caption", xticks=[], yticks=[])
+    axes["samples"].set(title="samples from the same noise, and a real clip with this caption", xticks=[], yticks=[])
     figure.savefig(demo / "report.png", dpi=110)
 
 
@@ -114,7 +115,7 @@ def draw_losses(axis: Axes, metrics: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_table(axis: Axes, metrics: dict[str, dict[str, Any]]) -> None:
-    """Draw the most important rows of evaluation.json."""
+    """Draw the most important rows of evaluation.json as a table."""
     rows = {
         "objects kept in every frame": "tracked", "physics residual, pixels": "residual",
         "residual below half a pixel": "faithful", "speed, pixels per frame": "speed", "right colours": "colours",
@@ -131,7 +132,7 @@ def draw_table(axis: Axes, metrics: dict[str, dict[str, Any]]) -> None:
 
 
 def running_mean(values: list[float], window: int = 20) -> np.ndarray:
-    """The mean of each value and up to `window - 1` before it."""
+    """Return, for each value, the mean of itself and up to `window - 1` values before it."""
     total = np.cumsum([0.0, *values])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)

@@ -102,7 +102,7 @@ METADATA = [
 
 
 def video(wrong: str, broken: Break, *words: str) -> list[Row]:
-    """A bad clip: one of many, and, for the program that skips bad clips, the only one."""
+    """Return rows with a bad clip. For `prepare_data`, which skips bad clips, it is the only one."""
     words = ("0002.mp4", *words)
     alone = metadata("video,prompt\n0002.mp4,a disc\n")
     return [
@@ -218,14 +218,14 @@ def adapters(wrong: str, broken: Break | Sequence[Break], *words: str) -> Row:
 
 
 def both(number: int) -> Callable:
-    """For `lora`: give the factors of the first layer another width."""
+    """Return a change for `lora` that gives the factors of the first layer the width `number`."""
     return lambda t: t.update(
         {f"{Q}A.weight": np.ones((2, number), np.float32), f"{Q}B.weight": np.ones((number, 2), np.float32)}
     )
 
 
 def widen(tensors: dict[str, np.ndarray]) -> None:
-    """For `lora`: give all factors the shapes of a model that is twice as wide."""
+    """Change the factors in `lora` to the shapes of a model that is twice as wide."""
     for key, value in tensors.items():
         tensors[key] = np.tile(value, (1, 2) if "lora_A" in key else (2, 1))
 

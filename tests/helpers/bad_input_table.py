@@ -1,4 +1,4 @@
-"""The table of bad input: what a row is, and the rows about options and configuration files."""
+"""The table of bad input: the definition of a row, and the rows about options and configuration files."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -19,32 +19,32 @@ USUAL: dict[str, tuple[str, ...]] = {
     "study": (CONFIG, "--output=$tmp/new", "--docs=$tmp/docs"),
     "pretrain": ("$tmp/new",),
 }
-"""The arguments with which a program works in a sound world."""
+"""Program -> arguments with which it succeeds in a valid world."""
 
 
 class Row(NamedTuple):
-    """A mistake, and what the program must do. In texts, `$world` is a sound world and `$tmp` the row's own folder."""
+    """A mistake and what the program must do. `$world` stands for a valid world, `$tmp` for a folder of this row."""
 
     program: str
     wrong: str
-    """The mistake; the name of the test."""
+    """The mistake, which is also the name of the test."""
     arguments: Sequence[str]
     words: Sequence[str]
-    """The one line that the program prints contains all of them."""
+    """The line that the program prints contains all of these."""
     broken: Sequence[Break] = ()
-    """Applied to the row's own folder first."""
+    """These are applied to the folder of the row before the program starts."""
     code: int = 2
     set_aside: bool = False
-    """Whether the program may rename what is damaged."""
+    """Whether the program may rename damaged files."""
     environment: Mapping[str, str] = MappingProxyType({})
     malformed: bool = False
-    """Whether tyro reports the command line, in several lines."""
+    """Whether tyro reports the mistake in the command line, on several lines."""
 
 
 def row(program: str, wrong: str, *arguments: str, words: str | Sequence[str], broken: Break | Sequence[Break] = ()):
-    """A row whose arguments are added to the usual ones.
+    """Return a row in which `arguments` are added to the usual ones.
 
-    An option takes the place of the usual one of that name; positional arguments take the place of all usual ones.
+    An option replaces the usual option of the same name; positional arguments replace all usual positional arguments.
     """
     given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
     positional = any(not argument.startswith("--") for argument in arguments)
@@ -59,23 +59,23 @@ def row(program: str, wrong: str, *arguments: str, words: str | Sequence[str], b
 def exactly(
     program: str, wrong: str, *arguments: str, words: str | Sequence[str], broken: Break | Sequence[Break] = ()
 ):
-    """A row with these arguments alone."""
+    """Return a row with only these arguments."""
     words = [words] if isinstance(words, str) else words
     return Row(program, wrong, arguments, words, [broken] if callable(broken) else broken)
 
 
 def malformed(row: Row) -> Row:
-    """The same row, reported by tyro."""
+    """Return the same row, marked as a mistake that tyro reports."""
     return row._replace(malformed=True)
 
 
 def options(program: str, *table: tuple[str, str]) -> list[Row]:
-    """A row for each (option, words), which names the field and its value."""
+    """Return one row per (option, words); its message must also contain the field and its value."""
     return [row(program, option, option, words=(option[2:], words)) for option, words in table]
 
 
 def config(wrong: str, content: str | bytes, *words: str) -> Row:
-    """A row with another configuration file, which is named."""
+    """Return a row with another configuration file, which the message must name."""
     file = "--config=$tmp/config.yaml"
     return row(
         "train",
@@ -87,7 +87,7 @@ def config(wrong: str, content: str | bytes, *words: str) -> Row:
 
 
 def changed(wrong: str, old: str, new: str, *words: str) -> Row:
-    """A row with the usual configuration file but for one piece of text."""
+    """Return a row with the usual configuration file, in which `new` replaces `old`."""
     file = "--config=$tmp/config.yaml"
     broken = replace("config.yaml", old, new)
     return row("train", f"a configuration with {wrong}", file, words=("config.yaml", *words), broken=broken)

@@ -38,19 +38,19 @@ def model(wrong: str, broken: Break, *words: str, programs: str = "train") -> li
 
 
 def settings(network: str, program: str, *changes: tuple[str, object]) -> list[Row]:
-    """A config.json with another value for one key, once per change."""
+    """Return rows with a config.json in which one key has another value, for each change."""
     rows = []
     for key, value in changes:
         text = "gone" if value is GONE else json.dumps(value)
         broken = edit_json(f"model/{network}/config.json", **{key: value})
-        finite = not any(word in text for word in ("NaN", "Infinity"))  # which are not JSON
+        finite = not any(word in text for word in ("NaN", "Infinity"))  # JSON has neither
         words = ("config.json", text.strip("[").split(",")[0] if not finite else "class" if "class" in key else key)
         rows += model(f"{network} whose {key} is {text}", broken, network, *words, programs=program)
     return rows
 
 
 def weights(wrong: str, broken: Break | Sequence[Break], *words: str) -> list[Row]:
-    """Broken weights of a transformer, for training and for conversion."""
+    """Return rows with broken weights of a transformer, for training and for conversion."""
     return [
         row("train", f"weights {wrong}", MODEL, words=("$tmp/model/transformer", *words), broken=broken),
         row(

@@ -1,4 +1,4 @@
-"""Rows of bad input: outputs, runs that are resumed or exported, and the options of the other programs."""
+"""The table of bad input: outputs, runs to resume or export, and the options of the other programs."""
 
 from helpers.bad_input_table import CONFIG, Row, exactly, malformed, options, row
 from helpers.breaking import DEEP, Break, copied, cut, each, flip, folder, link, remove, rename, replace, write
@@ -166,7 +166,7 @@ OTHERS = [
             ("--prompts=1", "expected at least 2"),
             ("--reference=3", "expected at least 4"),
             ("--rounds=0", "expected at least 1"),
-            ("--laws=[magic]", "expected some of"),
+            ("--laws=[magic]", "expected one of"),
             ("--steps=0", "expected at least 1"),
             ("--train.output=x", "the study sets it"),
             ("--train.seed=1", "the study sets it"),
@@ -225,7 +225,7 @@ SUMMARY = f"{STEPS}/_CHECKPOINT_METADATA"
 
 
 def saved(wrong: str, broken: Break, *words: str) -> list[Row]:
-    """Rows in which all checkpoints of a run are damaged, so that it cannot be resumed or exported."""
+    """Return rows with a run that cannot be resumed or exported, because all its checkpoints are damaged."""
     resume = ("--train.output=$tmp/run", "--train.steps=5", "--resume")
     words = ("$tmp/run", *words)
     return [

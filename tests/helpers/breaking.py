@@ -1,4 +1,4 @@
-"""Ways to break the inputs of a tiny world. Each function returns a `Break`, which changes copies in a folder."""
+"""Ways to break the inputs of a tiny world. Most functions return a `Break`, which changes copies in a folder."""
 
 import json
 import os
@@ -41,7 +41,7 @@ class Place(NamedTuple):
         return path
 
     def fresh(self, name: str) -> Path:
-        """Like `copy`, for a file that will be written: the link is removed."""
+        """Like `copy`, but remove the link, so that the file can be written."""
         path = self.copy(name)
         path.unlink(missing_ok=True)
         return path
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 Break = Callable[[Place], None]
 
 GONE = object()
-"""In `edit_json`: removes the key."""
+"""As a value for `edit_json`, this removes the key."""
 
 DEEP = "[" * 100_000 + "]" * 100_000
 HTML = "<!DOCTYPE html><html><body>Access denied</body></html>"
@@ -61,7 +61,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
 
 
 def copied(name: str) -> Break:
-    """An unchanged copy."""
+    """Make an unchanged copy."""
     return lambda place: void(place.copy(name))
 
 
@@ -91,7 +91,7 @@ def edit_json(name: str, **changes: Any) -> Break:
 
 
 def replace(name: str, old: str, new: str) -> Break:
-    """Replace a text that occurs in a file."""
+    """Replace a text that must occur in the file."""
 
     def change(data: bytes) -> bytes:
         assert old.encode() in data
@@ -105,7 +105,7 @@ def cut(name: str, share: float = 0.6) -> Break:
 
 
 def flip(name: str, share: float = 0.9) -> Break:
-    """Flip a bit of the byte at this share of the length."""
+    """Flip one bit of the byte at the fraction `share` of the file."""
 
     def change(data: bytes) -> bytes:
         position = int(share * len(data))
@@ -166,7 +166,7 @@ def edit_tensors(name: str, change: Callable[[dict[str, np.ndarray]], object]) -
 
 
 def poison(tensor: str, value: float = np.nan) -> Callable[[dict[str, np.ndarray]], None]:
-    """For `edit_tensors`: set the last number of a tensor to `value`."""
+    """Return a change for `edit_tensors` that sets the last number of a tensor to `value`."""
 
     def change(tensors: dict[str, np.ndarray]) -> None:
         array = tensors[tensor].copy()
@@ -177,7 +177,7 @@ def poison(tensor: str, value: float = np.nan) -> Callable[[dict[str, np.ndarray
 
 
 def safetensors(header: Mapping[str, Any] | str, data: bytes = b"") -> bytes:
-    """Return a file with this header, which may be invalid."""
+    """Return the content of a safetensors file with this header, which may be invalid."""
     text = header.encode() if isinstance(header, str) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -189,7 +189,7 @@ REPEATED_KEY = safetensors(
 
 
 def lora(name: str, change: Callable[[dict[str, np.ndarray]], object] = void, **metadata: str) -> Break:
-    """Write a valid LoRA file for the model of the world, after `change` was applied to its tensors."""
+    """Write a LoRA file for the model of the world; `change` edits its tensors, which are valid before."""
 
     def apply(place: Place) -> None:
         rng = np.random.default_rng(0)
@@ -279,7 +279,7 @@ def matrix(name: str, *values: int) -> Break:
     other = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
 
     def change(data: bytes) -> bytes:
-        start = data.index(upright, data.index(b"tkhd"))  # the matrix of the track, not of the movie
+        start = data.index(upright, data.index(b"tkhd"))  # change the matrix of the track, not that of the movie
         return data[:start] + other + data[start + len(other) :]
 
     return edit(name, change)

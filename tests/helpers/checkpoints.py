@@ -22,7 +22,7 @@ METADATA = {
 
 
 def state(step: int) -> dict[str, jax.Array]:
-    """The state of a run after `step` steps, with different values for every step."""
+    """Return the state of a run after `step` steps, with different values for every step."""
     key = jax.random.key(step)
     return {
         f"{FACTORS}/lora_a/value": jax.random.normal(key, (2, 160, 4)),
@@ -50,7 +50,7 @@ def assert_is_of_step(restored: Restored | None, step: int) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    """The names of all files in a folder."""
+    """Return the names of all files in a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 

@@ -9,18 +9,18 @@ from PIL import Image
 
 FPS = 16
 SIZES = [(17, 64, 64), (17, 62, 90), (9, 34, 50), (2, 480, 832)]
-"""Frames, height and width: multiples of 16, of only 2, and a picture that x264 splits over threads by default."""
+"""(frames, height, width): multiples of 16, multiples of only 2, and a picture that x264 splits over threads."""
 
 
 def smooth_clip(frames: int = 17, height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
-    """Drifting coloured blobs: easy for a video codec, and different in every region."""
+    """Return a clip of drifting coloured blobs, which is easy for a video codec and different in every region."""
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3)).astype(np.uint8)
     canvas = np.asarray(Image.fromarray(pixels).resize((width + frames, height + frames), Image.Resampling.BICUBIC))
     return np.stack([canvas[i : i + height, i : i + width] for i in range(frames)])
 
 
 def grey_clip(frames: int, height: int = 64, width: int = 64) -> np.ndarray:
-    """A clip whose frame i has the value 10 + 5 i everywhere, so that `which` can recognise it."""
+    """Return a clip in which frame i has the value 10 + 5 i everywhere, so that `which` can recognise the frame."""
     values = np.arange(10, 10 + 5 * frames, 5, dtype=np.uint8)
     return np.broadcast_to(values[:, None, None, None], (frames, height, width, 3))
 
@@ -46,7 +46,7 @@ def encode(
     pix_fmt: str = "yuv420p",
     aspect: Fraction | None = None,
 ) -> Path:
-    """Write a file with properties that `write_clip` never gives one; `stamps` are in seconds."""
+    """Write a file with properties that `write_clip` never gives a file; `stamps` are in seconds."""
     with av.open(path, "w", format=container) as output:
         stream = output.add_stream(codec, rate=FPS)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pix_fmt
@@ -68,5 +68,5 @@ def encode(
 
 
 def display_matrix(a: float, b: float, c: float, d: float, u: float = 0) -> list[int]:
-    """The matrix as stored in a container: 16.16 fixed point, 2.30 in the last column."""
+    """Return a display matrix as stored in a container: 16.16 fixed point, with 2.30 in the last column."""
     return [round(n) for n in (a * 2**16, b * 2**16, u * 2**30, c * 2**16, d * 2**16, 0, 0, 0, 2**30)]

@@ -1,4 +1,4 @@
-"""How the tests compile: without most optimizations, and every program only once in a whole test run."""
+"""Makes the tests compile faster: without most optimizations, and every program only once in a test run."""
 
 import atexit
 import os
@@ -10,14 +10,14 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def compile_fast() -> None:
-    """Set the environment of this process and of those that it starts. This must come before the import of JAX."""
+    """Set the environment of this process and of its children. Call this before JAX is imported."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if CACHE not in os.environ:  # the workers of pytest-xdist inherit the folder of the process that starts them
+    if CACHE not in os.environ:  # workers of pytest-xdist inherit the folder from their parent
         os.environ[CACHE] = tempfile.mkdtemp(prefix="tfm_jax_compiled_")
         atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
 
 
 def settings() -> dict[str, str]:
-    """These variables, for a process that inherits no environment."""
+    """Return the variables that `compile_fast` sets, for a process that inherits no environment."""
     return {name: os.environ[name] for name in (*DEFAULTS, CACHE) if name in os.environ}

@@ -1,4 +1,4 @@
-"""Configurations read as a program reads them, from a command line."""
+"""Reads configurations from a command line, as a program does."""
 
 import functools
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ sampling: {output: samples}
 
 @functools.cache
 def options_with(kind: type) -> type:
-    """The options of a program with `--config` and the sections of `kind`."""
+    """Return the options class of a program with `--config` and the sections of the dataclass `kind`."""
     return section(type("Options", (), {"__annotations__": {"config": Path, "run": kind}}))
 
 
 def configured(kind: type[T], argv: Sequence[str]) -> T:
-    """The sections of `kind` from `--config FILE` and `--section.field=value` arguments."""
+    """Read the sections of the dataclass `kind` from `--config FILE` and `--section.field=value` arguments."""
     return command.parse(options_with(kind), argv, "program", "About it.").options().run
 
 

@@ -1,4 +1,4 @@
-"""Known kinds of damage to clips, for testing which metric detects what. Each function: (clip, rng) -> clip."""
+"""Known damage to clips, for testing which metric detects what. Each function maps (clip, rng) to a damaged clip."""
 
 import numpy as np
 from scipy import ndimage
@@ -13,7 +13,7 @@ def frozen(clip, rng):
 
 
 def jittered(clip, rng, pixels=1):
-    """Move every frame by up to a pixel along each axis, extending the background."""
+    """Move every frame by up to `pixels` along each axis, extending the edges."""
     moved = []
     for frame, (dy, dx) in zip(clip, rng.integers(-pixels, pixels + 1, (len(clip), 2)), strict=True):
         wide = np.pad(frame, ((pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
@@ -22,7 +22,7 @@ def jittered(clip, rng, pixels=1):
 
 
 def swapped(clip, rng, pairs=2):
-    """Swap two pairs of neighbouring frames."""
+    """Swap the two frames of some pairs of neighbours."""
     order = np.arange(len(clip))
     for first in rng.choice(np.arange(0, len(clip) - 1, 2), pairs, replace=False):
         order[[first, first + 1]] = order[[first + 1, first]]
@@ -36,12 +36,12 @@ def ghosting(clip, rng, delay=6, strength=0.45):
 
 
 def fading(clip, rng, left=0.6):
-    """Darken the object and the background in the course of the clip."""
+    """Darken the clip gradually, down to the fraction `left` of its brightness."""
     return (clip * np.linspace(1, left, len(clip))[:, None, None, None]).astype(np.uint8)
 
 
 def vanishing(clip, rng):
-    """Remove the object from one frame."""
+    """Remove the objects from one random frame."""
     clip = clip.copy()
     clip[rng.integers(len(clip))] = np.median(clip, (0, 2))[:, None]
     return clip

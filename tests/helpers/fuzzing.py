@@ -13,7 +13,7 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=5,
 )
-"""Any value that JSON can hold, including Python's NaN and infinity."""
+"""Any value that Python's JSON module can write, including NaN and infinity."""
 
 
 DEEP = "[" * 10_000 + "]" * 10_000
@@ -25,7 +25,7 @@ def damaged_bytes(draw: st.DrawFn, sound: bytes, within: int | None = None) -> b
     """Flip, cut, delete, insert and repeat some bytes of `sound`.
 
     Args:
-        within: change only bytes before this position, except for cuts.
+        within: start every change at or before this position.
     """
     data = sound
     for _ in range(draw(HOW_OFTEN)):
@@ -85,7 +85,7 @@ def damaged_json(draw: st.DrawFn, sound: Any) -> str:
 
 
 def _neighbours(value: Any) -> list[Any]:
-    """Return values of the same kind, which may be valid."""
+    """Return values that resemble `value`, some of which may be valid."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int | float):

@@ -19,7 +19,7 @@ def make_lora(alpha: float = RANK, layers: int = LAYERS, targets=tuple(BLOCK_LIN
         for name in targets:
             features_in = FFN_DIM if name == "ffn.2" else DIM
             features_out = FFN_DIM if name == "ffn.0" else DIM
-            # Transposed and not contiguous, as they come from JAX's [in, rank] and [rank, out].
+            # Transposed and not contiguous, like factors from JAX's [in, rank] and [rank, out].
             a = rng.normal(0, 0.1, size=(features_in, RANK)).astype(np.float32).T
             b = rng.normal(0, 0.1, size=(RANK, features_out)).astype(np.float32).T
             adapters[BlockLinear(layer, name)] = Adapter(a, b)
@@ -27,7 +27,7 @@ def make_lora(alpha: float = RANK, layers: int = LAYERS, targets=tuple(BLOCK_LIN
 
 
 def deltas(lora: Lora) -> dict[BlockLinear, np.ndarray]:
-    """The change of every weight, [out, in]."""
+    """Return the change of every weight, [out, in]."""
     return {name: lora.alpha / lora.rank * adapter.b @ adapter.a for name, adapter in lora.adapters.items()}
 
 
@@ -43,7 +43,7 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 
 def rewritten(path: Path, change, dialect="comfy", alpha: float = RANK, metadata=None) -> Path:
-    """Write a file of `dialect` after `change(tensors)`, which edits the tensors or returns new ones."""
+    """Write a file in a dialect; `change(tensors)` edits its tensors or returns new ones."""
     write_lora(path, make_lora(alpha), dialect, np.float32)
     tensors = load_file(path)
     save_file(change(tensors) or tensors, path, metadata)

@@ -1,4 +1,4 @@
-"""Runs, plans and topologies for tests of the planning."""
+"""Runs, plans and topologies for the tests of planning."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ sampling: {output: none, steps: 3}
 
 
 def parse_run(kind: type, file: Path, *fields: str):
-    """A TrainPlan or SamplePlan from a file and `--section.field=value` options."""
+    """Read a TrainPlan or SamplePlan from a file and `--section.field=value` options."""
     return configured(kind, ["--config", str(file), *fields])
 
 
@@ -31,7 +31,7 @@ def run_14b(batch: int = 4) -> TrainPlan:
 
 
 def fake_topology(kind: str, devices: int) -> Topology:
-    """A topology that cannot be compiled for."""
+    """Return a topology for which nothing can be compiled."""
     return Topology(f"{kind}:{devices}", kind, (SimpleNamespace(platform="cpu"),) * devices)
 
 

@@ -1,4 +1,4 @@
-"""Runs of tfm-train and other programs in several processes on virtual CPU devices."""
+"""Starts tfm-train and other programs in several processes on virtual CPU devices."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ CLIP = {"frames": 5, "height": 32, "width": 32, "fps": 16.0}
 BATCH = 8
 CLIPS = 24
 PATIENCE = 900
-"""Timeout in seconds, many times as long as a run takes, for busy machines."""
+"""Timeout in seconds: many times the duration of a run, because a machine may be busy."""
 
 LOADING = """
 import json, sys
@@ -52,11 +52,11 @@ with hosts.distributed():
     load_transformer(sys.argv[1], "float32", make_mesh(MeshConfig(data=1, fsdp=8)))
     Path(f"{sys.argv[2]}/reads{jax.process_index()}.json").write_text(json.dumps(reads))
 """
-"""Load a transformer, and write a file that lists which weights this process read."""
+"""Program that loads a transformer and writes a file that lists which weights its process read."""
 
 
 def write_run(path: Path) -> None:
-    """Write a transformer, prepared clips and the config of a run on eight devices that shard the weights."""
+    """Write a transformer, prepared clips and the configuration of a run that shards the weights over eight devices."""
     reference_transformer(CONFIG).save_pretrained(path / "model" / "transformer")
     rng = np.random.default_rng(0)
     with RecordWriter(path / "latents", CLIP) as writer:
@@ -77,7 +77,7 @@ def write_run(path: Path) -> None:
 
 
 class Launcher:
-    """Starts processes; `kill` ends those that still run."""
+    """Starts processes; `kill` ends those that are still running."""
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen] = []
@@ -136,7 +136,7 @@ def saved(output: Path) -> tuple[list[int], dict[str, np.ndarray]]:
 
 
 def damage(dataset: Path, copy: Path, clip: int) -> None:
-    """Copy `dataset` and flip one bit that damages exactly the clip with this index."""
+    """Copy `dataset`, and flip one bit of the copy that damages only the clip with index `clip`."""
     shutil.copytree(dataset, copy)
     (shard,) = copy.glob("*.array_record*")
     content = shard.read_bytes()

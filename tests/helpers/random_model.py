@@ -1,4 +1,4 @@
-"""A Wan2.1 model with random weights in the Diffusers layout, smaller than the embedded one, for tests of programs."""
+"""Writes a Wan2.1 model with random weights, smaller than the embedded one, for the tests of the programs."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ VOCABULARY = 256
 
 
 def write_model(directory: Path, captions: list[str], seed: int = 0) -> None:
-    """Write transformer, autoencoder, text encoder and a tokenizer for `captions`."""
+    """Write transformer, autoencoder, text encoder and a tokenizer for `captions` in the Diffusers layout."""
     configs = (
         TransformerConfig(dim=96, ffn_dim=256, heads=4, layers=4, text_dim=TEXT_DIM),
         VaeConfig(base_dim=16),
@@ -37,7 +37,7 @@ def write_model(directory: Path, captions: list[str], seed: int = 0) -> None:
 
 
 def _random(component: Component, config: Any, rng: np.random.Generator) -> Source:
-    """Draw a network with NumPy: initialising it in JAX means compiling, which takes longer than the tests."""
+    """Draw the weights of a network with NumPy: to compile an initialisation in JAX takes longer than the tests."""
     tensors = {}
     for name, like in abstract_parameters(component, config, jnp.float32).items():
         kind = name.rpartition(".")[2]

@@ -10,7 +10,7 @@ from tfm_jax.data.records import Record, RecordWriter
 METADATA = {"model": "weights/wan", "frames": 17, "fps": 16.0}
 SHAPE, TEXT_DIM = (5, 4, 6, 16), 24
 RECORD_BYTES = 4 * (int(np.prod(SHAPE)) + TEXT_LENGTH * TEXT_DIM)
-"""The most that a record takes; shards are planned with it."""
+"""The maximum size of a record, from which the number of records per shard follows."""
 
 
 def make_records(count: int) -> list[Record]:

@@ -13,7 +13,7 @@ SIZE = {"dim": 96, "ffn_dim": 256, "heads": 4, "layers": 4}
 
 
 def run_of(model: Path, output: Path, **settings) -> SampleRun:
-    """A run of two steps; `settings` are fields of `SamplingConfig`."""
+    """Return a run of two steps, by default; `settings` are fields of `SamplingConfig`."""
     prompts = settings.pop("prompts", None) or model.parent / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
@@ -25,13 +25,13 @@ def run_of(model: Path, output: Path, **settings) -> SampleRun:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file in a folder, except those that contain the path of the folder."""
+    """Map each file name in a folder to the content, which is left empty if it contains the path of the folder."""
     own = ("config.yaml", "samples.json")
     return {path.name: b"" if path.name in own else path.read_bytes() for path in folder.iterdir()}
 
 
 def damage(component: Path, change) -> None:
-    """Change the tensors in the weights file of a network."""
+    """Apply `change` to the tensors in the weights file of a network."""
     (file,) = component.glob("*.safetensors")
     tensors = load_file(file)
     change(tensors)

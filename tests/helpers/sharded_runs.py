@@ -1,6 +1,6 @@
-"""Training, attention and sampling on several meshes of eight virtual devices. Prints the results as JSON.
+"""Runs training, attention and sampling on several meshes of up to eight devices, and prints the results as JSON.
 
-test_sharding.py runs this program once: a process for each mesh would spend most of its time on starting.
+test_sharding.py runs this program once: a process for each mesh would spend most of its time starting up.
 """
 
 import json
@@ -24,12 +24,12 @@ from tfm_jax.train.step import init_state, make_step
 from tfm_jax.wan.attention import cross_attention, self_attention
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
-# No other axis has the length 40, the number of tokens. A token has fewer outputs (16) than activations.
+# There are 40 tokens; no other axis has this length. A token has fewer outputs (16) than activations.
 CONFIG = TransformerConfig(dim=96, ffn_dim=128, heads=6, layers=2, text_dim=16, freq_dim=32, channels=4)
 LATENTS = (5, 4, 8, 4)
 STEPS = 10
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\(")
-FORWARD_PASS = re.compile(r"reduce_max\S* = f32\S* reduce\(")  # the maximum of a query's scores, needed once
+FORWARD_PASS = re.compile(r"reduce_max\S* = f32\S* reduce\(")  # maximum of a query's scores, once per forward pass
 
 
 def mesh_of(sizes):
@@ -37,7 +37,7 @@ def mesh_of(sizes):
 
 
 def collectives(program):
-    """Kind of collective -> shapes of the results, as lists of lengths."""
+    """Map each kind of collective in a compiled program to the shapes of its results."""
     found = {"all-gather": [], "all-to-all": [], "collective-permute": []}
     for result, kind in COLLECTIVE.findall(program):
         found[kind] += [[int(n) for n in shape.split(",") if n] for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
@@ -45,7 +45,7 @@ def collectives(program):
 
 
 def model_on(mesh, adapters):
-    """A model with the same weights on every mesh. No factor is zero, because some gradients would then be zero."""
+    """Return a model with the same weights on every mesh. No adapter is zero, or some gradients would be zero."""
     model = jax.jit(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32))()
     nnx.update(model, jax.device_put(nnx.state(model), shardings(nnx.state(model), mesh)))
     if adapters:
@@ -89,7 +89,7 @@ class Training:
         return losses
 
     def parts(self):
-        """The shape of one device's part of some arrays, and the number of distinct parts."""
+        """Map some arrays to the shape of one device's part and the number of distinct parts."""
         moments = self.state.optimizer[1].mu["blocks"]
         batch, blocks, lora = batch_on(self.mesh), self.frozen["blocks"], self.state.lora["blocks"]
         arrays = {
@@ -109,7 +109,7 @@ class Training:
 
 
 def trainings(folder):
-    """Mesh -> losses, collectives, forward passes of attention and parts. Writes the adapters to files in `folder`."""
+    """Train on each mesh, save the adapters in `folder`, and return losses, collectives, attention passes and parts."""
     plan = {(1, 1, 1, 1): "full", (2, 2, 2, 1): "full", (1, 4, 2, 1): "attention", (8, 1, 1, 1): "none",
             (1, 2, 2, 2): "attention_offload"}  # fmt: skip
     results = {}
@@ -130,7 +130,7 @@ def trainings(folder):
 
 
 def compilations():
-    """The number of compilations in each of six steps with two alternating shapes, on a mesh that splits everything."""
+    """Count the compilations in each of six steps with two alternating shapes, on a mesh that splits everything."""
     training = Training((1, 2, 2, 2))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -146,7 +146,7 @@ def compilations():
 
 
 def attentions():
-    """Heads and mesh -> the collectives, and the relative difference of outputs and gradients from no mesh."""
+    """Compare outputs and gradients of attention on several meshes with those without a mesh; list the collectives."""
     results = {}
     for heads, sizes in ((8, (2, 1, 4, 1)), (6, (2, 1, 4, 1)), (8, (1, 2, 2, 2)), (6, (1, 2, 2, 2)), (6, (1, 1, 8, 1))):
         rng = np.random.default_rng(heads)

@@ -1,4 +1,4 @@
-"""Random and degenerate clips for the tests of the objective, and the compiled path and loss."""
+"""Random and degenerate clips for the tests of the objective, and its path and loss as compiled functions."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 
 from tfm_jax.objective import temporal_loss, temporal_path
 
-BATCH, SIZE = 5, (3, 4, 6)  # one size nearly everywhere, so that little has to be compiled
+BATCH, SIZE = 5, (3, 4, 6)  # almost all tests use this size, so that little must be compiled
 SIGMA = jnp.asarray([0.999, 0.8, 0.5, 0.2, 0.005], jnp.float32)
 
-# Eight clips run through the official implementation (Euler path, loss, gradient), and the exact path in float64.
+# Results of the official implementation on eight clips (Euler path, loss, gradient), and the exact path in float64.
 GOLDEN = load_file(Path(__file__).parents[1] / "objective" / "golden" / "tfm_objective.safetensors")
 CASES = sorted({name.split("/")[0] for name in GOLDEN})
 
@@ -22,7 +22,7 @@ path = jax.jit(temporal_path, static_argnums=3)
 
 @jax.jit
 def loss(*at):
-    """direction, residual, and the gradients of their sum in prediction, clean, noise and x_t."""
+    """Return direction, residual, and the gradients of their sum by the four arguments of `temporal_loss`."""
 
     def total(*at):
         terms = temporal_loss(*at)
@@ -33,14 +33,14 @@ def loss(*at):
 
 
 def distance(actual, expected):
-    """Relative L2 distance, in float64."""
+    """Return the relative L2 distance, computed in float64."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 def clips(seed, count, kind="drift"):
-    """Clean latents and noise of BATCH different videos with `count` frames."""
+    """Return the clean latents and the noise of BATCH different videos with `count` frames."""
     draw = np.random.default_rng(seed).normal
     steps = draw(size=(BATCH, count, *SIZE)) * (0.3 if kind == "drift" else 1.0)
     steps[:, 0] = draw(size=(BATCH, *SIZE))

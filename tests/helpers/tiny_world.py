@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
 
 
 def program(name: str) -> ModuleType:
-    """The module of the script of that name: the one in `tfm_jax.cli` that it starts, or else itself."""
+    """Return the module in `tfm_jax.cli` that the script of this name runs or, without one, the script itself."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -42,13 +42,13 @@ def program(name: str) -> ModuleType:
 
 
 def execute(name: str, argv: Sequence[str]) -> None:
-    """Run a program in this process; its errors are raised."""
+    """Run a program in this process, and raise its errors."""
     module = program(name)
     getattr(module, "execute", module.main)(argv)
 
 
 def write_world(folder: Path, steps: int, checkpoint_every: int = 500) -> None:
-    """Write a world, then prepare its clips and train on them with the real programs."""
+    """Write a world, in which the real programs have prepared the clips and trained on them."""
     write_clips(folder / "clips", 4, frames=5, size=(32, 48))
     write_model(folder / "model", PROMPTS)
     (folder / "prompts.txt").write_text(PROMPTS[0], encoding="utf-8")
@@ -68,8 +68,8 @@ def write_world(folder: Path, steps: int, checkpoint_every: int = 500) -> None:
 
 
 def without_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoders that know one answer and training steps that change nothing: a world in seconds, nothing is compiled."""
-    latents = np.random.default_rng(0).standard_normal((1, 2, 4, 6, 16), np.float32)  # zeros are compressed to nothing
+    """Make encoders return constants and training steps change nothing, so that a world takes seconds to write."""
+    latents = np.random.default_rng(0).standard_normal((1, 2, 4, 6, 16), np.float32)  # unlike zeros, not compressible
 
     def step(state, frozen, batch):
         return state._replace(step=state.step + 1), {"loss": jnp.float32(1)}

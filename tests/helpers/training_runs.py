@@ -27,7 +27,7 @@ def write_latents(path: Path, seed: int) -> Path:
 
 
 def arguments(model: Path, latents: Path, folder: Path) -> list[str]:
-    """The command line of a run of four steps in `folder / "run"`."""
+    """Write the configuration of a run of four steps in `folder / "run"`, and return its command line."""
     values = {
         "model": {"path": str(model), "dim": CONFIG.dim, "ffn_dim": CONFIG.ffn_dim, "heads": CONFIG.heads,
                   "layers": CONFIG.layers, "dtype": "float32"},
@@ -51,7 +51,7 @@ def start(options: list[str], resume: bool = False) -> Path:
 
 
 def saved(output: Path, step: int) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint."""
+    """Return the arrays of a checkpoint."""
     restored = Checkpoints(output / "checkpoints").restore(step=step)
     return {name: np.asarray(array) for name, array in restored.arrays.items()}
 

@@ -1,4 +1,4 @@
-"""transformers' umT5 encoder with random weights, and ours with the same weights."""
+"""The umT5 encoder of transformers with random weights, and our encoder with the same weights."""
 
 import functools
 
@@ -29,7 +29,7 @@ def umt5_config(config: TextEncoderConfig) -> UMT5Config:
 
 
 def reference_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
-    """transformers' encoder with random weights, including norms and biases, so that each affects the output."""
+    """Return the encoder of transformers with random weights, norms and biases, so that each affects the output."""
     torch.manual_seed(config.vocab_size)
     model = UMT5EncoderModel(umt5_config(config)).eval().requires_grad_(False)
     for name, weight in model.named_parameters():

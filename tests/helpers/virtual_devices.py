@@ -1,14 +1,13 @@
-"""Several virtual devices on one CPU, for programs that run in a separate process."""
+"""Provides several virtual devices on one CPU to programs in separate processes."""
 
 from helpers import compiling
 
 
 def environment(devices: int) -> dict[str, str]:
-    """The environment variables of a process in which JAX has this many CPU devices.
+    """Return the environment variables of a process in which JAX has this many CPU devices.
 
-    An all-reduce blocks one thread of XLA's pool for each device. By default the pool has no more threads than cores or
-    devices, so that on two cores the last participants may find none and the program is killed after 40 seconds. NPROC
-    sets the size of the pool.
+    An all-reduce blocks one thread of XLA's pool for each device. By default, the pool may have too few threads for all
+    devices if there are only two cores; then the program is killed after 40 seconds. NPROC sets the size of the pool.
     """
     return {
         **compiling.settings(),

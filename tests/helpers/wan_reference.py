@@ -1,4 +1,4 @@
-"""diffusers' Wan transformer with random weights, in both public layouts on disk."""
+"""The Wan transformer of diffusers with random weights, for comparison with ours."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tfm_jax.wan.names import transformer_rows
 from tfm_jax.wan.transformer import TransformerConfig
 
-# The sizes differ in everything that a port could confuse: heads, head width (uneven rotary splits), layers.
+# The sizes differ in all that a port could confuse: heads, layers and head width, which splits unevenly for the RoPE.
 SIZES = {
     "small": TransformerConfig(dim=48, ffn_dim=80, heads=2, layers=2, text_dim=20),
     "many heads": TransformerConfig(dim=96, ffn_dim=136, heads=6, layers=3, text_dim=36, freq_dim=64),
@@ -20,7 +20,7 @@ SIZES = {
 
 
 def reference_transformer(config: TransformerConfig, seed: int = 0) -> WanTransformer3DModel:
-    """A model whose tensors are all random, including norms and biases, so that each affects the output."""
+    """Return a model with random tensors, including norms and biases, so that each affects the output."""
     model = WanTransformer3DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.head_dim,
@@ -46,7 +46,7 @@ def reference_transformer(config: TransformerConfig, seed: int = 0) -> WanTransf
 
 
 def write_original(model: WanTransformer3DModel, config: TransformerConfig, directory: Path) -> None:
-    """Write the original layout of Wan-AI: one safetensors file with its names, and its config.json."""
+    """Write the model in the original layout of Wan-AI: one safetensors file and config.json."""
     tensors = model.state_dict()
     directory.mkdir(parents=True)
     renamed = {row.original: tensors[row.diffusers].contiguous() for row in transformer_rows(config.layers)}
@@ -69,7 +69,7 @@ def write_original(model: WanTransformer3DModel, config: TransformerConfig, dire
 
 
 def inputs(config: TransformerConfig, batch: int, f: int, h: int, w: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random latents `b f h w c`, timesteps and text embeddings."""
+    """Return random latents `b f h w c`, timesteps and text embeddings."""
     rng = np.random.default_rng(seed)
     return {
         "latents": rng.standard_normal((batch, f, h, w, config.channels), np.float32),
@@ -79,7 +79,7 @@ def inputs(config: TransformerConfig, batch: int, f: int, h: int, w: int, seed: 
 
 
 def run_reference(model: torch.nn.Module, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """The velocity of the reference, `b f h w c`."""
+    """Return the velocity that the reference predicts, `b f h w c`."""
     latents = torch.from_numpy(batch["latents"]).permute(0, 4, 1, 2, 3).contiguous()
     with torch.no_grad():
         out = model(latents, torch.from_numpy(batch["timestep"]), torch.from_numpy(batch["text"])).sample
@@ -87,7 +87,7 @@ def run_reference(model: torch.nn.Module, batch: dict[str, np.ndarray]) -> np.nd
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest absolute error divided by the largest absolute value of the reference."""
+    """Return the largest absolute error divided by the largest absolute value of the reference."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

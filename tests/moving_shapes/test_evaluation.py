@@ -216,8 +216,8 @@ def test_the_program(folders, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "physics residual R" in printed
     assert (
-        "3 generated clips, 6 reference clips; floor: the difference between halves of the reference, 3 clips each"
-        in printed
+        "3 generated clips, 6 reference clips; "
+        "floor: the difference between random halves of the reference, 3 clips each" in printed
     )
     assert "measuring it needs a network" in printed
     numbers = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
@@ -243,7 +243,7 @@ def test_clips_are_sorted_by_number(tmp_path):
 def test_cells_without_a_number_are_explained(reference):
     captions = "-: colours, shapes and directions need captions"
     lost = "-: too few clips have every object in every frame"
-    infinite = "inf: an object is missing in at least half of the clips"
+    infinite = "inf: at least half of the clips lose an object"
 
     def reasons(generated: list, real: list) -> list[str]:
         table, compared = compare(generated, real)
@@ -288,7 +288,7 @@ def test_bad_input(folders, tmp_path, capsys):
     refused(r": 0 mp4 files; expected at least 2", tmp_path, real)
     refused(r"samples: 3 mp4 files; expected at least 4", samples, samples, "--frames=9")
     refused(r"000.mp4: 9 frames, .* expected enough for 17 frames", samples, real)
-    refused(r"two.txt: 2 captions; expected 3, one for each mp4", samples, real, f"--prompts={tmp_path}/two.txt")
+    refused(r"two.txt: 2 captions; expected 3, one per mp4 file", samples, real, f"--prompts={tmp_path}/two.txt")
     refused(r"latin.txt: byte 3 is not UTF-8; expected UTF-8 text", samples, real, f"--prompts={tmp_path}/latin.txt")
     refused(r"none.txt: .*No such file", samples, real, f"--prompts={tmp_path}/none.txt")
     refused(r"--frames=2: expected 5 to 1000", samples, real, "--frames=2")

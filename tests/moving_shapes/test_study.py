@@ -170,7 +170,7 @@ def test_results_of_another_study_are_refused(tmp_path):
 def test_files_that_hold_no_results_are_refused(tmp_path, content):
     file = tmp_path / "results.jsonl"
     file.write_bytes(content)
-    with pytest.raises(InputError, match="not the results of a study"):
+    with pytest.raises(InputError, match="is not the results file of a study"):
         Results(file, {})
     assert file.read_bytes() == content
 
@@ -272,9 +272,9 @@ def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
     ("option", "message"),
     [
         ("--arms=[tfm]", "--arms=tfm: expected fm among them"),
-        ("--arms=[fm, mse]", "--arms=mse: expected some of fm, "),
+        ("--arms=[fm, mse]", "--arms=mse: expected one of fm, "),
         ("--seeds=1", "--seeds=1: expected at least 2"),
-        ("--laws=[falling]", "--laws=falling: expected some of still, "),
+        ("--laws=[falling]", "--laws=falling: expected one of still, "),
         ("--train.steps=3", "--train.steps=3: the study sets it"),
         ("--model.dim=64", "the weights have dim 96"),
     ],

@@ -1,4 +1,4 @@
-"""Captions of the world of moving shapes: written from a scene, and read back."""
+"""Writes and reads the captions of the world of moving shapes."""
 
 import re
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def _clause(law: str, obj: SceneObject) -> str:
 
 
 def _any_of(names: Sequence[str]) -> str:
-    """A pattern that matches one of the names, and the longest one where several match."""
+    """Return a pattern that matches any of the names, preferring the longest."""
     return "(" + "|".join(sorted(names, key=len, reverse=True)) + ")"
 
 
@@ -42,7 +42,7 @@ _OBJECT = re.compile(
 
 
 def read_caption(caption: str) -> tuple[str, tuple[SceneObject, ...]] | None:
-    """Return the law and the objects of a caption of this world; None for any other text."""
+    """Return the law and the objects that a caption describes; None if it describes no object of this world."""
     found = _OBJECT.findall(caption)
     if not found:
         return None

@@ -1,6 +1,6 @@
 """The laws of motion in closed form: the position of an object at any time.
 
-Positions are in pixels, x to the right and y downwards; times are in frames. The arguments broadcast.
+Positions are in pixels, x to the right and y downwards; times are in frames. Arguments of type `Numbers` broadcast.
 """
 
 import numpy as np
@@ -11,17 +11,17 @@ Paths = Float[np.ndarray, "n t 2"]
 
 
 def uniform(start: Numbers | float, velocity: Numbers | float, times: Numbers) -> Numbers:
-    """Uniform motion: p + v t."""
+    """Return the position in uniform motion: start + velocity * times."""
     return start + velocity * times
 
 
 def reflect(position: Numbers, extent: Numbers | float) -> Numbers:
-    """Fold free motion along an axis into 0..extent, like a ball between two walls (a triangle wave)."""
+    """Fold free motion along an axis into 0..extent, as two walls do with a ball (a triangle wave)."""
     return extent - abs(position % (2 * extent) - extent)
 
 
 def bounce_height(apex_height: Numbers | float, apex_time: Numbers | float, times: Numbers, gravity: float) -> Numbers:
-    """Height of a ball that bounces off the floor without losing energy.
+    """Return the height of a ball that bounces off the floor without losing energy.
 
     The height is h - g s^2 / 2, where h is the height of the apex and s the time since the nearest apex. One apex is at
     `apex_time`; the time from one apex to the next is 2 sqrt(2 h / g).
@@ -32,10 +32,13 @@ def bounce_height(apex_height: Numbers | float, apex_time: Numbers | float, time
 
 
 def orbit(
-    centre: Float[np.ndarray, "2"], arm: Float[np.ndarray, "2"], turn: float, times: Float[np.ndarray, "t"]
+    centre: Float[np.ndarray, "2"], arm: Float[np.ndarray, "2"], angular_speed: float, times: Float[np.ndarray, "t"]
 ) -> Float[np.ndarray, "t 2"]:
-    """Circular motion: centre + rotation(turn t) arm, `turn` in radians per frame, positive for clockwise on screen."""
-    cos, sin = np.cos(turn * times), np.sin(turn * times)
+    """Return positions in circular motion: centre + rotation(angular_speed t) arm.
+
+    The angular speed is in radians per frame, and positive if the motion is clockwise on screen.
+    """
+    cos, sin = np.cos(angular_speed * times), np.sin(angular_speed * times)
     return centre + np.stack([cos * arm[0] - sin * arm[1], sin * arm[0] + cos * arm[1]], -1)
 
 
@@ -45,7 +48,7 @@ def collide(
     times: Float[np.ndarray, "t"],
     distance: float,
 ) -> Paths:
-    """Two free bodies of equal mass that collide elastically when their centres are `distance` apart.
+    """Return the paths of two free bodies of equal mass that collide elastically with their centres `distance` apart.
 
     On contact they exchange the components of their velocities along the line n through their centres:
     v1' = v1 + ((v2 - v1) . n) n and v2' = v2 - ((v2 - v1) . n) n, which conserves momentum and energy.
@@ -62,7 +65,7 @@ def collide(
 
 
 def _contact_time(apart: Float[np.ndarray, "2"], closing: Float[np.ndarray, "2"], distance: float) -> float:
-    """The first time t >= 0 at which |apart + closing t| = distance; infinite if the bodies miss each other."""
+    """Return the first t >= 0 with |apart + closing t| = distance; infinite if the bodies miss or already overlap."""
     a, b, c = closing @ closing, apart @ closing, apart @ apart - distance**2
     if b >= 0 or c < 0 or b**2 < a * c:
         return np.inf

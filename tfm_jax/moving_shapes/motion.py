@@ -1,4 +1,4 @@
-"""Random paths that obey a law of motion and stay inside the picture."""
+"""Draws random paths that obey a law of motion and stay inside the picture."""
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -27,7 +27,7 @@ SpeedRanges = dict[str, tuple[float, float]]
 
 
 class Motion(NamedTuple):
-    """How one object moves."""
+    """How an object moves."""
 
     direction: str
     pace: str
@@ -38,7 +38,7 @@ class Motion(NamedTuple):
 def draw_motions(
     rng: np.random.Generator, law: str, count: int, spec: ClipSpec, speeds: SpeedRanges
 ) -> tuple[list[Motion], Float[np.ndarray, "n t 2"]]:
-    """Draw motions and paths until the objects stay inside the walls and, unless they collide, clear of each other.
+    """Draw motions and paths until all objects stay inside the walls and, unless they collide, clear of each other.
 
     Returns:
         The motions, and the paths in pixels, measured from the upper left corner of the area that centres can reach.
@@ -62,7 +62,7 @@ def draw_motions(
 
 def _too_long(spec: ClipSpec, motion: str) -> InputError:
     clip = f"{spec.frames} frames of {spec.size[0]} x {spec.size[1]} pixels at {spec.fps} fps"
-    return InputError(f"{clip}: {motion} does not fit into the picture; expected a shorter clip, about a second")
+    return InputError(f"{clip}: {motion} does not fit into the picture; expected a shorter clip, of about a second")
 
 
 def _draw_motion(rng: np.random.Generator, law: str, speeds: SpeedRanges) -> Motion:
@@ -74,7 +74,7 @@ def _draw_motion(rng: np.random.Generator, law: str, speeds: SpeedRanges) -> Mot
 
 
 def _velocity(spec: ClipSpec, motion: Motion) -> Float[np.ndarray, "2"]:
-    """Pixels per frame."""
+    """Return the velocity in pixels per frame."""
     direction = np.array(DIRECTIONS[motion.direction])
     return direction / np.linalg.norm(direction) * motion.speed * spec.unit / spec.fps
 
@@ -82,7 +82,7 @@ def _velocity(spec: ClipSpec, motion: Motion) -> Float[np.ndarray, "2"]:
 def _draw_start(
     rng: np.random.Generator, spec: ClipSpec, displacement: Float[np.ndarray, "2"]
 ) -> Float[np.ndarray, "2"]:
-    """A start from which the displacement, in pixels along x and y, does not reach a wall."""
+    """Draw a start from which `displacement` (x, y), in pixels, stays inside the walls."""
     free = spec.extent - abs(displacement)
     if (free < 0).any():
         raise _too_long(spec, f"a path of {abs(displacement).max():.0f} pixels")
@@ -101,7 +101,7 @@ def _uniform(rng: np.random.Generator, spec: ClipSpec, motion: Motion) -> Float[
 
 
 def _bouncing(rng: np.random.Generator, spec: ClipSpec, motion: Motion) -> Float[np.ndarray, "t 2"]:
-    """Start at such a distance from a wall ahead that the object reaches it within CONTACT_TIMES."""
+    """Draw a start from which the object first reaches a wall at a time within CONTACT_TIMES."""
     velocity = _velocity(spec, motion)
     moving = np.flatnonzero(velocity)
     contact = rng.uniform(*CONTACT_TIMES) * min(spec.times[-1], (spec.extent / abs(velocity).clip(1e-9)).min())
@@ -123,8 +123,8 @@ def _orbit(rng: np.random.Generator, spec: ClipSpec, motion: Motion) -> Float[np
     radius = rng.uniform(*ORBIT_RADII) * spec.unit
     centre = radius + rng.uniform(size=2) * (spec.extent - 2 * radius)
     angle = rng.uniform(0, 2 * np.pi)
-    turn = ROTATIONS[motion.direction] * motion.speed * spec.unit / spec.fps / radius
-    return laws.orbit(centre, radius * np.array([np.cos(angle), np.sin(angle)]), turn, spec.times)
+    angular_speed = ROTATIONS[motion.direction] * motion.speed * spec.unit / spec.fps / radius
+    return laws.orbit(centre, radius * np.array([np.cos(angle), np.sin(angle)]), angular_speed, spec.times)
 
 
 _PATHS: dict[str, Callable[[np.random.Generator, ClipSpec, Motion], Float[np.ndarray, "t 2"]]] = {
@@ -133,7 +133,7 @@ _PATHS: dict[str, Callable[[np.random.Generator, ClipSpec, Motion], Float[np.nda
 
 
 def _collision(rng: np.random.Generator, spec: ClipSpec, motions: Sequence[Motion]) -> Float[np.ndarray, "2 t 2"]:
-    """Draw the contact and follow it back to the start; infinite positions if the impact is too weak to be visible."""
+    """Draw the contact and trace the paths back to the start; return infinite positions if the impact is too weak."""
     velocities = np.stack([_velocity(spec, motion) for motion in motions])
     angle = rng.uniform(0, 2 * np.pi)
     normal = np.array([np.cos(angle), np.sin(angle)])

@@ -1,13 +1,13 @@
-"""Numbers of tables and of JSON files, where one may be missing."""
+"""Formats numbers for tables and JSON files, in which a number may be missing."""
 
 import math
 
 
 def finite_or_none(value: float) -> float | None:
-    """None instead of NaN or infinity, which JSON does not have."""
+    """Return the value, or None for NaN and infinity, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """A number with `digits` significant digits; "-" for None and NaN."""
+    """Format a number with `digits` significant digits; return "-" for None and NaN."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}g}"

@@ -1,4 +1,4 @@
-"""From positions to pixels, with antialiased edges."""
+"""Renders objects with antialiased edges."""
 
 from collections.abc import Sequence
 
@@ -21,13 +21,13 @@ def render(
 
 
 def paint_background(background: str, height: int) -> Float[np.ndarray, "y 1 3"]:
-    """The colour of every row."""
+    """Return the colour of every row."""
     top, bottom = (np.array(colour, np.float64) for colour in BACKGROUNDS[background])
     return (top + np.linspace(0, 1, height)[:, None] * (bottom - top))[:, None]
 
 
 def pixel_coverage(shape: str, centres: Float[np.ndarray, "t 2"], spec: ClipSpec) -> Float[np.ndarray, "t y x"]:
-    """The fraction of each pixel that a shape covers.
+    """Return the fraction of each pixel that a shape covers.
 
     A shape extends at most one radius along x and y from its centre of mass.
     """
@@ -37,7 +37,7 @@ def pixel_coverage(shape: str, centres: Float[np.ndarray, "t 2"], spec: ClipSpec
     y = np.arange(height)[:, None] + 0.5 - centres[:, 1, None, None]
     if shape == "disc":
         return (r - np.hypot(x, y) + 0.5).clip(0, 1)
-    if shape == "square":  # with the area of the disc
+    if shape == "square":  # has the same area as the disc
         half = r * np.sqrt(np.pi) / 2
         return (half - abs(x) + 0.5).clip(0, 1) * (half - abs(y) + 0.5).clip(0, 1)
     sides = (r + y - 1.5 * abs(x)) / np.hypot(1, 1.5)  # corners at (0, -r) and (+-r, r / 2)

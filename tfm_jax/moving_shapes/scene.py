@@ -38,7 +38,7 @@ ROTATIONS = {"clockwise": 1, "counterclockwise": -1}
 SPEEDS = {"slowly": (0.20, 0.34), "fast": (0.46, 0.65)}
 """Pace -> range of the speed at the start of a clip, in units per second."""
 HELD_OUT_SPEEDS = {"slowly": (0.34, 0.40), "fast": (0.40, 0.46)}
-"""Drawn only on request, to test a model between the speeds that it was trained on."""
+"""Drawn only on request, to test a model at speeds between those of its training clips."""
 
 LAWS = {
     "still": "stands still",
@@ -57,21 +57,21 @@ FIXED_COUNTS = {"collision": 2, "gravity": 1}
 # --- Geometry and physics --------------------------------------------------------------------------------------------
 
 RADIUS = 0.14
-"""Half the size of a shape, in units. Its centre stays at least this far from the edge of the picture."""
+"""Half the size of a shape, in units. The centre of a shape stays at least this far from the edges of the picture."""
 GRAVITY = 3.0
-"""Units per second squared: a fall from the ceiling takes 0.7 seconds."""
+"""In units per second squared: a fall from the ceiling to the floor takes 0.7 seconds."""
 DROP_HEIGHTS = (0.5, 1.0)
 """Range of the height from which an object falls, as a fraction of the space between floor and ceiling."""
 ORBIT_RADII = (0.20, 0.34)
 """Range of the radius of an orbit, in units."""
 CONTACT_TIMES = (0.25, 0.75)
-"""Range of the time of the first contact with a wall or another object, as a fraction of the clip: it has a before and
-an after."""
+"""Range of the time of the first contact with a wall or another object, as a fraction of the clip (or of the time to
+cross the picture, if that is shorter)."""
 MIN_IMPACT_SPEED = 0.3
-"""Units per second: two objects close at least this fast along the line through their centres, or the collision would
-hardly be visible."""
+"""In units per second: two objects approach each other at least this fast along the line through their centres, because
+a slower collision would hardly be visible."""
 CLEARANCE = 2.6
-"""Least distance between the centres of objects that do not collide, in radii: no shape covers another."""
+"""Minimum distance, in radii, between the centres of objects that do not collide, so that no shape covers another."""
 
 
 class SceneObject(NamedTuple):
@@ -94,13 +94,14 @@ class Scene(NamedTuple):
     background: str
     objects: tuple[SceneObject, ...]
     speeds: tuple[float, ...]
-    """Speed of every object, units per second: its horizontal speed under gravity, before the contact in collisions."""
+    """Speed of every object in units per second: under gravity, the horizontal speed; in a collision, the speed before
+    the contact."""
     positions: Float[np.ndarray, "n t 2"]
     """Centre (x, y) of every object in every frame, in pixels from the upper left corner of the picture."""
 
 
 class ClipSpec(NamedTuple):
-    """Frames, size and frame rate of a clip, and the world's lengths and gravity in pixels and frames.
+    """Number of frames, size and frame rate of a clip, and the world's constants in pixels and frames.
 
     The defaults are those of the clips that the embedded model was trained on.
     """
@@ -132,5 +133,5 @@ class ClipSpec(NamedTuple):
 
     @property
     def times(self) -> Float[np.ndarray, "t"]:
-        """The time of every frame, in frames: 0, 1, ..."""
+        """The time of every frame, measured in frames: 0, 1, ..."""
         return np.arange(float(self.frames))

@@ -13,9 +13,9 @@ SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 def write_tokenizer(directory: str | Path, corpus: Iterable[str], vocab_size: int) -> None:
     """Save a Unigram tokenizer of at most `vocab_size` pieces as the files of a `T5TokenizerFast`.
 
-    Ids 0, 1 and 2 are `<pad>`, `</s>` and `<unk>`; words begin with T5's "▁". The pieces are the most frequent
-    characters and words of the corpus, scored by the logarithm of their frequency; anything else becomes `<unk>`.
-    Nothing is random, so the same corpus always gives the same ids.
+    Ids 0, 1 and 2 are `<pad>`, `</s>` and `<unk>`; words begin with T5's "▁". The other pieces are the characters of
+    the corpus, then its words, both from the most frequent to the rarest, with the logarithm of their frequency as the
+    score; anything else becomes `<unk>`. Nothing is random, so the same corpus always gives the same ids.
     """
     words = Counter(f"▁{word}" for text in corpus for word in text.split())
     characters: Counter[str] = Counter()
@@ -28,6 +28,6 @@ def write_tokenizer(directory: str | Path, corpus: Iterable[str], vocab_size: in
 
 
 def _by_frequency(counts: Counter[str]) -> list[tuple[str, float]]:
-    """Pieces with the logarithm of their relative frequency, most frequent first, ties in alphabetical order."""
+    """Return pieces with the logarithm of their relative frequency, most frequent first, ties in alphabetical order."""
     ordered = sorted(counts, key=lambda piece: (-counts[piece], piece))
     return [(piece, math.log(counts[piece] / counts.total())) for piece in ordered]

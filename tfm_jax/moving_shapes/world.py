@@ -1,7 +1,7 @@
 """Makes scenes of moving shapes, and folders of clips with captions and exact positions.
 
-In each scene one or two shapes of different colours move by one of the laws of `laws.py` over a dark background. Clip n
-depends only on (seed, n) and the arguments.
+In each scene, one or two shapes of different colours obey a law of motion in front of a dark background. Clip n depends
+only on the seed, n and the arguments of its scene.
 """
 
 import csv
@@ -45,7 +45,8 @@ def write_clips(
 ) -> None:
     """Write `count` mp4 files, metadata.csv (columns video, prompt) and, last, states.json into `folder`.
 
-    states.json maps each file name to its scene without the pixels. `make_scene` describes the arguments.
+    states.json maps each file name to the law, the background and the objects of its scene. See `make_scene` for the
+    other arguments.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows, states = [], []
@@ -88,7 +89,7 @@ def make_scene(
         size: height and width in pixels.
         laws: keys of LAWS; one of them is drawn.
         num_objects: possible numbers of objects; one of them is drawn, unless FIXED_COUNTS sets the number.
-        held_out: draw speeds from HELD_OUT_SPEEDS, which are never drawn otherwise, instead of SPEEDS.
+        held_out: draw speeds from HELD_OUT_SPEEDS instead of SPEEDS.
 
     Raises:
         InputError: the clip is so long that the motion does not fit into the picture.

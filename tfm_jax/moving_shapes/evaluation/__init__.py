@@ -1,1 +1,1 @@
-"""Metrics of motion: generated clips measured against real clips of the same world."""
+"""Motion metrics, which compare generated clips with real clips of the same world."""

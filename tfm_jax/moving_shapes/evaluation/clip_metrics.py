@@ -1,4 +1,4 @@
-"""Everything that is measured on one clip."""
+"""Computes the metrics of a single clip."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,30 +15,33 @@ from tfm_jax.moving_shapes.scene import DIRECTIONS, ROTATIONS, ClipSpec, SceneOb
 
 
 class ClipMetrics(NamedTuple):
-    """The metrics of one clip.
-
-    A metric is NaN if it needs a caption and there is none, or if it needs every object in every frame and one is lost.
-    """
+    """The metrics of one clip. An object is lost if some frame does not show it."""
 
     residual: float
-    """Pixels; infinite if an object is lost."""
+    """In pixels; infinite if an object is lost."""
     speed: float
+    """NaN if an object is lost."""
     roughness: float
+    """NaN if an object is lost."""
     variation: float
+    """Mean over the objects; NaN if none is found."""
     whole: float
-    """1 if every frame has exactly the expected objects, each in one piece; else 0."""
+    """1 if every frame shows the expected number of objects, each in one piece; else 0."""
     colours: float
     shapes: float
     directions: float
-    """Each of the three is 1 if it agrees with the caption, else 0."""
+    """Colours, shapes and directions are 1 if they agree with the caption, else 0; NaN without a caption. If an object
+    is lost, shapes and directions are 0."""
     features: Float[np.ndarray, "n d"]
+    """See `Motion.features`; no rows if an object is lost."""
     changes: Int[np.ndarray, "256"]
+    """See `count_changes`."""
 
 
 def measure_clip(clip: Pixels, caption: str | None, fps: float | int) -> ClipMetrics:
     """Measure one clip.
 
-    Without a caption of this world, the visible objects count as the expected ones, and the law as bouncing.
+    Without a caption of this world, the objects found count as expected (at least one), and bouncing as their law.
     """
     spec = ClipSpec(len(clip), clip.shape[1:3], fps)
     law, objects = (read_caption(caption) if caption else None) or ("bouncing", ())
@@ -68,7 +71,11 @@ def measure_clip(clip: Pixels, caption: str | None, fps: float | int) -> ClipMet
 
 
 def _match(found: Sequence[Track], objects: Sequence[SceneObject]) -> list[Track]:
-    """Assign to each object the track of its colour, else the largest unassigned track, as long as there are any."""
+    """Return one track for each object, as long as there are enough.
+
+    An object gets the track of its own colour or, if there is none, the largest unused track of a colour that no object
+    has.
+    """
     by_colour = {t.colour: t for t in found}
     wanted = {obj.colour for obj in objects}
     others = iter([t for t in found if t.colour not in wanted])
@@ -77,10 +84,10 @@ def _match(found: Sequence[Track], objects: Sequence[SceneObject]) -> list[Track
 
 
 def moves_in_direction(centres: Float[np.ndarray, "t 2"], law: str, direction: str) -> bool:
-    """Whether an object starts in the direction of its caption; an object without a direction must stand still.
+    """Whether an object starts in the direction that its caption gives or, if there is none, stands still.
 
-    Uniform motion, the horizontal motion under gravity and orbits are judged over the whole clip. Motion that ends at a
-    wall or at another object is judged over the first quarter, before the contact.
+    Uniform motion, orbits and, under gravity, horizontal motion are judged over the whole clip. Bouncing and colliding
+    objects are judged over the first quarter of the clip, before the contact.
     """
     steps = np.diff(centres, axis=0)
     if not direction:

@@ -1,4 +1,4 @@
-"""Finds, reads and measures the clips of a folder."""
+"""Finds, reads and measures the clips in a folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,20 +23,22 @@ def measure_folder(folder: Path, prompts: Path | None, spec: ClipSpec, minimum: 
     """Measure the clips that `find_captioned_clips` finds.
 
     Raises:
-        InputError: the folder, a clip or the captions are missing, damaged or too few.
+        InputError: the folder or the captions are missing, there are too few clips, the number of captions differs from
+            that of clips, or a clip is damaged or too short.
     """
     return measure_clips(find_captioned_clips(folder, prompts, minimum), spec)
 
 
 def find_captioned_clips(folder: Path, prompts: Path | None, minimum: int) -> list[CaptionedClip]:
-    """Return the clips of a folder: those in its metadata.csv, or else every mp4 file, sorted by number.
+    """Return the clips that metadata.csv in the folder lists or, without it, all mp4 files, sorted by number.
 
     Args:
-        prompts: file with one caption per line, in the order of the mp4 files; replaces a metadata.csv.
-        minimum: the least number of clips.
+        prompts: file with one caption per line, in the order of the mp4 files; replaces metadata.csv.
+        minimum: the smallest number of clips to accept.
 
     Raises:
-        InputError: the folder or the captions are missing or too few.
+        InputError: the folder or the captions are missing, there are too few clips, or the number of captions differs
+            from that of clips.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a folder of mp4 files")
@@ -50,12 +52,12 @@ def find_captioned_clips(folder: Path, prompts: Path | None, minimum: int) -> li
     if len(files) < minimum:
         raise InputError(f"{folder}: {len(files)} mp4 files; expected at least {minimum}")
     if len(captions) != len(files):
-        raise InputError(f"{prompts}: {len(captions)} captions; expected {len(files)}, one for each mp4 of {folder}")
+        raise InputError(f"{prompts}: {len(captions)} captions; expected {len(files)}, one per mp4 file in {folder}")
     return [CaptionedClip(file, caption) for file, caption in zip(files, captions, strict=True)]
 
 
 def measure_clips(clips: Sequence[CaptionedClip], spec: ClipSpec) -> list[ClipMetrics]:
-    """Read clips with the frames, size and rate of `spec`, and measure them, one at a time.
+    """Read and measure clips, one at a time; `spec` gives their number of frames, size and frame rate.
 
     Raises:
         InputError: a clip is damaged or too short.

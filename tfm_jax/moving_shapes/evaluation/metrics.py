@@ -1,4 +1,4 @@
-"""Formulas for motion, on centres in pixels, and for pixels in 0..255. None of them needs a network."""
+"""Formulas for motion (object centres in pixels) and for pixel values in 0..255. None of them needs a network."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,21 @@ from tfm_jax.moving_shapes.evaluation import thresholds
 
 
 class Motion(NamedTuple):
-    """The motion of the objects of one clip."""
+    """The motion of the objects in one clip, with velocities V and accelerations A."""
 
     speed: float
-    """S = mean |V|, in pixels per frame, over frames and objects."""
+    """S = mean |V| over frames and objects, in pixels per frame."""
     roughness: float
     """J = mean |A| / (mean |V| + STILLNESS)."""
     features: Float[np.ndarray, "n d"]
-    """One row [V_1, V_2, ..., A_1, A_2, ...] for each object."""
+    """One row [V_1, V_2, ..., A_1, A_2, ...] per object."""
 
 
 def measure_motion(centres: Float[np.ndarray, "n t 2"]) -> Motion:
-    """Compute V_t = c_{t+1} - c_t and A_t = V_{t+1} - V_t from at least three frames; NaN if a centre is NaN."""
+    """Measure motion with V_t = c_{t+1} - c_t and A_t = V_{t+1} - V_t, which need at least three frames.
+
+    Speed and roughness are NaN if a centre is NaN.
+    """
     velocity, acceleration = np.diff(centres, axis=1), np.diff(centres, n=2, axis=1)
     speed = float(np.linalg.norm(velocity, axis=-1).mean())
     force = float(np.linalg.norm(acceleration, axis=-1).mean())
@@ -29,15 +32,15 @@ def measure_motion(centres: Float[np.ndarray, "n t 2"]) -> Motion:
 
 
 def variation(mass: Float[np.ndarray, "t"]) -> float:
-    """std M / mean M: 0 for an object of constant size."""
+    """Return std M / mean M of the mass M: 0 for an object of constant size."""
     return float(mass.std() / mass.mean())
 
 
 def frechet(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-    """Frechet distance between the normal distributions with the moments of a and b.
+    """Return the squared Frechet distance between normal distributions with the means and covariances of a and b.
 
-    |mu - mu'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2); NaN for fewer than two rows. It depends on the numbers of rows:
-    compare it only with a floor computed from the same numbers.
+    |mu - mu'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2); NaN if a or b has fewer than two rows. The distance depends on
+    the number of rows, so compare it only with a floor computed from equally many rows.
     """
     if min(len(a), len(b)) < 2:
         return np.nan
@@ -54,11 +57,14 @@ def _square_root(matrix: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
 
 
 def count_changes(clip: UInt8[np.ndarray, "t y x 3"]) -> Int[np.ndarray, "256"]:
-    """Histogram of |x_{t+1} - x_t| over all pixels and colour channels."""
+    """Return the histogram of |x_{t+1} - x_t| over all pixels and colour channels."""
     changes = abs(np.diff(clip.astype(np.int16), axis=0))
     return np.bincount(changes.ravel(), minlength=256)
 
 
 def wasserstein(a: Int[np.ndarray, "256"], b: Int[np.ndarray, "256"]) -> float:
-    """Wasserstein-1 distance between two histograms over 0..255, in units of the full range: the area between CDFs."""
+    """Return the Wasserstein-1 distance between two histograms over 0..255, as a fraction of the full range.
+
+    This is the area between the two cumulative distribution functions.
+    """
     return float(abs(np.cumsum(a / a.sum() - b / b.sum())).sum() / 255)

@@ -1,4 +1,4 @@
-"""The physics residual: the distance of the objects' centres from the closest path that their law allows."""
+"""The physics residual: the distance of the objects' centres from the closest paths that their law allows."""
 
 from collections.abc import Callable
 from itertools import product
@@ -12,17 +12,16 @@ from tfm_jax.moving_shapes.evaluation import thresholds
 from tfm_jax.moving_shapes.scene import ORBIT_RADII, ClipSpec
 
 NUM_REFINED = 4
-"""Number of starting points, the best of a grid, from which the fit is refined."""
+"""Number of starting points, the best of those tried, from which a fit is refined."""
 
-Along = Float[np.ndarray, "t"]
 Numbers = Float[np.ndarray, "..."]
 
 
 def residual(law: str, centres: Float[np.ndarray, "n t 2"], spec: ClipSpec) -> float:
-    """R = min over the paths of the law of sqrt(mean |centre_t - path_t|^2), in pixels; the mean is over t and objects.
+    """Return R = min over paths p allowed by the law: sqrt(mean_{t, objects} |centre_t - p_t|^2), in pixels.
 
-    Walls, gravity and sizes are those of the world. Infinite if an object is not visible in some frame, or if a
-    collision does not have two objects.
+    Walls, gravity and sizes are those of the world. The residual is infinite if there are no objects, if an object is
+    not visible in some frame, or if a collision does not have two objects.
     """
     if not np.isfinite(centres).all() or not len(centres) or (law == "collision" and len(centres) != 2):
         return np.inf
@@ -34,9 +33,9 @@ def residual(law: str, centres: Float[np.ndarray, "n t 2"], spec: ClipSpec) -> f
 
 
 def _minimise(path: Callable[[Numbers], Numbers], starts: Float[np.ndarray, "n k"], target: Numbers) -> float:
-    """Minimise the sum of squares of path(parameters) - target, refining the best of the starts, and return it.
+    """Return the minimum of the sum of squares of path(parameters) - target, refining the best of the starts.
 
-    `path` maps parameters `[..., k]` to `[..., t]`.
+    `path` maps parameters `[..., k]` to positions `[..., t]`.
     """
     costs = ((path(starts) - target) ** 2).sum(-1)
     best = starts[np.argsort(costs)[:NUM_REFINED]]
@@ -57,21 +56,21 @@ def _uniform(target: Float[np.ndarray, "t 2"], spec: ClipSpec) -> float:
 
 
 def _bouncing(target: Float[np.ndarray, "t 2"], spec: ClipSpec) -> float:
-    """Fit each axis by itself, with two parameters: p0 and v."""
+    """Fit each axis separately, with two parameters: start position and velocity."""
     fastest = thresholds.FASTEST * spec.unit / spec.fps
 
-    def along(axis: int) -> float:
+    def fit_axis(axis: int) -> float:
         extent = spec.extent[axis]
         starts = np.array(list(product(np.linspace(0, extent, 17), np.linspace(-fastest, fastest, 33))))
         return _minimise(
             lambda q: laws.reflect(laws.uniform(q[..., :1], q[..., 1:], spec.times), extent), starts, target[:, axis]
         )
 
-    return along(0) + along(1)
+    return fit_axis(0) + fit_axis(1)
 
 
 def _gravity(target: Float[np.ndarray, "t 2"], spec: ClipSpec) -> float:
-    """Uniform motion along x; along y, fit the height and the time of an apex."""
+    """Fit uniform motion along x; along y, fit the height and the time of an apex."""
     floor = spec.extent[1]
     longest = np.sqrt(8 * floor / spec.gravity)
     starts = np.array(list(product(np.linspace(0.1, 1, 19) * floor, np.linspace(-0.5, 0.5, 17) * longest)))
@@ -83,26 +82,26 @@ def _gravity(target: Float[np.ndarray, "t 2"], spec: ClipSpec) -> float:
 
 
 def _orbit(target: Float[np.ndarray, "t 2"], spec: ClipSpec) -> float:
-    """Search for the angular speed; centre and arm follow from it by linear least squares."""
+    """Search for the angular speed; for a given one, linear least squares yield the centre and the arm."""
     fastest = thresholds.FASTEST * spec.unit / spec.fps / (ORBIT_RADII[0] * spec.unit)
     flat = target.ravel()
 
-    def basis(turn: float) -> Float[np.ndarray, "t2 4"]:
+    def basis(angular_speed: float) -> Float[np.ndarray, "t2 4"]:
         units = np.eye(2)
-        arms = [laws.orbit(np.zeros(2), unit, turn, spec.times).ravel() for unit in units]
+        arms = [laws.orbit(np.zeros(2), unit, angular_speed, spec.times).ravel() for unit in units]
         return np.stack([*np.tile(units, (spec.frames, 1)).T, *arms], -1)
 
-    def gap(turn: float) -> Float[np.ndarray, "t2"]:
-        columns = basis(turn)
+    def gap(angular_speed: float) -> Float[np.ndarray, "t2"]:
+        columns = basis(angular_speed)
         return columns @ np.linalg.lstsq(columns, flat)[0] - flat
 
-    turns = np.linspace(-fastest, fastest, 65)
-    best = turns[np.argsort([(gap(turn) ** 2).sum() for turn in turns])[:NUM_REFINED]]
+    speeds = np.linspace(-fastest, fastest, 65)
+    best = speeds[np.argsort([(gap(speed) ** 2).sum() for speed in speeds])[:NUM_REFINED]]
     return min(2 * float(least_squares(lambda q: gap(q[0]), start).cost) for start in best)
 
 
 def _collision(target: Float[np.ndarray, "2 t 2"], spec: ClipSpec) -> float:
-    """Fit both objects at once, starting from the best continuous two-segment paths over all contact times."""
+    """Fit both objects together, starting from the best continuous two-segment paths over all contact times."""
     flat = np.moveaxis(target, 1, 0).reshape(spec.frames, 4)
     fits = []
     for contact in np.arange(1, spec.frames - 1):
@@ -121,4 +120,4 @@ def _collision(target: Float[np.ndarray, "2 t 2"], spec: ClipSpec) -> float:
 FITS: dict[str, Callable[[Float[np.ndarray, "t 2"], ClipSpec], float]] = {
     "still": _still, "uniform": _uniform, "bouncing": _bouncing, "gravity": _gravity, "orbit": _orbit,
 }  # fmt: skip
-"""Law -> the function that returns the least sum of squares for one object."""
+"""Law, except collision -> function that returns the smallest sum of squares for one object."""

@@ -1,4 +1,4 @@
-"""The comparison of generated clips with real ones as a table for the console, and as JSON."""
+"""Formats the comparison of generated clips with real ones as a console table and as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,26 @@ from tfm_jax.moving_shapes.evaluation.set_metrics import SET_METRICS, TITLES, Ro
 from tfm_jax.moving_shapes.numbers import finite_or_none, format_number
 
 NEED_CAPTIONS = {"colours", "shapes", "directions"}
-NOT_MEASURED = "sensitivity of a loss to the order of frames: measuring it needs a network"
+NOT_MEASURED = "sensitivity of a loss to the order of frames, because measuring it needs a network"
 
 
 class ClipCounts(NamedTuple):
-    """The numbers of clips behind a table."""
+    """The numbers of clips in a comparison."""
 
     generated: int
-    """In each folder."""
+    """Number of clips in each generated set."""
     reference: int
+    """Number of clips in the reference."""
     compared: int
-    """On each side of a distance between two sets."""
+    """Number of clips on each side when two sets are compared."""
 
 
 Tables = Mapping[str, Sequence[Row]]
-"""Name of a set of generated clips -> its rows; all sets are compared with the same reference."""
+"""Name of a set of generated clips -> rows of its comparison; all sets are compared with the same reference."""
 
 
 def format_table(tables: Tables, counts: ClipCounts) -> str:
-    """A table for the console, with one column for each set, one for the reference and one for the floor."""
+    """Format a console table with one column for each set, one for the reference and one for the floor."""
     width = max(11, *(len(name) + 2 for name in tables))
     lines = ["".join([" " * 46, *(f"{name:>{width}}" for name in (*tables, "reference", "floor"))])]
     for rows in zip(*tables.values(), strict=True):
@@ -39,14 +40,14 @@ def format_table(tables: Tables, counts: ClipCounts) -> str:
     lines += _explain_gaps(tables)
     lines += [
         f"{counts.generated} generated clips, {counts.reference} reference clips; "
-        f"floor: the difference between halves of the reference, {counts.compared} clips each",
+        f"floor: the difference between random halves of the reference, {counts.compared} clips each",
         f"not in the table: {NOT_MEASURED}",
     ]
     return "\n".join(lines)
 
 
 def _explain_gaps(tables: Tables) -> list[str]:
-    """One line for each reason why a cell of the table has no finite number."""
+    """Return one line for each reason why a cell of the table has no finite number."""
     infinite, missing = False, set()
     for row in (row for table in tables.values() for row in table):
         of_sets = [row.generated, row.floor] + [row.reference] * (row.metric in SET_METRICS)
@@ -54,8 +55,8 @@ def _explain_gaps(tables: Tables) -> list[str]:
         if np.isnan(of_sets).any():
             missing.add(row.metric)
     reasons = [
-        (infinite, "inf: an object is missing in at least half of the clips"),
-        (True, "-: a distance compares two sets, so the reference alone has none"),
+        (infinite, "inf: at least half of the clips lose an object"),
+        (True, "-: a distance needs two sets, so the reference alone has none"),
         (missing & NEED_CAPTIONS, "-: colours, shapes and directions need captions (--prompts, or a metadata.csv)"),
         (missing - NEED_CAPTIONS, "-: too few clips have every object in every frame"),
     ]
@@ -63,7 +64,7 @@ def _explain_gaps(tables: Tables) -> list[str]:
 
 
 def to_json(tables: Tables, counts: ClipCounts) -> str:
-    """The comparison and the thresholds behind it as JSON; null for a number that is missing or infinite."""
+    """Return the comparison and its thresholds as JSON; missing and infinite numbers become null."""
     limits = {name.lower(): value for name, value in vars(thresholds).items() if name.isupper()}
     metrics = {
         rows[0].metric: {

@@ -13,7 +13,7 @@ ClipSet = Sequence[ClipMetrics]
 
 
 def _finite_mean(values: Sequence[float]) -> float:
-    """Mean of the finite values; NaN if there are none."""
+    """Return the mean of the finite values; NaN if there are none."""
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else np.nan
 
@@ -43,12 +43,12 @@ SET_METRICS: dict[str, tuple[str, Callable[[ClipSet], float]]] = {
     ),
     "roughness": ("roughness J: acceleration over speed", lambda clips: _finite_mean([c.roughness for c in clips])),
     "variation": ("change of an object's size over a clip", lambda clips: _finite_mean([c.variation for c in clips])),
-    "whole": ("clips with the right number of objects, whole", lambda clips: _finite_mean([c.whole for c in clips])),
+    "whole": ("clips with the right number of whole objects", lambda clips: _finite_mean([c.whole for c in clips])),
     "colours": ("clips with the right colours", lambda clips: _finite_mean([c.colours for c in clips])),
     "shapes": ("clips with the right shapes", lambda clips: _finite_mean([c.shapes for c in clips])),
     "directions": ("clips with the right directions", lambda clips: _finite_mean([c.directions for c in clips])),
 }
-"""Metric -> its title, and the function that computes it from one set of clips."""
+"""Metric -> its title and the function that computes it from one set of clips."""
 
 SET_DISTANCES: dict[str, tuple[str, Callable[[ClipSet, ClipSet], float]]] = {
     "smoothness_gap": (
@@ -56,29 +56,33 @@ SET_DISTANCES: dict[str, tuple[str, Callable[[ClipSet, ClipSet], float]]] = {
         lambda a, b: abs(_finite_mean([clip.roughness for clip in a]) - _finite_mean([clip.roughness for clip in b])),
     ),
     "frechet": ("Frechet motion distance, pixels^2", _frechet_of_motion),
-    "wasserstein": ("distance of frame differences (Wasserstein)", _wasserstein_of_changes),
+    "wasserstein": ("Wasserstein distance of frame differences", _wasserstein_of_changes),
 }
-"""Metric -> its title, and the function that computes it from two sets of clips."""
+"""Metric -> its title and the function that computes it from two sets of clips."""
 
 TITLES = {name: title for name, (title, _) in (*SET_METRICS.items(), *SET_DISTANCES.items())}
-"""Metric -> its title in every table."""
+"""Metric -> its title in all tables."""
 
 
 class Row(NamedTuple):
-    """One row of the comparison; a number that does not exist is NaN."""
+    """One row of the comparison; missing numbers are NaN."""
 
     metric: str
     generated: float
+    """Metric of the generated clips, or their distance from the reference."""
     reference: float
+    """Metric of the reference; NaN if the row is a distance."""
     floor: float
 
 
 def compare(generated: ClipSet, reference: ClipSet) -> tuple[list[Row], int]:
     """Return the rows of the comparison, and the number n of clips on each side of a distance.
 
-    Distances depend on the number of clips, so every distance is between sets of n clips: from generated clips to one
-    half of the reference and, for the floor, from the other half to it. Both are averaged over SPLITS random halves.
-    The floor of a metric of one set is the difference between the halves.
+    Distances depend on the number of clips, so both sides always have n clips: n is the number of generated clips, or
+    half the number of reference clips if that is smaller. In each of SPLITS random draws, n generated clips are
+    compared with n reference clips and, for the floor, n other reference clips are compared with the same ones; the
+    results are averaged.
+    For a metric of one set, the floor is the mean difference between the two sets of reference clips.
     """
     rng = np.random.default_rng(0)
     size = min(len(generated), len(reference) // 2)

@@ -1,4 +1,4 @@
-"""Tracks the objects of a clip: assigns pixels to colours, and finds centre, mass, parts and shape in every frame."""
+"""Tracks the objects in a clip: assigns pixels to colours, then finds mass, centre, parts and shape of each object."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from tfm_jax.moving_shapes.rendering import paint_background
 from tfm_jax.moving_shapes.scene import BACKGROUNDS, COLOURS, RADIUS
 
 WINDOW = 5
-"""Side in pixels of the window over which a colour is averaged."""
+"""Side, in pixels, of the window over which a colour is averaged."""
 
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 """Weights of red, green and blue in the brightness, which video stores at full resolution (BT.709)."""
@@ -24,13 +24,13 @@ class Track(NamedTuple):
 
     colour: str
     mass: Float[np.ndarray, "t"]
-    """Area in pixels; a partly covered pixel counts as the covered fraction."""
+    """Area in pixels, the sum of the fractions from `segment`."""
     centres: Float[np.ndarray, "t 2"]
     """(x, y) in pixels from the upper left corner; NaN in frames without the colour."""
     parts: Int[np.ndarray, "t"]
-    """Number of connected components, without specks."""
+    """Number of connected components, not counting specks."""
     shape: str
-    """Judged by the fraction of the bounding box that is filled, median over the frames."""
+    """Judged by the median, over the frames, of the filled fraction of the bounding box."""
 
 
 def track(clip: Pixels) -> list[Track]:
@@ -44,14 +44,15 @@ def track(clip: Pixels) -> list[Track]:
 def segment(clip: Pixels) -> dict[str, Float[np.ndarray, "t y x"]]:
     """Map each visible colour to the fraction of every pixel that it covers; fractions up to VISIBLE are set to 0.
 
-    A pixel covered to the fraction a has the value background + a (colour - background). Its brightness gives a, and
-    its colour is the one whose ray from the background is closest. Video stores colour at half the resolution, so
-    single pixels at an edge have a wrong colour: the colour is taken from the mean of the surrounding pixels.
+    If an object covers the fraction a of a pixel, the pixel's value is background + a (colour - background). The
+    brightness of the pixel gives a, and the colour is the one whose ray from the background is closest. Video stores
+    colour at half the resolution, so a single pixel at an edge can have a wrong colour; therefore the mean of the
+    surrounding pixels decides.
     """
     background = _find_background(clip)
     light = clip - background
     around = ndimage.uniform_filter(light, WINDOW, axes=(1, 2))
-    rays = np.array(list(COLOURS.values()), np.float32)[:, None] - background[:, 0]  # for every row of the picture
+    rays = np.array(list(COLOURS.values()), np.float32)[:, None] - background[:, 0]  # one ray per colour and row
     shares, likeness = _project(light, rays)
     solid = (shares > thresholds.SOLID) & _is_closest(likeness, thresholds.SOLID_LIKENESS)
     solid &= _is_closest(_project(around, rays)[1], thresholds.SOLID_LIKENESS)
@@ -64,7 +65,7 @@ def segment(clip: Pixels) -> dict[str, Float[np.ndarray, "t y x"]]:
 
 
 def _find_background(clip: Pixels) -> Float[np.ndarray, "y 1 3"]:
-    """The background that is closest to the median pixel; objects never cover half of the picture."""
+    """Return the background with the smallest median difference; objects never cover half of the picture."""
     backgrounds = [paint_background(name, clip.shape[1]).astype(np.float32) for name in BACKGROUNDS]
     return min(backgrounds, key=lambda background: float(np.median(abs(clip - background).sum(-1))))
 
@@ -72,7 +73,7 @@ def _find_background(clip: Pixels) -> Float[np.ndarray, "y 1 3"]:
 def _project(
     light: Float[np.ndarray, "t y x 3"], rays: Float[np.ndarray, "k y 3"]
 ) -> tuple[Float[np.ndarray, "k t y x"], Float[np.ndarray, "k t y x"]]:
-    """Compare every pixel with each ray: the fraction of its length, by brightness, and the cosine of the angle."""
+    """Return the ratio of brightness between each pixel and each ray, and the cosine of the angle between them."""
     along = np.einsum("tyxc,kyc->ktyx", light, rays)
     lengths = np.linalg.norm(rays, axis=-1)[:, None, :, None]
     return (light @ LUMA) / (rays @ LUMA)[:, None, :, None], along / lengths / np.linalg.norm(light, axis=-1).clip(1e-3)
@@ -83,7 +84,7 @@ def _is_closest(likeness: Float[np.ndarray, "k t y x"], least: float) -> Bool[np
 
 
 def _speck(height: int, width: int) -> float:
-    """SPECK in pixels."""
+    """Return SPECK in pixels."""
     return thresholds.SPECK * (RADIUS * min(height, width)) ** 2
 
 

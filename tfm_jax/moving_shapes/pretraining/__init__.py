@@ -1,1 +1,1 @@
-"""Training of the embedded model from random weights: start at recipe.py."""
+"""Trains the embedded model from random weights; start at recipe.py."""

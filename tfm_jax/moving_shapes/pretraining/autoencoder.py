@@ -1,8 +1,8 @@
 """Stage one: trains the video autoencoder.
 
-The loss is the mean squared error of the pixels plus a small weight times the Kullback-Leibler divergence of the
-latents, on windows of clips. Training starts with single frames, as Wan's did: a step on them costs a fifth of a step
-on video.
+The loss, computed on windows of clips, is the mean squared error of the pixels plus the Kullback-Leibler divergence of
+the latents with a small weight. Training starts with single frames, as Wan's did, because a step on single frames costs
+a fifth of a step on video.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Clips = UInt8[np.ndarray, "n t y x 3"]
 
 
 class Phase(NamedTuple):
-    """A part of the training, with windows of one shape."""
+    """A phase of the training, in which all windows have the same shape."""
 
     steps: int
     frames: int
@@ -41,19 +41,19 @@ class Phase(NamedTuple):
 
 
 class VaeRecipe(NamedTuple):
-    """Settings of the training of the autoencoder."""
+    """Settings for training the autoencoder."""
 
     phases: Sequence[Phase]
     learning_rate: float = 1e-2
-    """Peak value: after a short warm-up it decays to zero over all phases, following half a cosine."""
+    """Peak value. After a short warm-up, the learning rate follows half a cosine to zero, over all phases."""
     vector_lr_factor: float = 0.2
     """Learning rate of norms and biases, relative to that of the kernels."""
     kl_weight: float = 3e-5
-    """Weight of the divergence from a standard normal distribution, in nats per latent value."""
+    """Weight of the divergence from a standard normal distribution. The divergence is in nats per latent value."""
 
 
 def train_vae(clips: Clips, config: VaeConfig, recipe: VaeRecipe, seed: int, log: Path) -> WanVae:
-    """Train an autoencoder on clips and store the statistics of their latents in its configuration.
+    """Train an autoencoder on clips, and store the mean and deviation of their latents in the configuration.
 
     Args:
         log: JSON Lines file for the metrics of every step.
@@ -74,7 +74,7 @@ def train_vae(clips: Clips, config: VaeConfig, recipe: VaeRecipe, seed: int, log
 
 
 def _windows(clips: Clips, phases: Sequence[Phase], seed: int) -> Iterator[tuple[UInt8[np.ndarray, "b t y x 3"], Any]]:
-    """Yield for every step a batch of random windows, and the indices of their clips."""
+    """Yield, for every step, a batch of random windows and the indices of their clips."""
     rng = np.random.default_rng(seed)
     for phase in phases:
         for _ in range(phase.steps):
@@ -107,7 +107,7 @@ def _step(
 
 
 def _posterior(vae: WanVae, pixels: Video) -> Float[Array, "b f h w two_z"]:
-    """Mean and log-variance of the latents before normalisation."""
+    """Return the mean and log-variance of the unnormalised latents."""
 
     def step(chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
         features, cache = vae.encoder(chunk, cache)
@@ -118,7 +118,7 @@ def _posterior(vae: WanVae, pixels: Video) -> Float[Array, "b f h w two_z"]:
 
 
 def _reconstruct(vae: WanVae, latents: Float[Array, "b f h w z"]) -> Video:
-    """Decode latents before normalisation. The pixels are not clipped, so each of them has a gradient."""
+    """Decode unnormalised latents. The pixels are not clipped, so that all of them have a gradient."""
 
     def step(chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
         return vae.decoder(vae.post_quant_conv(chunk), cache)
@@ -127,7 +127,7 @@ def _reconstruct(vae: WanVae, latents: Float[Array, "b f h w z"]) -> Video:
 
 
 def _normalise(vae: WanVae, clips: Clips, count: int = 256) -> WanVae:
-    """Set the statistics in the configuration so that the latents of `count` clips have mean 0 and deviation 1."""
+    """Set the statistics with which the latents of the first `count` clips have mean 0 and standard deviation 1."""
     values = _means(vae, clips[:count]).reshape(-1, vae.config.z_dim).astype(np.float64)
     mean, std = (tuple(round(float(v), 4) for v in numbers) for numbers in (values.mean(0), values.std(0)))
     vae.config = dataclasses.replace(vae.config, latents_mean=mean, latents_std=std)
@@ -135,7 +135,7 @@ def _normalise(vae: WanVae, clips: Clips, count: int = 256) -> WanVae:
 
 
 def encode_clips(vae: WanVae, clips: Clips) -> Float[np.ndarray, "n f h w z"]:
-    """Normalised latents, like those of `vae.encode`, but computed faster on a CPU for many short clips."""
+    """Return normalised latents, like `vae.encode`; for many short clips on a CPU, this function is faster."""
     return (_means(vae, clips) - np.array(vae.config.latents_mean, np.float32)) / np.array(
         vae.config.latents_std, np.float32
     )
@@ -148,7 +148,7 @@ def _means(vae: WanVae, clips: Clips, batch: int = 8) -> Float[np.ndarray, "n f 
 
 
 def psnr(vae: WanVae, clips: Clips) -> float:
-    """Peak signal-to-noise ratio in dB of reconstructed clips, over all of them, with pixels rounded as in files."""
+    """Return the peak signal-to-noise ratio, in dB, of reconstructing all clips, with pixels rounded to 8 bits."""
     squares = []
     for clip in clips:
         decoded = vae.decode(vae.encode(jnp.asarray(video.from_uint8(clip))[None]))

@@ -24,26 +24,26 @@ from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
 
 class BaseRecipe(NamedTuple):
-    """Settings of the training of the transformer and the text encoder."""
+    """Settings for training the transformer and the text encoder."""
 
     steps: int
     batch: int = 16
     learning_rate: float = 3e-3
-    """Peak value: after a short warm-up it decays to zero, following half a cosine."""
+    """Peak value. After a short warm-up, the learning rate follows half a cosine to zero."""
     vector_lr_factor: float = 0.5
     """Learning rate of norms, biases and embeddings, relative to that of the kernels."""
-    unpadded_steps: float = 0.85
-    """Fraction of the steps, at the start, without padding of the text to 512 tokens: they take half the time."""
+    unpadded_fraction: float = 0.85
+    """Fraction of the steps, from the start, that do not pad the text to 512 tokens; such steps take half the time."""
     caption_dropout: float = 0.1
-    """Fraction of the captions that are replaced by the empty one, for guidance."""
+    """Fraction of the captions that are replaced by the empty caption, so that guidance works."""
     shift: float = 3.0
-    """Shift of the noise levels, otherwise uniform, towards 1."""
+    """Shifts the noise levels, which are otherwise uniform, towards 1."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, which is the result of the training."""
 
 
 class CaptionTokens(NamedTuple):
-    """Token ids and masks of the captions of all clips, and of the empty caption as the last row."""
+    """Token ids and masks: one row for the caption of each clip, and a last row for the empty caption."""
 
     ids: Int[np.ndarray, "n l"]
     mask: Int[np.ndarray, "n l"]
@@ -78,7 +78,7 @@ def train_base(
             weights, moments, average, report = step_fn(
                 weights, moments, average, latents[clips], captions.ids[rows], captions.mask[rows],
                 jax.random.fold_in(jax.random.key(seed), number),
-                length=captions.ids.shape[1] if number < recipe.unpadded_steps * recipe.steps else TEXT_LENGTH,
+                length=captions.ids.shape[1] if number < recipe.unpadded_fraction * recipe.steps else TEXT_LENGTH,
             )  # fmt: skip
             metrics.add(number + 1, report, clips.tolist())
         metrics.flush()
@@ -113,6 +113,6 @@ def _step(
 
 
 def pad_text(embeddings: Float[Array, "b l d"], mask: TokenMask, length: int) -> Float[Array, "b u d"]:
-    """Embeddings as the transformer wants them: zero at padding, and `length` rows."""
+    """Set the embeddings of padding to zero and extend them to `length` tokens, as the transformer expects."""
     rows = jnp.where(mask[..., None] > 0, embeddings, 0)
     return jnp.pad(rows, ((0, 0), (0, length - rows.shape[1]), (0, 0)))

@@ -1,4 +1,4 @@
-"""Random weights and the optimizer, for both stages."""
+"""Creates the networks and the optimizer of both stages."""
 
 from typing import Any
 
@@ -12,23 +12,27 @@ from tfm_jax.wan.components import Component
 
 
 def initialise(component: Component, config: Any, seed: int) -> Any:
-    """Build the network in float32 with random weights, in one compiled function: uncompiled, it takes minutes."""
+    """Build a network in float32 with random weights. This is compiled, because it would take minutes otherwise."""
     return jax.jit(
         lambda: component.build(config, rngs=nnx.Rngs(jax.random.key(seed, impl="rbg")), dtype=jnp.float32)
     )()
 
 
 def make_optimizer(learning_rate: float, vector_lr_factor: float, steps: int) -> optax.GradientTransformation:
-    """Muon for kernels and Adam for the rest (Jordan et al. 2024), with warm-up and cosine decay to zero.
+    """Combine Muon for kernels with Adam for the rest (Jordan et al. 2024), with warm-up and cosine decay to zero.
 
-    Muon is far ahead in short trainings of narrow networks: 24 dB against 20 after 500 steps on single frames.
+    In short trainings of narrow networks, Muon is far ahead of Adam: after 500 steps on single frames, the autoencoder
+    reaches 24 dB instead of 20. Gradients are clipped to a global norm of 1.
     """
 
     def schedule(peak: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0, peak, min(100, steps // 10), steps)
 
     def inputs_and_outputs(weights: Any) -> Any:
-        """The last axis of a kernel is output, the others are input, except that of the layers; None for the rest."""
+        """Map each kernel to its input axes and its output axis, the last one; map the rest to None.
+
+        The first axis of a kernel in `blocks` counts layers, so it is neither.
+        """
 
         def split(path: tuple, x: jax.Array) -> contrib.MuonDimensionNumbers | None:
             names = [getattr(key, "key", None) for key in path]
@@ -43,7 +47,7 @@ def make_optimizer(learning_rate: float, vector_lr_factor: float, steps: int) ->
 
     muon = contrib.muon(
         schedule(learning_rate),
-        consistent_rms=0.2,  # makes its steps as long as Adam's
+        consistent_rms=0.2,  # makes Muon's updates as large as Adam's
         adam_learning_rate=schedule(vector_lr_factor * learning_rate),
         muon_weight_dimension_numbers=inputs_and_outputs,
     )

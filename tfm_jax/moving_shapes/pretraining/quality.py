@@ -1,4 +1,4 @@
-"""Samples captions with a trained base model, and compares the samples with real clips."""
+"""Samples videos from a trained base model, and compares them with real clips."""
 
 import shutil
 from pathlib import Path
@@ -20,10 +20,12 @@ SEED = 2000
 
 
 def evaluate_model(model: Path, config: TransformerConfig, laws: tuple[str, ...], output: Path, count: int) -> str:
-    """Sample `count` captions of one object into `output`/samples, replacing what is there, and measure the samples.
+    """Sample one video for each of `count` captions with a single object, and measure the videos.
+
+    The videos replace `output`/samples, and the real clips for the comparison replace `output`/clips/reference.
 
     Returns:
-        The table of the evaluation.
+        The evaluation table for the console.
     """
     spec = ClipSpec()
     clips, prompts, samples = output / "clips" / "reference", output / "prompts.txt", output / "samples"

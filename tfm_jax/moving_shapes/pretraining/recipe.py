@@ -1,6 +1,6 @@
 """Trains the embedded model from random weights: clips -> autoencoder -> latents -> transformer and text encoder.
 
-The result is the directory that ships as `tfm_jax/moving_shapes/wan_tiny`.
+The resulting model ships as `tfm_jax/moving_shapes/wan_tiny`.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,14 @@ from tfm_jax.wan.transformer import TransformerConfig
 from tfm_jax.wan.vae import VaeConfig
 
 BASE_LAWS = ("uniform", "uniform", "uniform", "still")
-"""Laws that the transformer learns: three of four clips move. The other laws are left to fine-tuning."""
+"""Laws that the transformer learns, drawn with equal probability, so that three quarters of the clips show motion. The
+other laws are left to fine-tuning."""
 NUM_OBJECTS = (1, 1, 1, 2)
-"""A quarter of the clips has two objects."""
+"""Numbers of objects, drawn with equal probability unless the law fixes the number: a quarter of the clips have two."""
 
 
 class Recipe(NamedTuple):
-    """Sizes, clips and training settings of the three networks."""
+    """The sizes and training settings of the three networks, and the numbers of clips."""
 
     vae: VaeConfig = VaeConfig(base_dim=8)
     transformer: TransformerConfig = TransformerConfig(dim=128, ffn_dim=512, heads=4, layers=8, text_dim=64)
@@ -44,18 +45,18 @@ class Recipe(NamedTuple):
         vocab_size=256, dim=64, heads=4, head_dim=16, ffn_dim=128, layers=2
     )
     vae_clips: int = 1500
-    """Number of clips, of all laws of motion, for the autoencoder: no motion is new to it during fine-tuning."""
+    """Number of clips for the autoencoder. They cover all laws of motion, also those of later fine-tuning."""
     base_clips: int = 4000
-    """Number of clips, of BASE_LAWS, for the transformer."""
+    """Number of clips for the transformer; their laws are BASE_LAWS."""
     held_out: int = 64
-    """Number of clips, at speeds of neither set, on which the reconstruction is measured."""
+    """Number of clips on which the reconstruction is measured; their speeds occur in neither of the two sets above."""
     samples: int = 48
-    """Number of captions that the finished model samples."""
+    """Number of captions for which the finished model samples videos."""
     train_vae: VaeRecipe = VaeRecipe((Phase(1000, 1, 32, 16), Phase(1400, 5, 32, 8), Phase(700, 17, 32, 4)))
     train_base: BaseRecipe = BaseRecipe(5000)
 
     def shortened(self, share: float) -> "Recipe":
-        """Return the recipe with a fraction `share` of its clips and steps."""
+        """Return the recipe with the fraction `share` of its clips and steps."""
 
         def part(number: int, minimum: int) -> int:
             return max(minimum, round(share * number))
@@ -72,12 +73,12 @@ class Recipe(NamedTuple):
 
 
 def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
-    """Write clips, the logs of both stages, `model/` and its `samples/` into `output`, and print the model's quality.
+    """Write clips, the logs of both stages, the model and samples into `output`, and print the model's quality.
 
     Stages whose results exist are skipped.
 
     Raises:
-        InputError: all results exist.
+        InputError: all results exist already.
     """
     model = output / "model"
     if (output / "samples").exists():
@@ -131,12 +132,12 @@ def read_clips(folder: Path) -> tuple[Clips, list[str]]:
 
 
 def _all_captions(output: Path) -> list[str]:
-    """Captions of all laws: the tokenizer also knows the words for motions that only fine-tuning teaches."""
+    """Return captions of all laws, so that the tokenizer also knows the words for motions that fine-tuning teaches."""
     return [row.prompt for name in ("all", "base") for row in read_metadata(output / "clips" / name)]
 
 
 def _tokenise(output: Path, captions: Sequence[str]) -> CaptionTokens:
-    """Tokens of the captions and, last, of the empty one, cut to the length of the longest."""
+    """Tokenise the captions and, as the last row, the empty caption; cut all rows to the longest caption."""
     ids, mask = Tokenizer(output)([*captions, ""])
     longest = int(mask.sum(1).max())
     return CaptionTokens(ids[:, :longest], mask[:, :longest])

@@ -1,1 +1,1 @@
-"""The study of flow matching and TFM on the embedded model: protocol.py says what is compared, runs.py runs it."""
+"""Compares flow matching and TFM on the embedded model: protocol.py defines the study, and runs.py runs it."""

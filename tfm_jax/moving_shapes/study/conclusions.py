@@ -1,4 +1,4 @@
-"""The sections of docs/study.md on what the results show and what they do not show."""
+"""Writes the sections of docs/study.md on what the results show and what they do not show."""
 
 from tfm_jax.moving_shapes.evaluation.set_metrics import TITLES
 from tfm_jax.moving_shapes.study import protocol
@@ -10,7 +10,7 @@ GUARDED = (*protocol.PRIMARY, *protocol.GUARDS)
 
 
 def conclusions(found: Findings) -> str:
-    """The verdict, and the differences behind it."""
+    """Return the section with the verdict and the differences behind it."""
     lines = [_verdict(found)]
     lines += [_sentence(found, protocol.TREATMENT, protocol.BASELINE, metric) for metric in GUARDED]
     lines += [_sentence(found, protocol.BASELINE, protocol.BASE, metric) for metric in protocol.PRIMARY]
@@ -20,9 +20,9 @@ def conclusions(found: Findings) -> str:
 
 
 def _verdict(found: Findings) -> str:
-    """The decision by the rule of the protocol."""
+    """Return the decision that follows from RULE."""
     if protocol.TREATMENT not in found.arms:
-        return f"`{protocol.TREATMENT}` was not run, so the question of the study is open."
+        return f"`{protocol.TREATMENT}` was not run, so the question of the study remains open."
     signs = {m: sign(found.difference(protocol.TREATMENT, protocol.BASELINE, m), m) for m in GUARDED}
     best, worst = (all(signs[m] == s for m in protocol.PRIMARY) for s in (1, -1))
     kept = all(signs[m] != -1 for m in protocol.GUARDS)
@@ -55,40 +55,40 @@ def _sentence(found: Findings, arm: str, other: str, metric: str) -> str:
 
 
 def _seed_noise(found: Findings, metric: str) -> str:
-    """The spread of the baseline over its seeds, next to the difference between treatment and baseline."""
+    """Compare the spread of the baseline over its seeds with the difference between treatment and baseline."""
     numbers = [value for value in found.by_seed(protocol.BASELINE, metric).values() if value is not None]
     difference = found.difference(protocol.TREATMENT, protocol.BASELINE, metric)
     if len(numbers) < 2 or difference is None:
         return ""
     return (
-        f"{TITLES[metric]}: two seeds of `{protocol.BASELINE}` differ by up to {max(numbers) - min(numbers):.3g}, the "
-        f"means of `{protocol.TREATMENT}` and `{protocol.BASELINE}` by {abs(difference.value):.3g}."
+        f"{TITLES[metric]}: two seeds of `{protocol.BASELINE}` differ by up to {max(numbers) - min(numbers):.3g}; the "
+        f"means of `{protocol.TREATMENT}` and `{protocol.BASELINE}` differ by {abs(difference.value):.3g}."
     )
 
 
 def _chance(found: Findings) -> str:
-    """The number of detected differences, next to the number that chance alone would give."""
+    """Compare the number of detected differences with the number that chance alone would give."""
     arms = [arm for arm in found.arms if arm != protocol.BASELINE]
     intervals = [found.difference(arm, protocol.BASELINE, m) for arm in arms for m in protocol.PRIMARY]
     measured = [estimate for estimate in intervals if estimate]
     detected = sum(estimate.excludes_zero for estimate in measured)
     covered = interval_coverage(found.study.size.seeds)
     return (
-        f"Of the {len(measured)} intervals of deciding metrics in the table of differences, without `{protocol.BASE}`, "
-        f"{detected} exclude 0. Such an interval over {found.study.size.seeds} normally distributed numbers contains "
-        f"their mean in {covered:.0%} of cases, so {(1 - covered) * len(measured):.1f} would exclude 0 even if no arm "
-        f"differed from `{protocol.BASELINE}`."
+        f"The table of differences has {len(measured)} intervals for the deciding metrics, not counting "
+        f"`{protocol.BASE}`; {detected} of them exclude 0. Such an interval over {found.study.size.seeds} normally "
+        f"distributed numbers contains their true mean in {covered:.0%} of cases, so about "
+        f"{(1 - covered) * len(measured):.1f} would exclude 0 even if no arm differed from `{protocol.BASELINE}`."
     )
 
 
 def limits(found: Findings) -> str:
-    """What the study cannot show, whatever its numbers."""
+    """Return the section on what the study cannot show, whatever its results."""
     run, size = found.study.run, found.study.size
     return f"""## What the results do not show
 
 - Anything about Wan2.1 at 1.3B or 14B, real videos, or motions other than {enumerate_words(size.laws)}: the model has
   {run.model.layers} layers of width {run.model.dim}, and a clip has {run.clip.latent_size[0]} latent frames.
 - Anything about longer training, or another learning rate or rank: these are the same for all arms.
-- That there is no difference where none is detected: only that it is inside the interval, if the interval can be
-  trusted, and with few seeds it is too short.
-- How the samples look: the metrics follow centres, sizes and changes of pixels."""
+- That there is no difference if none is detected. The interval only bounds the difference, and with few seeds the
+  intervals are too short.
+- How good the samples look: the metrics measure positions, sizes, shapes, colours and changes of pixels."""

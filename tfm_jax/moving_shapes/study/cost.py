@@ -1,4 +1,4 @@
-"""Measures the cost of a training step of each arm, in turns, so that other load on the machine affects all alike."""
+"""Measures the time of a training step of each arm, in turns, so that other load on the machine affects all alike."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,11 @@ from tfm_jax.train.step import init_state, make_step
 from tfm_jax.wan import load_base
 
 Seconds = Mapping[str, Sequence[float]]
-"""Arm -> seconds per step, one number for each round."""
+"""Arm -> seconds per step, one number per round."""
 
 
 def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], rounds: int) -> dict[str, list[float]]:
-    """Time one training step of `run` with each objective in every round, in random order within the round."""
+    """In every round, time one training step of `run` with each objective, in random order; return the seconds."""
     mesh = make_mesh(run.mesh)
     model = load_base(run.model, mesh)
     attach_lora(model, run.lora)
@@ -46,7 +46,7 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
             return run_step
 
         steps = {name: make_timed(objective) for name, objective in objectives.items()}
-        for run_step in steps.values():  # compiles
+        for run_step in steps.values():  # compiles and warms up
             run_step()
             run_step()
         seconds = {name: [] for name in steps}
@@ -60,12 +60,12 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
 
 
 def relative_cost(seconds: Seconds, arm: str) -> Estimate:
-    """Ratio of an arm's cost to the baseline's: the median over the rounds, with its interval."""
+    """Return the ratio of an arm's cost to the baseline's: the median over the rounds, with its interval."""
     return bootstrap(np.divide(seconds[arm], seconds[protocol.BASELINE]), np.median)
 
 
 def steps_at_equal_time(seconds: Seconds, arm: str, steps: int) -> int:
-    """Number of steps of the arm in the time of `steps` steps of the baseline; `steps` if costs count as equal."""
+    """Return how many steps the arm takes in the time of `steps` baseline steps; `steps` if costs count as equal."""
     ratio = relative_cost(seconds, arm)
     if abs(ratio.value - 1) < protocol.COST_TOLERANCE or ratio.low <= 1 <= ratio.high:
         return steps

@@ -1,4 +1,4 @@
-"""The results of a study as its report reads them: metrics by seed, and differences between arms with their sign."""
+"""The findings that the report of a study needs: metrics by seed, and differences between arms with their sign."""
 
 from typing import NamedTuple
 
@@ -23,21 +23,21 @@ class Findings(NamedTuple):
         return self.study.size.arms
 
     def steps_of(self, arm: str) -> int:
-        """Training steps of an arm at equal steps; 0 for the base model."""
+        """Return the number of training steps when arms are compared at equal steps; 0 for the base model."""
         return 0 if arm == protocol.BASE else self.steps
 
     def by_seed(self, arm: str, metric: str, steps: int | None = None) -> dict[int, float | None]:
-        """Seed -> metric of an arm; None if the run diverged or its metric is not finite."""
+        """Map each seed to a metric of an arm; None if the run diverged or the metric is not finite."""
         runs = self.results.all("run", arm=arm, steps=steps or self.steps_of(arm))
         return {run["seed"]: run.get("metrics", {}).get(metric) for run in runs if run["seed"] < self.study.size.seeds}
 
     def difference(self, arm: str, other: str, metric: str, steps: int | None = None) -> Estimate | None:
-        """The metric of one arm less that of another, paired by seed."""
+        """Estimate the metric of `arm` less that of `other`, paired by seed; `steps` selects the runs of `arm` only."""
         return paired_difference(self.by_seed(arm, metric, steps), self.by_seed(other, metric))
 
 
 def sign(difference: Estimate | None, metric: str) -> int | None:
-    """1 for better, -1 for worse, 0 if no difference is detected, None if the difference does not exist."""
+    """Return 1 for better, -1 for worse, 0 if no difference is detected, None if the difference does not exist."""
     if difference is None:
         return None
     if not difference.excludes_zero:

@@ -1,4 +1,4 @@
-"""How the report of a study writes numbers, intervals, titles of metrics and lists."""
+"""Formats numbers, intervals, metric titles and lists for the report of a study."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,7 +11,7 @@ from tfm_jax.moving_shapes.study.statistics import Estimate
 
 
 def format_spread(by_seed: Mapping[int, float | None]) -> str:
-    """Mean ± standard deviation over the seeds, and how many of them have no number."""
+    """Format the mean ± standard deviation over the seeds, and how many seeds have no number."""
     numbers = [value for value in by_seed.values() if value is not None]
     if not numbers:
         return format_number(None)
@@ -21,7 +21,7 @@ def format_spread(by_seed: Mapping[int, float | None]) -> str:
 
 
 def format_interval(estimate: Estimate | None) -> str:
-    """Value and interval; in bold if the interval excludes zero."""
+    """Format a value and its interval, in bold if the interval excludes zero."""
     if estimate is None:
         return format_number(None)
     text = f"{estimate.value:+.3g} [{estimate.low:+.3g}, {estimate.high:+.3g}]"
@@ -29,12 +29,12 @@ def format_interval(estimate: Estimate | None) -> str:
 
 
 def titles_with_arrows(metrics: Sequence[str]) -> list[str]:
-    """Titles of metrics, each with an arrow that points to better values."""
+    """Return metric titles, each with an arrow towards better values if the metric has a better side."""
     arrows = dict.fromkeys(protocol.LOWER_IS_BETTER, " ↓") | dict.fromkeys(protocol.HIGHER_IS_BETTER, " ↑")
     return [TITLES[metric] + arrows.get(metric, "") for metric in metrics]
 
 
 def enumerate_words(words: Iterable[str]) -> str:
-    """Such as "a, b and c"."""
+    """Join words as in "a, b and c"."""
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last

@@ -1,4 +1,4 @@
-"""The pictures of a study: the samples of each arm for a prompt, and the differences between arms."""
+"""Draws the pictures of a study: the samples of each arm for a prompt, and the differences between arms."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +15,9 @@ from tfm_jax import video
 from tfm_jax.moving_shapes.study.statistics import Estimate
 
 FRAMES = 9
-"""Frames shown of every clip."""
+"""Maximum number of frames to show of each clip."""
 CELL = 64
-"""Width of a frame in pixels."""
+"""Width of a shown frame in pixels."""
 
 
 def draw_prompt(clips: Mapping[str, np.ndarray], file: Path) -> None:
@@ -27,7 +27,7 @@ def draw_prompt(clips: Mapping[str, np.ndarray], file: Path) -> None:
 
 
 def draw_differences(panels: Mapping[str, Mapping[str, Estimate]], file: Path) -> None:
-    """Draw one panel for each metric, with the difference of every seed, their mean and its interval for every arm."""
+    """Draw one panel per metric; for every arm, it shows the difference for each seed, their mean and its interval."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained")
     for axis, (title, estimates) in zip(axes[0], panels.items(), strict=True):
         _draw_panel(axis, title, estimates)

@@ -1,6 +1,7 @@
-"""The results of a study: one JSON object per line, appended when a part is done, so an interrupted study can continue.
+"""The results file of a study, with one JSON object per line.
 
-Several processes may work on one study. Each of them writes only while it holds the lock of the file.
+Each part of a study appends a line when it is done, so that an interrupted study can continue. Several processes may
+work on one study; each of them writes only while it holds the lock of the file.
 """
 
 import json
@@ -15,10 +16,10 @@ Record = dict[str, Any]
 
 
 class Results:
-    """The results measured so far. The first line holds the settings, which cannot change when the study continues.
+    """The results measured so far. The first line holds the settings, which must not change when the study continues.
 
     Raises:
-        InputError: the file belongs to a study with other settings, or does not contain the results of a study.
+        InputError: the file belongs to a study with other settings, or is not the results file of a study.
     """
 
     def __init__(self, file: Path, settings: Record):
@@ -30,7 +31,8 @@ class Results:
         for name, value in settings.items():
             before = self.one("settings").get(name)
             if before != value:
-                raise InputError(f"{file}: a study with {_difference(name, before, value)}; choose another --output")
+                difference = _difference(name, before, value)
+                raise InputError(f"{file}: belongs to a study with {difference}; choose another --output")
 
     def add(self, kind: str, **values: Any) -> Record:
         """Append a record."""
@@ -40,14 +42,14 @@ class Results:
         return record
 
     def _append(self, record: Record) -> None:
-        """Requires the lock. Removes the last line if a killed process wrote only part of it."""
+        """Append a record, replacing an incomplete last line that a killed process left. The caller holds the lock."""
         os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
         self.records.append(record)
 
     def reload(self) -> None:
-        """Read the records that other processes have added."""
+        """Read the file again, because other processes may have added records."""
         self.records = _read(self.file)
 
     def all(self, kind: str, **values: Any) -> list[Record]:
@@ -55,7 +57,7 @@ class Results:
         return [r for r in self.records if r["kind"] == kind and all(r.get(n) == v for n, v in values.items())]
 
     def one(self, kind: str, **values: Any) -> Record:
-        """Return the first such record; empty if there is none."""
+        """Return the first record of this kind with these values; an empty one if there is none."""
         found = self.all(kind, **values)
         return found[0] if found else {}
 
@@ -69,12 +71,12 @@ def _read(file: Path) -> list[Record]:
         if kinds and kinds[0] != "settings":
             raise ValueError("no settings in the first line")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file}: not the results of a study ({error}); choose another --output") from None
+        raise InputError(f"{file}: is not the results file of a study ({error}); choose another --output") from None
     return records
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """Describe the field in which two settings differ."""
+    """Describe the first field in which two settings differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         field = next(field for field in sorted(before.keys() | now.keys()) if before.get(field) != now.get(field))
         return _difference(f"{name}.{field}", before.get(field), now.get(field))

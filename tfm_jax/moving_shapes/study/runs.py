@@ -1,6 +1,6 @@
-"""The runs of a study: clips and latents once, then training, export, sampling and measuring for every arm and seed.
+"""Runs a study: makes clips and latents once, then trains, exports, samples and measures every arm with every seed.
 
-Each part calls the code of the program of the same name, in one process.
+Each part calls the code of the corresponding program, and all parts run in one process.
 """
 
 import dataclasses
@@ -42,14 +42,17 @@ from tfm_jax.train.loop import TrainRun, train
 from tfm_jax.wan import find_base, load_base, load_vae
 
 CLIP_SEEDS = {"clips": 1000, "held_out": 1001, "reference": 1002}
-"""Folder of real clips -> seed of its clips: for training, for the prompts, and for comparison."""
+"""Folder of real clips -> seed. The three folders are for training, for the prompts and for comparison."""
 SENSITIVITY_CLIPS = 16
 """Maximum number of held-out clips on which the sensitivity to the order of frames is measured."""
 
 
 @section
 class StudyRun(configs.TrainingSections):
-    """The sections that a study reads; the study itself sets paths of data and outputs, seeds and `objective.kind`."""
+    """The configuration sections that a study reads.
+
+    The study itself sets the paths of data and outputs, the seeds and `objective.kind`.
+    """
 
     sampling: configs.SamplingConfig
 
@@ -60,15 +63,15 @@ class Size(NamedTuple):
     arms: tuple[str, ...] = tuple(protocol.ARMS)
     seeds: int = 5
     clips: int = 256
-    """Training clips."""
+    """Number of training clips."""
     prompts: int = 16
-    """Captions of no training clip; every arm and seed samples each of them once."""
+    """Number of prompts, which no training clip has as its caption. Each arm samples every prompt once per seed."""
     reference: int = 128
-    """Real clips with which the samples are compared."""
+    """Number of real clips with which the samples are compared."""
     rounds: int = 30
-    """Rounds of the cost measurement."""
+    """Number of rounds in which the cost of a step is measured."""
     laws: tuple[str, ...] = ("bouncing",)
-    """Laws of motion of all clips, which have one object each."""
+    """Laws of motion of all clips, which have one object each, unless the law fixes another number."""
 
 
 class Study(NamedTuple):
@@ -92,12 +95,12 @@ class Study(NamedTuple):
 
 
 def run_study(study: Study) -> Results:
-    """Run everything that is not in `results.jsonl` yet, seed by seed, so that arms can be compared at any time.
+    """Run everything that is not yet in `results.jsonl`, seed by seed, so that arms can be compared at any time.
 
-    Several processes may do this at once; each of them returns when the study is complete.
+    Several processes may run the same study at once; each of them returns when the study is complete.
 
     Raises:
-        InputError: the settings are invalid, or differ from those with which the study was started.
+        InputError: the settings are invalid or differ from those of the started study, or the model is missing.
     """
     check(study)
     locks = study.output / "locks"
@@ -110,7 +113,7 @@ def run_study(study: Study) -> Results:
             results.add("real", **_measure_autoencoder(study, held_out, reference))
         if not set(study.size.arms) <= latest_costs(results).keys():
             results.add("cost", seconds=_costs(study))
-    for wait in (False, True):  # first the runs that no other process has taken, then wait for those
+    for wait in (False, True):  # first run what no other process is running, then wait for the rest
         for seed, arm, steps in planned_runs(study, results):
             with lock(locks / f"{arm}_seed{seed}_steps{steps}", wait=wait) as mine:
                 results.reload()
@@ -122,26 +125,26 @@ def run_study(study: Study) -> Results:
 
 
 def check(study: Study) -> None:
-    """Raise InputError if a size is invalid or the model is missing."""
+    """Raise InputError if the size or the clip length is invalid, or if the model is missing."""
     size = study.size
     for arm in size.arms:
         if arm not in protocol.ARMS:
-            raise InputError(f"--arms={arm}: expected some of {', '.join(protocol.ARMS)}")
+            raise InputError(f"--arms={arm}: expected one of {', '.join(protocol.ARMS)}")
     if protocol.BASELINE not in size.arms:
-        raise InputError(f"--arms={','.join(size.arms)}: expected {protocol.BASELINE} among them, to compare with")
+        raise InputError(f"--arms={','.join(size.arms)}: expected {protocol.BASELINE} among them, for comparison")
     for name, least in (("seeds", 2), ("clips", 1), ("prompts", 2), ("reference", 4), ("rounds", 1)):
         if getattr(size, name) < least:
             raise InputError(f"--{name}={getattr(size, name)}: expected at least {least}")
     for law in size.laws:
         if law not in LAWS:
-            raise InputError(f"--laws={law}: expected some of {', '.join(LAWS)}")
+            raise InputError(f"--laws={law}: expected one of {', '.join(LAWS)}")
     find_base(study.run.model)
     if study.run.clip.frames < 5:
-        raise InputError(f"clip.frames={study.run.clip.frames}: expected at least 5, to have frames to permute")
+        raise InputError(f"clip.frames={study.run.clip.frames}: expected at least 5, which give two latent frames")
 
 
 def settings(study: Study) -> Record:
-    """The settings that cannot change when a study continues; arms and seeds may be added."""
+    """Return the settings that must not change when a study continues; arms, seeds and rounds may change."""
     values = configs.plain(study.run)
     ignored = ("output", "prompts", "lora", "path", "log_every", "checkpoint_every", "keep_checkpoints", "seed")
     run = {name: {f: v for f, v in part.items() if f not in ignored} for name, part in values.items()}
@@ -153,7 +156,7 @@ def settings(study: Study) -> Record:
 
 
 def _fingerprint(model: Path) -> str:
-    """The first digits of the SHA-256 of a model's weights."""
+    """Return the first 16 digits of the SHA-256 of a model's weights."""
     digest = hashlib.sha256()
     for file in sorted(model.rglob("*.safetensors")):
         digest.update(file.read_bytes())
@@ -161,7 +164,10 @@ def _fingerprint(model: Path) -> str:
 
 
 def planned_runs(study: Study, results: Results) -> Iterator[tuple[int, str, int]]:
-    """Yield (seed, arm, steps) of every run: at equal steps, and at equal time for arms with a different cost."""
+    """Yield (seed, arm, steps) of every run: the base model, then each arm.
+
+    An arm runs at equal steps and, if its cost differs from the baseline's, also at equal time.
+    """
     steps = study.run.train.steps
     seconds = latest_costs(results)
     for seed in range(study.size.seeds):
@@ -179,7 +185,7 @@ def planned_runs(study: Study, results: Results) -> Iterator[tuple[int, str, int
 def make_clips(study: Study) -> None:
     """Make the missing sets of real clips, and the missing latents of all sets but the reference."""
     clip, size = study.run.clip, study.size
-    # Twice as many as needed, because training clips have some of their captions.
+    # Twice as many held-out clips as prompts, because some of their captions also belong to training clips.
     counts = {"clips": size.clips, "held_out": 2 * size.prompts, "reference": size.reference}
     for name, count in counts.items():
         folder = study.output / name
@@ -191,25 +197,26 @@ def make_clips(study: Study) -> None:
         if not data.path.exists():
             prepare(PrepareRun(model=study.run.model, clip=clip, data=data))
         if (data.path / REJECTED).exists():
-            raise InputError(f"{data.path / REJECTED}: clips are missing; remove {data.source} and {data.path}")
+            raise InputError(f"{data.path / REJECTED}: lists rejected clips; remove {data.source} and {data.path}")
 
 
 def latents_folder(study: Study, name: str) -> Path:
-    """The folder with the latents of a set of clips."""
+    """Return the folder with the latents of a set of clips."""
     return study.output / f"{name}_latents"
 
 
 class HeldOut(NamedTuple):
-    """The real clips whose captions are the prompts."""
+    """The held-out clips, and which of them provide the prompts."""
 
     records: Records
     numbers: tuple[int, ...]
-    """Index of a record for each prompt."""
+    """For each prompt, the index of its record."""
     prompts: Path
+    """Text file with one prompt per line."""
 
 
 def choose_prompts(study: Study) -> HeldOut:
-    """Write prompts.txt with distinct captions of held-out clips that no training clip has.
+    """Write distinct captions of held-out clips, none of them the caption of a training clip, to prompts.txt.
 
     Raises:
         InputError: there are too few such captions.
@@ -221,7 +228,7 @@ def choose_prompts(study: Study) -> HeldOut:
         if (prompt := records[number].prompt) not in known:
             new.setdefault(prompt, number)
     if len(new) < study.size.prompts:
-        raise InputError(f"--prompts={study.size.prompts}: only {len(new)} captions are new; expected fewer of them")
+        raise InputError(f"--prompts={study.size.prompts}: expected at most {len(new)}, the number of new captions")
     prompts = list(new)[: study.size.prompts]
     file = study.output / "prompts.txt"
     write_prompts(file, prompts)
@@ -232,7 +239,10 @@ def choose_prompts(study: Study) -> HeldOut:
 
 
 def _measure_autoencoder(study: Study, held_out: HeldOut, reference: ClipSet) -> Record:
-    """Measure the held-out clips after the autoencoder, the best that any model can reach; also reference and floor."""
+    """Measure held-out clips that passed through the autoencoder, the best that a model can reach.
+
+    Return these metrics with those of the reference and the floor.
+    """
     vae = load_vae(study.run.model.path)
     folder = study.output / "autoencoder"
     shutil.rmtree(folder, ignore_errors=True)
@@ -250,12 +260,15 @@ def _measure(study: Study, folder: Path, held_out: HeldOut, reference: ClipSet) 
 
 
 def column(rows: Sequence[Row], side: str) -> dict[str, float | None]:
-    """Metric -> one side of its row: generated, reference or floor. None if the number is not finite."""
+    """Map each metric to one side of its row (generated, reference or floor); None if the number is not finite."""
     return {row.metric: finite_or_none(getattr(row, side)) for row in rows}
 
 
 def latest_costs(results: Results) -> dict[str, list[float]]:
-    """Arm -> seconds per step in every round of the last measurement: costs are comparable only within one."""
+    """Map each arm to the seconds per step in each round of the last measurement.
+
+    Costs from different measurements cannot be compared.
+    """
     measured = results.all("cost")
     return measured[-1]["seconds"] if measured else {}
 
@@ -314,7 +327,7 @@ def _run(study: Study, arm: str, seed: int, steps: int, held_out: HeldOut, refer
 
 
 def _sensitivity(study: Study, lora: Path | None, held_out: HeldOut) -> dict[str, list[float]]:
-    """Measure the sensitivity on the same clips, permutations and noise for every arm and seed."""
+    """Measure the sensitivity to the order of frames, on the same clips, permutations and noise for all runs."""
     transformer = load_base(study.run.model)
     if lora:
         load_adapters(transformer, read_lora(lora))

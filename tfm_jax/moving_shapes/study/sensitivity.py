@@ -1,4 +1,4 @@
-"""Sensitivity of a network to the order of frames: how much a fixed loss grows when the frames are permuted."""
+"""Measures the sensitivity of a network to the order of frames: how much a loss grows if the frames are permuted."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ Levels = Float[Array, "levels"]
 def measure_sensitivity(
     transformer: Any, latents: Float[np.ndarray, "b f h w c"], text: Float[np.ndarray, "b l d"], seed: int
 ) -> dict[str, list[float]]:
-    """Mean of SENSITIVITY_LOSS over the clips at each of SIGMAS, with the frames "ordered" and "permuted".
+    """Return the mean of SENSITIVITY_LOSS over the clips at each of SIGMAS, with "ordered" and "permuted" frames.
 
-    The latent frames of each clip get a different random order, never the true one; the noise is not permuted.
+    The latent frames of each clip are permuted at random, never into the true order; the noise is not permuted.
     """
     rng = np.random.default_rng(seed)
     order = np.stack([_draw_permutation(rng, latents.shape[1]) for _ in latents])

@@ -1,4 +1,4 @@
-"""Paired differences and bootstrap intervals over a few seeds."""
+"""Computes paired differences and bootstrap intervals over a few seeds."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ Numbers = Float[np.ndarray, "n"]
 
 
 class Estimate(NamedTuple):
-    """A mean or median with its interval, and the values behind it, such as one for each seed."""
+    """A mean or median with its interval, and the values from which it was computed, such as one per seed."""
 
     value: float
     low: float
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
 
 def bootstrap(values: Sequence[float] | Numbers, statistic: Callable[..., np.ndarray] = np.mean) -> Estimate:
-    """Percentile bootstrap of the mean, or of another statistic that takes `axis`. The resamples have a fixed seed."""
+    """Estimate the mean, or another statistic that takes `axis`, by a percentile bootstrap with a fixed random seed."""
     array = np.asarray(values, np.float64)
     draws = np.random.default_rng(0).integers(len(array), size=(protocol.RESAMPLES, len(array)))
     tail = (1 - protocol.CONFIDENCE) / 2
@@ -38,7 +38,8 @@ def bootstrap(values: Sequence[float] | Numbers, statistic: Callable[..., np.nda
 def paired_difference(one: dict[int, float | None], other: dict[int, float | None]) -> Estimate | None:
     """Estimate one - other over the seeds that both have.
 
-    None if a seed has no number in one of them: leaving it out would favour the arm that failed on it.
+    Return None if there are no such seeds, or if the value of one of them is missing or not finite: leaving that
+    seed out would favour the arm that failed.
     """
     seeds = sorted(one.keys() & other.keys())
     differences = [_minus(one[seed], other[seed]) for seed in seeds]
@@ -48,9 +49,12 @@ def paired_difference(one: dict[int, float | None], other: dict[int, float | Non
 
 
 def interval_coverage(count: int, trials: int = 2000) -> float:
-    """Fraction of intervals over `count` normal numbers that contain the true mean: below CONFIDENCE for few."""
+    """Return the fraction of bootstrap intervals over `count` normally distributed numbers that contain the true mean.
+
+    If `count` is small, the fraction is below CONFIDENCE.
+    """
     rng = np.random.default_rng(1)
-    draws = rng.integers(count, size=(1000, count))  # shared by all trials, which are independent anyway
+    draws = rng.integers(count, size=(1000, count))  # the trials share the resamples, but their numbers are independent
     weights = np.stack([np.bincount(draw, minlength=count) for draw in draws]) / count
     means = rng.normal(size=(trials, count)) @ weights.T
     tail = (1 - protocol.CONFIDENCE) / 2
