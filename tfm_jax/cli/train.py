@@ -11,7 +11,7 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. All hosts must se
 from collections.abc import Sequence
 from pathlib import Path
 
-from tfm_jax import hosts
+from tfm_jax import processes
 from tfm_jax.cli import command
 from tfm_jax.config import section
 from tfm_jax.train.loop import TrainRun, train
@@ -28,7 +28,7 @@ class Options:
 
 def execute(argv: Sequence[str]) -> None:
     line = command.parse(Options, argv, "tfm-train", __doc__)
-    with hosts.distributed():  # bad values are reported once for all processes
+    with processes.distributed():  # bad values are reported once for all processes
         options = line.options()
         train(options.run, options.resume)
 

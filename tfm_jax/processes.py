@@ -30,7 +30,7 @@ from tfm_jax.errors import InputError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-STARTUP_TIMEOUT = 300
+BARRIER_TIMEOUT = 300
 """Seconds that processes wait for each other at the start and at the end of a run."""
 
 ERROR_TIMEOUT = 5
@@ -61,7 +61,7 @@ def distributed() -> Iterator[None]:
     try:
         yield
         # JAX waits for only 10 s at shutdown; other processes may need longer to finish.
-        jax_distributed.wait_at_barrier("tfm_jax/done", STARTUP_TIMEOUT)
+        jax_distributed.wait_at_barrier("tfm_jax/done", BARRIER_TIMEOUT)
     except BaseException as error:
         watchdog.stop()
         _fail(error)
@@ -117,12 +117,12 @@ def _initialize() -> bool:
     arguments = initialize_arguments(os.environ)
     if arguments is None:
         return False
-    timer = threading.Timer(STARTUP_TIMEOUT, _abort_startup)
+    timer = threading.Timer(BARRIER_TIMEOUT, _abort_startup)
     timer.start()
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=STARTUP_TIMEOUT + 60,  # the timer fires first: JAX would abort with a stack trace
+            initialization_timeout=BARRIER_TIMEOUT + 60,  # the timer fires first: JAX would abort with a stack trace
             heartbeat_timeout_seconds=15,  # JAX ends the other processes if one is killed
             shutdown_timeout_seconds=10,
         )
@@ -195,7 +195,7 @@ def _check_port(address: str, port: int) -> None:
 def _abort_startup() -> NoReturn:
     address, count = jax_distributed.coordinator()
     _print_error(
-        f"not all {count} processes connected to {address} within {STARTUP_TIMEOUT} s; "
+        f"not all {count} processes connected to {address} within {BARRIER_TIMEOUT} s; "
         "expected each to be running with the same address and number of processes",
         2,
     )
