@@ -213,7 +213,7 @@ COMMANDS = [
     malformed(
         row("train", "an option for a value", "--train.steps", "--resume", words=("Missing value", "--train.steps"))
     ),
-    row("train", "an option twice", "--train.seed=1", "--train.seed=1", words=("--train.seed", "given twice")),
+    row("train", "an option twice", "--train.seed=1", "--train.seed=1", words=("--train.seed", "given more than once")),
     row("train", "a folder for a configuration", "--config=$world", words=("$world", "expected a YAML file")),
     row(
         "train",
