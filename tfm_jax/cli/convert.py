@@ -46,9 +46,7 @@ def execute(argv: Sequence[str]) -> None:
     networks = [found for component in COMPONENTS if (found := find_source_or_none(source, component))]
     tokenizer, scheduler = find_tokenizer(source), find_scheduler(source)
     if not networks:
-        raise InputError(
-            f"{source}: contains no network of Wan2.1; expected one of the layouts {', '.join(get_args(Layout))}"
-        )
+        raise InputError(f"{source}: contains no network of Wan2.1; expected weights in any of the three layouts")
     with tqdm(unit="B", unit_scale=True, desc="written") as bar:
 
         def progress(name: str, written: int) -> None:
@@ -65,9 +63,8 @@ def execute(argv: Sequence[str]) -> None:
 
 def _report_sidecar_files(target: Path) -> None:
     for file in sorted(target.glob(f"*{SIDECAR_SUFFIX}")):
-        print(
-            f"{file}: {', '.join(read_json(file))} of this model; other programs ignore this file and use the values of Wan2.1"
-        )
+        fields = ", ".join(read_json(file))
+        print(f"{file}: records {fields} of this model; other programs ignore this file and assume those of Wan2.1")
 
 
 def main() -> None:

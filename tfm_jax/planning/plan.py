@@ -263,7 +263,5 @@ def _sent(plan: Plan, device: str) -> str:
     if plan.collectives is None:
         return "unknown"
     parts = [f"{kind} {gib(traffic.bytes)} ({traffic.times})" for kind, traffic in plan.collectives.items()]
-    loops = (
-        f"; {plan.uncounted_loops} of them in loops of unknown trip count, counted once" if plan.uncounted_loops else ""
-    )
+    uncounted = f"; {plan.uncounted_loops} in loops of unknown trip count, counted once" if plan.uncounted_loops else ""
     return f"{gib(plan.bytes_sent)} per {device}: {', '.join(parts) or 'nothing'}{uncounted}"
