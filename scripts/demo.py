@@ -1,9 +1,10 @@
-"""Run the whole chain on the embedded model, in minutes on two CPU cores: clips, latents, TFM training, LoRA, videos.
+"""Run all steps of a fine-tuning on the embedded model, from clips to videos, in minutes on two CPU cores.
 
     python scripts/demo.py
 
-fine-tunes a model that knows only uniform motion on shapes that bounce off the walls. The demo runs the same programs
-as a real fine-tuning, prints each command, and writes everything into runs/demo/, which it deletes first.
+The embedded model knows only uniform motion. The demo fine-tunes it with TFM on shapes that bounce off the walls. It
+runs the same programs as a real fine-tuning and prints each command. All files are written to runs/demo/, which is
+deleted first.
 """
 
 import json
@@ -38,22 +39,22 @@ CONFIG = "wan_tiny"
 LAW = "bouncing"
 """A law of motion that the embedded model does not know."""
 CLIP_SETS = {"clips": (64, 1), "reference": (64, 2)}
-"""Folder of real clips -> their number and their seed: for training, and for comparison."""
+"""Folder of real clips -> the number of clips and their seed. The first is for training, the second for comparison."""
 NUM_PROMPTS = 16
-"""Number of captions of the reference that are sampled."""
+"""Number of captions of reference clips to sample."""
 NUM_SHOWN = 4
-"""Number of prompts in report.png."""
+"""Number of prompts to show in report.png."""
 
 
 @config.section
 class Options:
-    """The demo has none."""
+    """The demo has no options."""
 
 
 def main(argv: Sequence[str]) -> None:
     command.parse(Options, argv, "python scripts/demo.py", __doc__)
     if (ROOT / DEMO).exists():
-        shutil.rmtree(ROOT / DEMO)  # an error must stop the demo, or the programs would continue with the old files
+        shutil.rmtree(ROOT / DEMO)  # must not fail silently: the programs would continue with the old files
     for name, (count, seed) in CLIP_SETS.items():
         print(f"making {count} clips of {LAW} shapes in {DEMO / name}/", flush=True)
         write_clips(ROOT / DEMO / name, count, seed=seed, laws=[LAW], num_objects=[1])
@@ -74,15 +75,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_program(name: str, *arguments: str) -> None:
-    """Run a program from the root of the repository, as a user would; if it fails, exit with its code."""
+    """Run a program in the root folder of the repository, as a user would. If it fails, exit with its exit code."""
     print(f"\n$ {name} {shlex.join(arguments)}", flush=True)
     done = subprocess.run([Path(sys.executable).with_name(name), *arguments], cwd=ROOT)
     if done.returncode:
-        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)  # a shell adds 128 to signals
+        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)  # as shells report signals
 
 
 def draw_report(demo: Path) -> None:
-    """Draw report.png: the loss of every step, the metrics of motion, and frames of samples and of real clips."""
+    """Draw report.png: the losses of every step, the motion metrics, and frames of samples and of real clips."""
     figure, axes = plt.subplot_mosaic(
         [["loss", "samples"], ["table", "samples"]], figsize=(17, 11), width_ratios=(1, 1), layout="constrained"
     )
@@ -98,7 +99,7 @@ def draw_report(demo: Path) -> None:
             clips.append(video.read_clip(file, clip.frames, clip.height, clip.width, clip.fps))
             labels.append(f"{number:03d} {kind}")
     axes["samples"].imshow(video.contact_sheet(clips, labels, columns=9, cell=96))
-    axes["samples"].set(title="samples from the same noise, and a real clip with the caption", xticks=[], yticks=[])
+    axes["samples"].set(title="samples from the same noise, and the real clip with this caption", xticks=[], yticks=[])
     figure.savefig(demo / "report.png", dpi=110)
 
 
@@ -131,7 +132,7 @@ def draw_table(axis: Axes, metrics: dict[str, dict[str, Any]]) -> None:
 
 
 def running_mean(values: list[float], window: int = 20) -> np.ndarray:
-    """The mean of each value and up to `window - 1` before it."""
+    """Return the mean of each value and of up to `window - 1` values before it."""
     total = np.cumsum([0.0, *values])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
