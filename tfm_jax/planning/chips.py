@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """The properties of one JAX device of a chip."""
+    """The properties of a chip, per JAX device."""
 
     memory: int
     """Bytes of device memory that programs can use."""

@@ -2,7 +2,7 @@
 
 `compiled.as_text()` is HLO: computations with one instruction per line. A while loop names its body and its condition.
 CPU and GPU programs annotate each loop with its trip count. TPU programs do not, and the length of a scan is not always
-the trip count, because XLA may have unrolled the loop. There the trip count is computed from the loop's counter.
+the trip count, because XLA may have unrolled the loop. For them, the trip count is computed from the loop's counter.
 """
 
 import math
@@ -78,7 +78,7 @@ class Module:
         self._count(self.entry, 1)
 
     def instructions(self) -> Iterator[tuple[str, Instruction]]:
-        """Yield the name of its computation with each instruction."""
+        """Yield each instruction, preceded by the name of its computation."""
         for name, computation in self.computations.items():
             for instruction in computation.instructions.values():
                 yield name, instruction

@@ -19,11 +19,11 @@ from tfm_jax.sharding import make_mesh
 
 SPLASH_SCORE_PRODUCTS = 3
 """Number of matrix products of the size of the attention scores that the backward kernels of splash attention (bfloat16
-on TPUs) recompute. The kernels of other attention recompute one."""
+on TPUs) recompute. Other attention kernels recompute one."""
 
 MARGIN = 0.05
 """Fraction of the memory that a plan should leave free, because a run also holds prefetched batches and loses memory to
-fragmentation. On GPUs the compiler's numbers do not include the workspace of cuDNN either."""
+fragmentation. On GPUs, the compiler's numbers also lack the workspace of cuDNN."""
 
 _TOO_LARGE = (
     re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),

@@ -60,7 +60,7 @@ CURVE_TOPOLOGIES = (
     "v5p:8x8x8",
     "v5p:8x8x16",
 )
-"""The topologies along the curves."""
+"""The topologies of the scaling curves."""
 FIXED_BATCH = 16
 """Batch size of the second curve, on any number of chips."""
 
@@ -69,7 +69,7 @@ REMAT_TOPOLOGY, REMAT_MESH = "v5p:2x2x1", {"mesh.sequence": 4}
 
 
 class Case(NamedTuple):
-    """What a row of the table is about."""
+    """The model, resolution and machine of a row of the table."""
 
     model: str
     resolution: str
@@ -81,7 +81,7 @@ Curves = Mapping[str, Sequence[Plan]]
 
 
 class PlanCache:
-    """Plans in a file; missing plans are compiled and added.
+    """A file of plans. Missing plans are compiled and added.
 
     Args:
         compile_missing: if False, only read the file.
