@@ -154,7 +154,7 @@ def _in_torch(torch, arrays: Sequence[np.ndarray], backward: bool) -> Callable[[
 
 
 def _mapped_attention(query: jax.Array, key: jax.Array, value: jax.Array, size: int = 512) -> jax.Array:
-    """Compute exact attention in linear memory the simplest way: in chunks of queries, recomputed in the backward pass."""
+    """Compute exact attention in linear memory the simplest way: chunks of queries, recomputed in the backward pass."""
     length = query.shape[1]
     chunks = -(-length // size)
     padded = jnp.pad(query, ((0, 0), (0, -length % chunks), (0, 0), (0, 0)))

@@ -94,7 +94,7 @@ def barrier(name: str) -> None:
 
 
 def stop_requested(step: int) -> str | None:
-    """Return the name of the signal after which the run must save and stop at `step`; None if it must continue.
+    """Return the name of the signal because of which the run must save and stop at `step`; None if it continues.
 
     Any process may receive the signal. All processes agree on the step to stop at, so each of them must call this after
     every step, inside `interrupts.postponed`. Once a name has been returned, a second signal ends the process at once.
