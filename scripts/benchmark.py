@@ -1,15 +1,15 @@
-"""Measure speed and memory on this machine. Tests do not time anything: all reported timings come from here.
+"""Measure speed and memory on this machine. All reported timings come from here; the tests do not time anything.
 
     python scripts/benchmark.py convert --directory=/tmp
     python scripts/benchmark.py attention
 
-convert: converts a random Wan2.1-1.3B transformer (5.7 GB of float32, Diffusers layout) with convert_weights.py, and
-compares the speed with a plain copy of the same files. Needs 12 GB in --directory and removes what it wrote. Linux
-only.
+convert: convert a random Wan2.1-1.3B transformer (5.7 GB of float32 in the Diffusers layout) with convert_weights.py,
+and compare the speed with that of a plain copy of the same files. This runs on Linux only and needs 12 GB of free space
+in --directory. All files are removed at the end.
 
-attention: compares our attention in float32, forward and with gradients, with PyTorch's on all cores, with the same
-chunks differentiated by JAX, and with JAX's own, which holds all scores in memory. The four run in turn, so that their
-ratios are meaningful on a busy machine too.
+attention: compare our attention in float32, with and without gradients, with three others: PyTorch's on all cores,
+chunks of queries that JAX differentiates, and JAX's own, which keeps all scores in memory. The four take turns, so that
+their ratios are meaningful even on a busy machine.
 """
 
 import argparse
@@ -42,7 +42,7 @@ WAN_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
 CONVERT = Path(__file__).resolve().with_name("convert_weights.py")
 
 ATTENTION_SHAPES = ((1, 1600, 1600, 8, 64), (1, 1600, 512, 8, 64), (2, 80, 512, 4, 32))
-"""Batch size, number of queries, number of keys, heads, head dimension."""
+"""Batch size, number of queries, number of keys, number of heads, head width."""
 
 
 class Usage(NamedTuple):
@@ -50,17 +50,21 @@ class Usage(NamedTuple):
 
     seconds: float
     peak_memory: int
-    """Peak of RssAnon in bytes; it excludes the pages of mapped files."""
+    """Peak of RssAnon in bytes, which does not include the pages of mapped files."""
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="benchmark")
-    convert = commands.add_parser("convert", help="speed and memory of convert_weights.py, compared with a plain copy")
+    convert = commands.add_parser(
+        "convert", help="measure speed and memory of convert_weights.py, and the speed of a plain copy"
+    )
     convert.add_argument("--directory", type=Path, required=True, help="directory with 12 GB of free space")
     convert.set_defaults(run=lambda options: measure_conversion(options.directory))
-    attend = commands.add_parser("attention", help="speed of our attention, compared with PyTorch's and JAX's")
-    attend.add_argument("--rounds", type=int, default=15, help="timed runs of each program (default: %(default)s)")
+    attend = commands.add_parser("attention", help="compare the speed of our attention with PyTorch's and JAX's")
+    attend.add_argument(
+        "--rounds", type=int, default=15, help="number of timed runs of each program (default: %(default)s)"
+    )
     attend.set_defaults(run=lambda options: measure_attention(options.rounds))
     options = parser.parse_args(argv)
     options.run(options)
@@ -88,7 +92,7 @@ def measure_conversion(directory: Path) -> None:
 
 
 def write_checkpoint(directory: Path, config: TransformerConfig) -> None:
-    """Write a float32 transformer in the Diffusers layout; its tensors are rotations of one block of random numbers."""
+    """Write a float32 transformer in the Diffusers layout. Each tensor repeats a rotation of one random block."""
     rows = TRANSFORMER.rows(config)
     shapes = {name: value.shape for name, value in abstract_parameters(TRANSFORMER, config, np.float32).items()}
     expected = expected_shapes("diffusers", rows, shapes)
@@ -138,7 +142,7 @@ def _in_jax(function: Callable, arrays: Sequence[np.ndarray], backward: bool) ->
 
 
 def _in_torch(torch, arrays: Sequence[np.ndarray], backward: bool) -> Callable[[], object]:
-    """PyTorch's kernels expect heads before tokens; the inputs are transposed here, outside of the timing."""
+    """PyTorch's kernels expect heads before tokens, so transpose the inputs here, before the timing starts."""
     tensors = [torch.from_numpy(x).transpose(1, 2).contiguous() for x in arrays]
     inputs = [x.requires_grad_(backward) for x in tensors[:3]]
 
@@ -150,7 +154,7 @@ def _in_torch(torch, arrays: Sequence[np.ndarray], backward: bool) -> Callable[[
 
 
 def _mapped_attention(query: jax.Array, key: jax.Array, value: jax.Array, size: int = 512) -> jax.Array:
-    """The shortest exact attention with linear memory: chunks of queries, recomputed in the backward pass."""
+    """Compute exact attention in linear memory the simplest way: chunks of queries, recomputed in the backward pass."""
     length = query.shape[1]
     chunks = -(-length // size)
     padded = jnp.pad(query, ((0, 0), (0, -length % chunks), (0, 0), (0, 0)))
@@ -160,7 +164,7 @@ def _mapped_attention(query: jax.Array, key: jax.Array, value: jax.Array, size: 
 
 
 def _take_turns(programs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each program, after two warm-up runs."""
+    """Return the median time of each program in seconds, after two warm-up runs."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 2):
         for name, run in programs.items():
@@ -172,7 +176,7 @@ def _take_turns(programs: dict[str, Callable[[], object]], rounds: int) -> dict[
 
 
 def run_and_watch(command: Sequence[str], interval: float = 0.05) -> Usage:
-    """Run a program and sample its memory every `interval` seconds.
+    """Run a program, and read its memory use every `interval` seconds.
 
     Raises:
         CalledProcessError: the program failed.
@@ -188,7 +192,7 @@ def run_and_watch(command: Sequence[str], interval: float = 0.05) -> Usage:
 
 
 def anonymous_memory(pid: int) -> int:
-    """RssAnon of a process in bytes; 0 if the process has ended."""
+    """Return RssAnon of a process in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except ProcessLookupError:

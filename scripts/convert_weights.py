@@ -1,4 +1,4 @@
-"""Convert weights between layouts: `tfm-convert`."""
+"""Convert weights between layouts; the same as `tfm-convert`."""
 
 from tfm_jax.cli.convert import main
 

@@ -1,4 +1,4 @@
-"""Measure the motion in clips: `tfm-evaluate`."""
+"""Measure the motion in clips; the same as `tfm-evaluate`."""
 
 from tfm_jax.cli.evaluate import main
 

@@ -1,4 +1,4 @@
-"""Export the LoRA of a run: `tfm-export`."""
+"""Export the LoRA of a run; the same as `tfm-export`."""
 
 from tfm_jax.cli.export import main
 

@@ -1,4 +1,4 @@
-"""Check whether a run fits on a machine: `tfm-plan`."""
+"""Check whether a run fits on a machine; the same as `tfm-plan`."""
 
 from tfm_jax.cli.plan import main
 

@@ -1,4 +1,4 @@
-"""Encode clips for training: `tfm-prepare`."""
+"""Encode clips for training; the same as `tfm-prepare`."""
 
 from tfm_jax.cli.prepare import main
 

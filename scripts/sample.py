@@ -1,4 +1,4 @@
-"""Sample videos: `tfm-sample`."""
+"""Sample videos; the same as `tfm-sample`."""
 
 from tfm_jax.cli.sample import main
 

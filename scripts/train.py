@@ -1,4 +1,4 @@
-"""Train a LoRA: `tfm-train`."""
+"""Train a LoRA; the same as `tfm-train`."""
 
 from tfm_jax.cli.train import main
 

@@ -209,7 +209,7 @@ def refusal(file, *options, kind=Config) -> str:
         ("--lora.rank=0", "expected at least 1"),
         ("--lora.targets=[]", "expected at least 1 of them"),
         ("--lora.targets=q", "expected a list, such as [a, b]"),
-        ("--lora.targets=[q", "not a list; expected one such as [a, b]"),
+        ("--lora.targets=[q", "not a list; expected one, such as [a, b]"),
         ("--lora.targets=[1]", "expected text"),
         ("--clip.frames=16", "expected 4 n + 1, such as 81"),
         ("--clip.height=40", "expected a multiple of 16"),
@@ -220,13 +220,13 @@ def refusal(file, *options, kind=Config) -> str:
         ("--objective.kind=mse", "expected 'tfm', 'fm', 'fm_direction', 'tfm_mse' or 'fm_warp'"),
         ("--model.dtype=float16", "expected 'float32' or 'bfloat16'"),
         ("--mesh.data=-2", "expected at least -1"),
-        ("--mesh.data=0", "expected 1 or more, or -1 for all devices that the other axes leave"),
+        ("--mesh.data=0", "expected 1 or more, or -1 for all remaining devices"),
         ("--mesh.tensor=0", "expected at least 1"),
         ("--train.output=", "expected a path"),
         ("--data.source=", "expected a path"),
-        ("--lora.targets=[!!int x]", "not a list; expected one such as [a, b]"),
-        ("--lora.targets=[2020-13-45]", "not a list; expected one such as [a, b]"),
-        ("--lora.targets=[&a q, *a]", "not a list; expected one such as [a, b]"),
+        ("--lora.targets=[!!int x]", "not a list; expected one, such as [a, b]"),
+        ("--lora.targets=[2020-13-45]", "not a list; expected one, such as [a, b]"),
+        ("--lora.targets=[&a q, *a]", "not a list; expected one, such as [a, b]"),
         ("--train.remat=some", "expected 'full', 'attention', 'attention_offload' or 'none'"),
     ],
 )
@@ -242,7 +242,7 @@ def test_the_same_mistakes_in_the_file(file):
     file.write_text(TEXT.replace("path: weights", "path: 5"))
     assert refusal(file) == f"{file}: model.path=5: expected a path"
     file.write_text(TEXT.replace("rank: 8", "rank: yes"))
-    assert refusal(file) == f"{file}: lora.rank=true: booleans are not accepted here; put text into quotes"
+    assert refusal(file) == f"{file}: lora.rank=true: booleans are not accepted here; put text in quotes"
     file.write_text(TEXT.replace("path: latents", 'path: ""'))
     assert refusal(file) == f"{file}: data.path=: expected a path"
     file.write_text(TEXT.replace("rank: 8", f"rank: {'8' * 999}x"))
@@ -325,11 +325,11 @@ def test_unknown_names_in_the_file(file):
 
 
 def test_given_twice(file):
-    assert refusal(file, "--lora.rank=1", "--lora.rank=2") == "argument --lora.rank is given twice; expected it once"
+    assert refusal(file, "--lora.rank=1", "--lora.rank=2") == "--lora.rank is given more than once"
     file.write_text(TEXT + "train: {steps: 5}\n")
-    assert refusal(file) == f"{file}:{TEXT.count(chr(10)) + 1}: train is given twice; expected it once"
+    assert refusal(file) == f"{file}:{TEXT.count(chr(10)) + 1}: train is given more than once"
     file.write_text(TEXT.replace("  rank: 8\n", "  rank: 8\n  rank: 9\n"))
-    assert refusal(file) == f"{file}:6: rank is given twice; expected it once"
+    assert refusal(file) == f"{file}:6: rank is given more than once"
 
 
 @pytest.mark.parametrize("option", ["train.steps=5", "-x", "--train.steps"])

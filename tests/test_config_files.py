@@ -41,7 +41,7 @@ def refusal(file) -> str:
         (b"{[a]: {b: c}}\n", ":1: expected a name before the colon"),
         (b"? {a: b}\n: c\n", ":1: expected a name before the colon"),
         (b"? " + b"x" * 101 + b"\n: c\n", ":1: expected a name before the colon"),
-        (b"a: &a {b: c}\nd: *a\n", ":1: anchor or alias a: write the value out"),
+        (b"a: &a {b: c}\nd: *a\n", ":1: anchor or alias a: write out the value"),
         (b"d: *a\n", ":1: anchor or alias a"),
         (b"[" * 3000, ": nested too deeply"),
         (b"a: {b: c}\n" * 30_000, ": longer than 256 KiB"),
@@ -53,8 +53,8 @@ def test_files_that_are_no_configurations(file, content, message):
 
 
 VALUES = {
-    "2020-13-45": "YAML reads this as a timestamp; put text into quotes",
-    "2020-01-01 10:00:00": "YAML reads this as a timestamp; put text into quotes",
+    "2020-13-45": "YAML reads this as a timestamp; put text in quotes",
+    "2020-01-01 10:00:00": "YAML reads this as a timestamp; put text in quotes",
     "!!int x": "tag !!int: expected a value without a tag",
     "!!float y": "tag !!float: expected a value without a tag",
     "!!bool x": "tag !!bool: expected a value without a tag",
@@ -71,7 +71,7 @@ VALUES = {
     "0x1f": "expected a decimal number",
     ".nan": "expected a decimal number",
     "9" * 5000: "expected a decimal number",
-    '"a\\0b"': "text with a NUL",
+    '"a\\0b"': "text contains a NUL",
     '"\\ud800"': "half a surrogate pair",
 }
 """As the value of a field in line 2 -> what is said about it, whatever the field is."""

@@ -1,34 +1,37 @@
 """The exceptions that a program reports in one line, and the exit code of each."""
 
 FAILED_WRITES = ("No space left on device", "Read-only file system", "File too large", "Disk quota exceeded")
-"""The operating system's messages for failed writes, which libraries wrap in exceptions of any type."""
+"""The operating system's messages about failed writes. Libraries wrap them in exceptions of any type."""
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line with the file or field, its value and what was expected. Exit code 2.
+    """The input is invalid. The message is one line: the file or field, its value, and what was expected. Exit code 2.
 
     An exception that this module does not describe is a bug in this package and keeps its traceback.
     """
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training diverged. The message names the step with a NaN or infinite loss, and its clips. Exit code 1."""
+    """Training diverged: losses, gradients, updates or adapters are not finite. The message names the step or the run.
+
+    Exit code 1.
+    """
 
 
 class CompilerError(RuntimeError):
-    """The compiler failed on a program for a reason other than device memory. Exit code 3."""
+    """The compiler failed for a reason other than a lack of device memory. Exit code 3."""
 
 
 class StoppedEarly(Exception):
-    """Ctrl-C or SIGTERM stopped the program. Its work is saved and the same command continues it. Exit code 75."""
+    """Ctrl-C or SIGTERM stopped the program after it had saved its work, so that it can be continued. Exit code 75."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM ended a program that saved nothing to continue from. Exit code 143, as shells report SIGTERM."""
+    """SIGTERM ended the program before it could save its work. Exit code 143, with which shells report SIGTERM."""
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:
-    """Return the line to print for an exception and its exit code; None for a bug in this package."""
+    """Return the line to print for an exception, and the exit code; None if the exception is a bug in this package."""
     if isinstance(error, InputError):
         message, code = str(error), 2
     elif isinstance(error, NonFiniteLoss):
@@ -51,5 +54,5 @@ def describe(error: BaseException) -> tuple[str, int] | None:
 
 
 def failed_write(error: BaseException) -> str | None:
-    """Return the operating system's message if the text of an exception contains that of a failed write, or None."""
+    """Return the message about a failed write that the text of an exception contains; None if it contains none."""
     return next((failure for failure in FAILED_WRITES if failure in str(error)), None)

@@ -1,8 +1,8 @@
-"""Handling of Ctrl-C and SIGTERM.
+"""Handle Ctrl-C and SIGTERM.
 
 The first signal raises an exception in the main thread (KeyboardInterrupt or `Terminated`), so that `finally` blocks
-clean up. Inside `postponed` the first signal is only recorded, and the program saves its work and stops at the next
-safe point. A second signal always ends the process at once, even while the main thread waits for a device or the
+clean up. Inside `postponed`, the first signal is only recorded; the program then saves its work and stops at the next
+safe point. A second signal always ends the process at once, even if the main thread is waiting for a device or for the
 compiler.
 """
 
@@ -19,24 +19,24 @@ from tfm_jax.errors import Terminated
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _plan: str | None = None
-"""What the program will do after the first signal inside `postponed`; None if that signal raises an exception."""
+"""What the program does after the first signal, if inside `postponed`; None if the signal raises an exception."""
 
 _requested: str | None = None
-"""The name of the signal that was postponed."""
+"""The name of the recorded signal."""
 
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Handle both signals inside the block. Does nothing outside the main thread, where Python allows no handlers."""
+    """Handle both signals inside the block. Outside the main thread, do nothing: Python allows no handlers there."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    # Python runs handlers in the main thread, which may be in a long call; this thread receives each signal at once.
+    # Python runs handlers in the main thread, which may be in a long call. The listening thread gets signals at once.
     threading.Thread(target=_listen, args=(receiver,), daemon=True).start()
     descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    # A shell starts background programs with Ctrl-C ignored; keep it ignored.
+    # Shells start background programs with Ctrl-C ignored; keep ignoring it.
     handled_signals = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, _raise) for number in handled_signals}
     try:
@@ -50,10 +50,10 @@ def handled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def postponed(plan: str) -> Iterator[None]:
-    """Record the first signal for `requested` instead of raising an exception inside the block.
+    """Inside the block, record the first signal for `requested` instead of raising an exception.
 
     Args:
-        plan: printed after the signal, such as "saving a checkpoint after this step".
+        plan: what the program does after the signal, such as "saving a checkpoint after this step"; it is printed.
     """
     global _plan, _requested
     _plan, _requested = plan, None
@@ -64,7 +64,7 @@ def postponed(plan: str) -> Iterator[None]:
 
 
 def requested() -> str | None:
-    """Return the name of the signal that `postponed` recorded, SIGINT or SIGTERM; None if there was none."""
+    """Return the name of the signal that was recorded inside `postponed`, SIGINT or SIGTERM; None if there was none."""
     return _requested
 
 
@@ -75,7 +75,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _listen(receiver: socket.socket) -> None:
-    """Record the first signal and end the process at the second. Runs in its own thread."""
+    """Record the first signal if inside `postponed`, and end the process at the second. This runs in its own thread."""
     global _requested
     count = 0
     with receiver:

@@ -1,4 +1,4 @@
-"""Plain YAML: only sections, lists, text, numbers, booleans and null.
+"""Read plain YAML: only sections, lists, text, numbers, booleans and null.
 
 Tags, anchors, aliases, dates and multiple documents are refused, so that files from untrusted sources are safe to read.
 """
@@ -14,7 +14,7 @@ from tfm_jax.errors import InputError
 
 MAX_BYTES = 2**18
 MAX_NAME = 100
-"""Largest number of characters in the name of a section or field."""
+"""Maximum number of characters in the name of a section or field."""
 
 _CORE = "tag:yaml.org,2002:"
 
@@ -23,7 +23,7 @@ def read(file: Path) -> Any:
     """Read a YAML file of at most 256 KiB.
 
     Raises:
-        InputError: with file and line, for anything that is not plain YAML.
+        InputError: the file is not plain YAML; the message names the file and the line.
     """
     if file.exists() and not file.is_file():
         raise InputError(f"{file}: not a regular file; expected a YAML file")
@@ -39,13 +39,13 @@ def read(file: Path) -> Any:
 
 
 def parse(text: str, place: str) -> Any:
-    """Parse a YAML text; the value of an empty text is None.
+    """Parse a YAML text and return its value. The value of an empty text is None.
 
     Args:
-        place: the source of the text; messages begin with it and the line.
+        place: the source of the text, such as a file; error messages begin with it.
 
     Raises:
-        InputError: for anything that is not plain YAML.
+        InputError: the text is not plain YAML.
     """
     try:
         node = yaml.compose(text, _Loader)
@@ -62,7 +62,7 @@ def parse(text: str, place: str) -> Any:
 
 
 class _Refused(Exception):
-    """YAML that is not plain."""
+    """The text is YAML, but not plain YAML."""
 
     def __init__(self, mark: yaml.Mark, message: str):
         super().__init__(message)
@@ -72,11 +72,11 @@ class _Refused(Exception):
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event: Any = self.peek_event()
-        if event.anchor:  # an alias carries the name of its anchor
-            raise _Refused(event.start_mark, f"anchor or alias {event.anchor[:MAX_NAME]}: write the value out")
+        if event.anchor:  # true for aliases, too: they carry the name of their anchor
+            raise _Refused(event.start_mark, f"anchor or alias {event.anchor[:MAX_NAME]}: write out the value")
         if event.tag:
             tag = event.tag.replace(_CORE, "!!")[:MAX_NAME]
-            raise _Refused(event.start_mark, f"tag {tag}: expected a value without a tag; put text into quotes")
+            raise _Refused(event.start_mark, f"tag {tag}: expected a value without a tag; put text in quotes")
         return super().compose_node(parent, index)
 
 
@@ -85,15 +85,15 @@ def _value(node: Node) -> Any:
         return _mapping(node)
     if isinstance(node, SequenceNode):
         return [_value(item) for item in node.value]
-    kind, text = node.tag.removeprefix(_CORE), node.value
-    if kind not in _SCALARS:
-        raise _Refused(node.start_mark, f"{text[:MAX_NAME]}: YAML reads this as a {kind}; put text into quotes")
+    tag, text = node.tag.removeprefix(_CORE), node.value
+    if tag not in _SCALARS:
+        raise _Refused(node.start_mark, f"{text[:MAX_NAME]}: YAML reads this as a {tag}; put text in quotes")
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise _Refused(node.start_mark, "text with a NUL or half a surrogate pair; expected Unicode text")
+        raise _Refused(node.start_mark, "text contains a NUL or half a surrogate pair; expected Unicode text")
     try:
-        return _SCALARS[kind](text)
+        return _SCALARS[tag](text)
     except ValueError:  # YAML 1.1 reads 1:30 as 90 and 0x1f as 31
-        raise _Refused(node.start_mark, f"{text[:MAX_NAME]}: expected a decimal number; put text into quotes") from None
+        raise _Refused(node.start_mark, f"{text[:MAX_NAME]}: expected a decimal number; put text in quotes") from None
 
 
 def _mapping(node: MappingNode) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _mapping(node: MappingNode) -> dict[str, Any]:
         if not isinstance(key, ScalarNode) or len(key.value) > MAX_NAME:
             raise _Refused(key.start_mark, "expected a name before the colon")
         if key.value in values:
-            raise _Refused(key.start_mark, f"{key.value} is given twice; expected it once")
+            raise _Refused(key.start_mark, f"{key.value} is given more than once")
         values[key.value] = _value(value)
     return values
 

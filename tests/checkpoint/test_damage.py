@@ -208,7 +208,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tfm_jax import hosts
+from tfm_jax import processes
 from tfm_jax.checkpoint import Checkpoints, reading
 
 def value(step):
@@ -220,20 +220,20 @@ def fail(checkpoint, target, read=reading.read_arrays):
     return read(checkpoint, target)
 
 reading.read_arrays = fail
-with hosts.distributed():
+with processes.distributed():
     sharding = NamedSharding(jax.make_mesh((8,), "x"), PartitionSpec("x"))
     folder = Path(sys.argv[1])
     with Checkpoints(folder, max_to_keep=9) as checkpoints:
         for step in (1, 2, 3, 4):
             checkpoints.save(step, {"x": value(step)}, {})
-    if hosts.is_first():
+    if processes.is_first():
         record = folder / "4" / "_CHECKPOINT_METADATA"
         record.write_text(record.read_text()[:-20])
         data = max((folder / "2").rglob("d/*"), key=lambda file: file.stat().st_size)
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
         data.write_bytes(content)
-    hosts.barrier("damaged")
+    processes.barrier("damaged")
     with Checkpoints(folder, max_to_keep=9) as checkpoints:
         restored = checkpoints.restore(lambda _: {"x": jax.ShapeDtypeStruct((16,), np.float32, sharding=sharding)})
         parts = restored.arrays["x"].addressable_shards

@@ -213,7 +213,7 @@ COMMANDS = [
     malformed(
         row("train", "an option for a value", "--train.steps", "--resume", words=("Missing value", "--train.steps"))
     ),
-    row("train", "an option twice", "--train.seed=1", "--train.seed=1", words=("--train.seed", "given twice")),
+    row("train", "an option twice", "--train.seed=1", "--train.seed=1", words=("--train.seed", "given more than once")),
     row("train", "a folder for a configuration", "--config=$world", words=("$world", "expected a YAML file")),
     row(
         "train",
@@ -261,8 +261,8 @@ CONFIGURATIONS = [
     config("lists 3000 deep", f"model: {{dim: {'[' * 3000}{']' * 3000}}}\n", "config.yaml"),
     config("lists that repeat each other", ALIASES + "model: {dim: *g}\n", "config.yaml"),
     config("a list that holds itself", "model: &a [*a]\n", "config.yaml"),
-    config("a field twice", "model: {dim: 1, dim: 1}\n", "config.yaml:1", "dim is given twice"),
-    config("a section twice", "model: {dim: 1}\nmodel: {dim: 2}\n", "config.yaml:2", "model is given twice"),
+    config("a field twice", "model: {dim: 1, dim: 1}\n", "config.yaml:1", "dim is given more than once"),
+    config("a section twice", "model: {dim: 1}\nmodel: {dim: 2}\n", "config.yaml:2", "model is given more than once"),
     config("a list for a name", "? [a, b]\n: {dim: 1}\n", "config.yaml"),
     config("a mapping for a name", "? {a: b}\n: {dim: 1}\n", "config.yaml"),
     config("an unknown section", "optimiser: {}\n", "unknown section optimiser; did you mean optimizer?"),

@@ -83,7 +83,7 @@ MODELS = [
         "clips for a source",
         "$world/clips",
         "$tmp/new",
-        words=("$world/clips", "no network of Wan2.1 found"),
+        words=("$world/clips", "contains no network of Wan2.1"),
     ),
     row(
         "train",

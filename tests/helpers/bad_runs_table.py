@@ -168,8 +168,8 @@ OTHERS = [
             ("--rounds=0", "expected at least 1"),
             ("--laws=[magic]", "expected one of"),
             ("--steps=0", "expected at least 1"),
-            ("--train.output=x", "the study sets it"),
-            ("--train.seed=1", "the study sets it"),
+            ("--train.output=x", "the study sets this field"),
+            ("--train.seed=1", "the study sets this field"),
             ("--clip.frames=1", "expected"),
         )
     ),

@@ -275,7 +275,7 @@ def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
         ("--arms=[fm, mse]", "--arms=mse: expected one of fm, "),
         ("--seeds=1", "--seeds=1: expected at least 2"),
         ("--laws=[falling]", "--laws=falling: expected one of still, "),
-        ("--train.steps=3", "--train.steps=3: the study sets it"),
+        ("--train.steps=3", "--train.steps=3: the study sets this field"),
         ("--model.dim=64", "the weights have dim 96"),
     ],
 )

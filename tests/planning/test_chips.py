@@ -7,7 +7,7 @@ from helpers.plans import fake_topology
 from tfm_jax.config import MeshConfig
 from tfm_jax.errors import InputError
 from tfm_jax.planning import chips
-from tfm_jax.planning.chips import CHIPS, GIB, topology
+from tfm_jax.planning.chips import CHIPS, GIB, find_topology
 from tfm_jax.sharding import make_mesh
 
 
@@ -17,7 +17,7 @@ from tfm_jax.sharding import make_mesh
 )
 def test_an_unknown_topology_is_one_line(name):
     with pytest.raises(InputError) as caught:
-        topology(name)
+        find_topology(name)
     assert str(caught.value).startswith(f"--topology={name}: expected")
     assert "v5e:4x4" in str(caught.value)
 
@@ -25,8 +25,8 @@ def test_an_unknown_topology_is_one_line(name):
 @pytest.mark.parametrize(("name", "wheel"), [("v5e:2x4", "jax[tpu]=="), ("h100:4", "jax-cuda13-pjrt==")])
 def test_a_compiler_that_is_missing_is_one_line_with_the_command(monkeypatch, name, wheel):
     monkeypatch.setattr(chips, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"^--topology=\S+: needs .* pip install") as caught:
-        topology(name)
+    with pytest.raises(InputError, match=r"^--topology=\S+: .* is not installed; run pip install") as caught:
+        find_topology(name)
     assert wheel in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -67,7 +67,7 @@ def test_devices_of_a_chip():
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "2xv5e:2x2"])
 def test_tpus_form_a_mesh(name):
-    where = topology(name)
+    where = find_topology(name)
     slices, per_chip = (2 if name.startswith("2x") else 1), CHIPS[where.kind].per_chip
     assert where.chips == 4 * slices
     assert make_mesh(MeshConfig(data=slices, fsdp=4 * per_chip), where.devices).size == 4 * slices * per_chip

@@ -11,7 +11,7 @@ from tfm_jax import errors
 from tfm_jax.config import MeshConfig
 from tfm_jax.errors import CompilerError
 from tfm_jax.planning import programs
-from tfm_jax.planning.chips import GIB, topology
+from tfm_jax.planning.chips import GIB, find_topology
 from tfm_jax.planning.plan import Plan, describe, make_plan, out_of_memory_sizes
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.sharding import make_mesh
@@ -52,7 +52,7 @@ def test_a_plan_survives_json():
 
 
 def test_a_step_is_compiled_for_tpus(tiny_run):
-    where = topology("v5e:2x2")
+    where = find_topology("v5e:2x2")
     sizes = ["--model.dim=256", "--model.ffn_dim=512", "--model.dtype=bfloat16"]  # TPUs pad smaller weights
     run = tiny_run(TrainPlan, "--mesh.fsdp=2", "--mesh.sequence=2", *sizes)
     found = make_plan(run, where)
@@ -67,7 +67,7 @@ def test_a_step_is_compiled_for_tpus(tiny_run):
 
 
 def test_sampling_is_compiled_for_tpus(tiny_run):
-    found = make_plan(tiny_run(SamplePlan, "--mesh.fsdp=2"), topology("v5e:2x2"))
+    found = make_plan(tiny_run(SamplePlan, "--mesh.fsdp=2"), find_topology("v5e:2x2"))
     assert found.fits
     assert found.clips == 4
     assert found.program == "sampling step"
@@ -78,9 +78,9 @@ def test_a_program_refused_for_less_than_the_rounding_does_not_fit(tiny_run, mon
         raise jax.errors.JaxRuntimeError("total memory (15.75G) exceeds available HBM (15.75G)")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    found = make_plan(tiny_run(TrainPlan, "--mesh.sequence=2", "--mesh.fsdp=2"), topology("v5e:2x2"))
+    found = make_plan(tiny_run(TrainPlan, "--mesh.sequence=2", "--mesh.fsdp=2"), find_topology("v5e:2x2"))
     assert not found.fits
-    assert found.excess == 1
+    assert found.over == 1
 
 
 def test_a_failure_of_the_compiler_is_reported(tiny_run, monkeypatch):
@@ -89,5 +89,5 @@ def test_a_failure_of_the_compiler_is_reported(tiny_run, monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     with pytest.raises(CompilerError) as caught:
-        make_plan(tiny_run(TrainPlan, "--mesh.sequence=2", "--mesh.fsdp=2"), topology("v5e:2x2"))
+        make_plan(tiny_run(TrainPlan, "--mesh.sequence=2", "--mesh.fsdp=2"), find_topology("v5e:2x2"))
     assert errors.describe(caught.value) == ("the compiler failed: INTERNAL: no way", 3)

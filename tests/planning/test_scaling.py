@@ -24,7 +24,7 @@ def compiled(monkeypatch, tmp_path):
         return fake_plan(needed=(14 if remat == "full" else 99) * GIB, chips=chips, remat=remat, flops=flops).as_json()
 
     monkeypatch.setattr(scaling, "_compile", compile)
-    monkeypatch.setattr(scaling, "topology", lambda name: fake_topology(name.partition(":")[0], math.prod(
+    monkeypatch.setattr(scaling, "find_topology", lambda name: fake_topology(name.partition(":")[0], math.prod(
         map(int, name.partition(":")[2].split("x")))))  # fmt: skip
     return calls
 

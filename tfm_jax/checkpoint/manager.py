@@ -7,7 +7,7 @@ fingerprint of every array, and the record has a checksum.
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tfm_jax import errors, hosts
+from tfm_jax import errors, processes
 from tfm_jax.checkpoint.fingerprints import summarize
 from tfm_jax.checkpoint.reading import MakeTarget, Restored, first_text, one_line, read_checkpoint
 from tfm_jax.checkpoint.record import DamagedError, make_record, to_orbax
@@ -43,7 +43,7 @@ class Checkpoints:
         for name, summary in summaries.items():
             if not summary.is_finite:
                 raise NonFiniteLoss(f"step {step}: {name} has values that are not finite; no checkpoint is written")
-        if hosts.is_first() and self.steps and self.steps[-1] >= step:  # Orbax would skip the save silently
+        if processes.is_first() and self.steps and self.steps[-1] >= step:  # Orbax would skip the save silently
             newest = self.steps[-1]
             raise InputError(f"{self.directory}: already contains step {newest}; expected only steps before {step}")
         record = make_record(step, arrays, summaries, metadata)
@@ -117,16 +117,16 @@ class Checkpoints:
         """Print that a checkpoint is damaged. A writer also renames it, so that its name is no longer a number."""
         checkpoint = self.directory / str(step)
         if self._max_to_keep is None:
-            hosts.print_once(f"note: {checkpoint} is damaged and not used: {reason}")
+            processes.print_once(f"note: {checkpoint} is damaged and not used: {reason}")
             return
-        if hosts.is_first():
+        if processes.is_first():
             renamed, number = checkpoint.with_name(f"{step}.damaged"), 1
             while renamed.exists():
                 number += 1
                 renamed = checkpoint.with_name(f"{step}.damaged-{number}")
             checkpoint.rename(renamed)
-            hosts.print_once(f"note: {checkpoint} is damaged and now named {renamed.name}: {reason}")
-        hosts.barrier(f"checkpoint {step} is renamed")
+            processes.print_once(f"note: {checkpoint} is damaged and now named {renamed.name}: {reason}")
+        processes.barrier(f"checkpoint {step} is renamed")
 
     def _raise_failed_write(self, error: Exception) -> NoReturn:
         failure = errors.failed_write(error)
@@ -140,7 +140,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Closing waits for the other processes, which may not be closing if there was an error.
-        if self._writer is None or (kind is not None and hosts.is_distributed()):
+        if self._writer is None or (kind is not None and processes.is_distributed()):
             return
         try:
             self._writer.close()
@@ -148,7 +148,7 @@ class Checkpoints:
             if kind is None:
                 self._raise_failed_write(error)
             # The exception that ended the block takes precedence, so only print this one.
-            hosts.print_once(f"note: {self.directory}: the last save failed: {one_line(error)}")
+            processes.print_once(f"note: {self.directory}: the last save failed: {one_line(error)}")
 
 
 def _is_step(name: str) -> bool:

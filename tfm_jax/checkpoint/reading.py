@@ -12,7 +12,7 @@ import tensorstore
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from tfm_jax import hosts
+from tfm_jax import processes
 from tfm_jax.checkpoint.fingerprints import fingerprints
 from tfm_jax.checkpoint.record import DamagedError, Record, read_record
 from tfm_jax.checkpoint.trees import Arrays
@@ -139,7 +139,7 @@ def one_line(error: Exception) -> str:
 
 def first_text(text: str) -> str:
     """Return the first non-empty `text` in process order, or "" if there is none. All processes must call this."""
-    if not hosts.is_distributed():
+    if not processes.is_distributed():
         return text
     row = np.zeros(512, np.uint8)
     data = text.encode()[: row.size]

@@ -1,8 +1,9 @@
-"""What all programs share: the command line, one line for every error, exit codes, Ctrl-C and SIGTERM.
+"""What all programs share: the command line, errors in one line, exit codes, Ctrl-C and SIGTERM.
 
-A program declares its options as one dataclass. A field `run`, if there is one, holds the sections of a configuration:
-their fields become options such as `--train.steps`, whose defaults are the values of the file that `--config` names.
-tyro reads the command line and prints the help; pydantic checks all values, those of the file and the options, once.
+A program declares its options as a dataclass. If the dataclass has a field `run`, this field holds the sections of a
+configuration. Their fields become options such as `--train.steps`; the defaults of these options are the values in the
+file that `--config` names. tyro reads the command line and prints the help. pydantic then checks the values of the file
+and of the options together.
 """
 
 import dataclasses
@@ -29,8 +30,8 @@ T = TypeVar("T")
 
 
 def run(execute: Callable[[Sequence[str]], None]) -> None:
-    """Call `execute` with the arguments of the command line; if it fails, report the error and exit with its code."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and grain log each of their steps
+    """Call `execute` with the command-line arguments. If it fails, report the error and exit with the error's code."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain log every step
     try:
         with interrupts.handled():
             _check_environment()
@@ -45,89 +46,90 @@ def run(execute: Callable[[Sequence[str]], None]) -> None:
 
 
 def _check_environment() -> None:
-    """Raise InputError for a setting of JAX that changes the results of every program."""
+    """Raise InputError if an environment variable makes JAX compute with 64-bit numbers."""
     value = os.environ.get("JAX_ENABLE_X64", "")
     if value.lower() not in ("", "0", "false", "off", "no", "n", "f"):
-        raise InputError(f"JAX_ENABLE_X64={value}: 64-bit numbers change the results; expected it to be unset")
+        raise InputError(f"JAX_ENABLE_X64={value}: 64-bit numbers would change the results; unset this variable")
 
 
 # --- Reading the command line ----------------------------------------------------------------------------------------
 
 
-class IfBare(NamedTuple):
-    """Annotates an option that may be given without a value, which means `text`."""
+class ValueIfOmitted(NamedTuple):
+    """Marks an option whose value may be omitted; the value is then `text`."""
 
     text: str
 
 
 class _Given(str):
-    """Text from the command line, as opposed to a default."""
+    """A text from the command line, as opposed to a default."""
 
 
 class _Default(NamedTuple):
-    """The default of an option, for the help."""
+    """The default of an option, to show in the help."""
 
     value: Any
     required: bool
-    """Whether there is none: neither the file nor the dataclass gives a value."""
+    """True if there is no default, either in the file or in the dataclass."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine(Generic[T]):
-    """A well-formed command line, whose values are still unchecked text."""
+    """A command line that is well-formed, but whose values are texts that have not been checked."""
 
-    kind: type[T]
+    options_type: type[T]
     given: Mapping[str, Any]
-    """Option -> text, list of texts, or True for a flag; only those on the command line."""
+    """Option -> its text, its list of texts, or True for a flag. Only options on the command line are included."""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The given fields of the configuration, such as train.steps."""
+        """The options that set fields of the configuration, such as train.steps."""
         return {name: value for name, value in self.given.items() if "." in name}
 
     def options(self) -> T:
-        """The checked options, with the sections of the configuration.
+        """Check and return the options, with the sections of the configuration in `run`.
 
         Raises:
             InputError: a value is missing or impossible, or the configuration cannot be read.
         """
         own = {name: value for name, value in self.given.items() if "." not in name}
         values = {name: reading.literal(name, value) for name, value in own.items()}
-        hints = get_type_hints(self.kind, include_extras=True)
+        hints = get_type_hints(self.options_type, include_extras=True)
         if "run" in hints:
-            file: Any = own.get("config", getattr(self.kind, "config", None))
+            file: Any = own.get("config", getattr(self.options_type, "config", None))
             values["run"] = config.load(hints["run"], file, self.fields)
         origin = {
             name: f"{'' if _POSITIONAL in _unwrap(hints[name])[1] else '--'}{name}={reading.shown(value)}"
             for name, value in own.items()
         }
-        return config.from_plain(self.kind, values, "command line", origin)
+        return config.from_plain(self.options_type, values, "command line", origin)
 
 
-def parse(kind: type[T], argv: Sequence[str], prog: str, about: str | None) -> CommandLine[T]:
-    """Read a command line with the options of `kind`.
+def parse(options_type: type[T], argv: Sequence[str], prog: str, about: str | None) -> CommandLine[T]:
+    """Read a command line whose options are the fields of a dataclass.
 
     Args:
-        prog: the command, as the help shows it.
-        about: the first part of the help.
+        options_type: the dataclass.
+        prog: the name of the command in the help.
+        about: the text at the start of the help.
 
     Raises:
-        InputError: an option is given twice, or `--help` cannot read the configuration.
+        InputError: an option is given more than once, or the configuration cannot be read for `--help`.
         SystemExit: `--help` was printed (code 0), or tyro reported a malformed option (code 2).
     """
-    file = _find_config(argv) or getattr(kind, "config", None)
+    file = _find_config(argv) or getattr(options_type, "config", None)
     asked = not {"-h", "--help"}.isdisjoint(argv)
     values = reading.read(reading.locate(file)) if file and asked else {}
     parsed = tyro.cli(
-        _texts(kind, {"run": values}), args=argv, prog=prog, description=about, use_underscores=True,
+        _text_dataclass(options_type, {"run": values}), args=argv, prog=prog, description=about, use_underscores=True,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )  # fmt: skip
     given = _given(parsed)
     names = [token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")]
     for name in given:
         if names.count(name) > 1:
-            raise InputError(f"argument --{name} is given twice; expected it once")
-    return CommandLine(kind, given)
+            raise InputError(f"--{name} is given more than once")
+    return CommandLine(options_type, given)
 
 
 def _find_config(argv: Sequence[str]) -> str | None:
@@ -137,50 +139,51 @@ def _find_config(argv: Sequence[str]) -> str | None:
     return None
 
 
-def _texts(kind: Any, values: Mapping[str, Any], sections: bool = False) -> type:
-    """A copy of a dataclass of options for tyro: the same names, defaults and help, but all values stay text.
+def _text_dataclass(options_type: Any, values: Mapping[str, Any], from_file: bool = False) -> type:
+    """Copy a dataclass of options for tyro: the same names, defaults and help, but the values stay texts.
 
     Args:
-        values: field -> the value, or for a dataclass the values, to show as the default.
-        sections: whether the fields may come from a file, so that tyro must not require them.
+        values: the default to show for each field; a nested mapping for a section.
+        from_file: whether the fields may also come from a file, so that tyro must not require them.
     """
-    hints, fields = get_type_hints(kind, include_extras=True), []
-    for name, info in kind.__pydantic_fields__.items():
+    hints, fields = get_type_hints(options_type, include_extras=True), []
+    for name, info in options_type.__pydantic_fields__.items():
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
-            copy = _texts(hint, values.get(name, {}), True)
+            copy = _text_dataclass(hint, values.get(name, {}), True)
             fields.append((name, Annotated[copy, tyro.conf.arg(name="")] if name == "run" else copy))
         elif hint is bool:
             fields.append((name, Annotated[bool, tyro.conf.arg(help=info.description)], info.default))
-        elif info.is_required() and not sections:
-            fields.append((name, _text(hint, info.description)))
+        elif info.is_required() and not from_file:
+            fields.append((name, _text_type(hint, info.description)))
         else:
             default = None if info.is_required() else info.get_default(call_default_factory=True)
             default = _Default(values.get(name, default), info.is_required() and name not in values)
-            fields.append((name, _text(hint, info.description, default), default))
-    return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True, namespace={"__doc__": ""})
+            fields.append((name, _text_type(hint, info.description, default), default))
+    return dataclasses.make_dataclass(options_type.__name__, fields, kw_only=True, namespace={"__doc__": ""})
 
 
-def _text(hint: Any, about: str | None, default: _Default | None = None) -> Any:
-    """The type of a value that tyro takes as text, or as a list of texts where a position takes several."""
-    kind, notes = _unwrap(hint)
-    several = _POSITIONAL in notes and get_origin(kind) is tuple
-    bare = next((note.text for note in notes if isinstance(note, IfBare)), None)
+def _text_type(hint: Any, about: str | None, default: _Default | None = None) -> Any:
+    """Return the type with which tyro keeps an option as a text, or as a list of texts if a positional argument takes
+    several."""
+    bare_hint, notes = _unwrap(hint)
+    several = _POSITIONAL in notes and get_origin(bare_hint) is tuple
+    if_omitted = next((note.text for note in notes if isinstance(note, ValueIfOmitted)), None)
 
     def read(texts: list[str]) -> Any:
         if several:
             return [_Given(text) for text in texts]
-        return _Given(texts[0] if texts else bare)
+        return _Given(texts[0] if texts else if_omitted)
 
     spec = PrimitiveConstructorSpec(
-        nargs="*" if several else 1 if bare is None else (0, 1),
-        metavar=_metavar(kind),
+        nargs="*" if several else 1 if if_omitted is None else (0, 1),
+        metavar=_metavar(bare_hint),
         instance_from_str=read,
         is_instance=lambda value: True,
         str_from_instance=lambda value: [reading.shown(value.value)],
     )
     shown = "(required)" if default is None or default.required else f"(default: {reading.shown(default.value)})"
-    about = " ".join((about or "").split())  # for tyro to wrap
+    about = " ".join((about or "").split())  # tyro wraps the text
     positional = [_POSITIONAL] if _POSITIONAL in notes else []
     return Annotated[(Any, spec, *positional, tyro.conf.arg(help=about, help_behavior_hint=shown))]
 
@@ -189,16 +192,16 @@ _POSITIONAL: Any = tyro.conf.Positional
 
 
 def _unwrap(hint: Any) -> tuple[Any, list[Any]]:
-    """A type and its annotations."""
-    kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    return kind, notes
+    """Split a type into the bare type and its annotations."""
+    bare_hint, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    return bare_hint, notes
 
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", NoneType: "null"}
 
 
 def _metavar(hint: Any) -> str:
-    """The name of a type in the help, such as INT or PATH|null."""
+    """Return the name of a type in the help, such as INT or PATH|null."""
     hint, _ = _unwrap(hint)
     if get_origin(hint) is Literal:
         return "{" + ",".join(get_args(hint)) + "}"
@@ -208,7 +211,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _given(parsed: Any, prefix: str = "") -> dict[str, Any]:
-    """Option -> value for every option on the command line."""
+    """Map the name of every option on the command line to its value."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(parsed):
         value = getattr(parsed, field.name)

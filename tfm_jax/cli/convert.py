@@ -2,8 +2,8 @@
 
     tfm-convert weights/Wan2.1-T2V-1.3B weights/wan-1.3b --to=tfm_jax --dtype=bfloat16
 
-Converts the networks that the source contains (transformer, vae, text_encoder) and copies the tokenizer and the
-configuration of the scheduler. The tensors are streamed one by one, so models of any size need little memory.
+Every network that the source contains (transformer, vae, text_encoder) is converted; the tokenizer and the scheduler's
+configuration are copied. The tensors are streamed one by one, so that models of any size need little memory.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ from tfm_jax.wan.tokenizer import find_tokenizer
 @section
 class Options:
     source: Positional[NonEmptyPath]
-    """Directory of weights in any layout."""
+    """Directory of the weights, in any layout."""
     target: Positional[NonEmptyPath]
-    """New or empty directory to write."""
+    """Directory to write; it must be new or empty."""
     to: Layout
     """Layout to write."""
     dtype: Dtype = "bfloat16"
-    """Type of the kernels; the autoencoder stays float32."""
+    """Data type of the kernels. The autoencoder is always float32."""
 
 
 def execute(argv: Sequence[str]) -> None:
@@ -42,11 +42,11 @@ def execute(argv: Sequence[str]) -> None:
     source, target = options.source, options.target
     check_new_directory("target", target)
     if target.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"target={target}: inside the source {source}; expected another directory")
+        raise InputError(f"target={target}: is inside the source {source}; expected another directory")
     networks = [found for component in COMPONENTS if (found := find_source_or_none(source, component))]
     tokenizer, scheduler = find_tokenizer(source), find_scheduler(source)
     if not networks:
-        raise InputError(f"{source}: no network of Wan2.1 found; expected a Diffusers or original layout")
+        raise InputError(f"{source}: contains no network of Wan2.1; expected weights in any of the three layouts")
     with tqdm(unit="B", unit_scale=True, desc="written") as bar:
 
         def progress(name: str, written: int) -> None:
@@ -63,7 +63,8 @@ def execute(argv: Sequence[str]) -> None:
 
 def _report_sidecar_files(target: Path) -> None:
     for file in sorted(target.glob(f"*{SIDECAR_SUFFIX}")):
-        print(f"{file}: {', '.join(read_json(file))} of this model; other programs ignore it and use Wan2.1's values")
+        fields = ", ".join(read_json(file))
+        print(f"{file}: records {fields} of this model; other programs ignore this file and assume those of Wan2.1")
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Measure how the objects of generated clips move, against real clips of the same world.
+"""Measure how objects move in generated clips, compared with real clips of the same world.
 
     tfm-evaluate runs/demo/samples/base runs/demo/samples/lora \\
         --reference=runs/demo/reference --prompts=runs/demo/prompts.txt
 
-Each folder contains mp4 files, and optionally metadata.csv with their prompts. For each metric the table shows every
-folder of generated clips, the reference, and the floor: the difference between two random halves of the reference. A
-difference that is not well above the floor has no meaning.
+Each folder contains mp4 files, and optionally metadata.csv with their prompts. For each metric, the table shows a value
+for every folder of generated clips, one for the reference, and the floor: the difference between two random halves of
+the reference. Differences that are not well above the floor are meaningless.
 """
 
 from collections.abc import Sequence
@@ -27,23 +27,23 @@ from tfm_jax.moving_shapes.scene import ClipSpec
 DEFAULT = ClipConfig(frames=17, height=64, width=64, fps=16)
 LIMITS = {"frames": (5, 1000), "height": (16, 4096), "width": (16, 4096), "fps": (1, 1000)}
 LARGEST_CLIP = 100_000_000
-"""Frames x height x width; 81 frames at 720p are 75 million. Tracking takes about 100 bytes per pixel."""
+"""Maximum of frames x height x width; 81 frames at 720p are 75 million. Tracking takes about 100 bytes per pixel."""
 
 
 @section
 class Options:
     generated: Positional[Annotated[tuple[NonEmptyPath, ...], Field(min_length=1)]]
-    """Folders of mp4 files, such as tfm-sample writes."""
+    """Folders of mp4 files, such as those that tfm-sample writes."""
     reference: NonEmptyPath
     """Folder of real clips."""
     prompts: NonEmptyPath | None = None
-    """Text file with the prompts of each folder's clips, one per line, in the order of the clips."""
+    """Text file with the prompts of the clips, one per line in the order of the clips; the same for every folder."""
     json: NonEmptyPath | None = None
-    """File to write the numbers to."""
+    """JSON file to write the numbers to."""
     config: Path | None = None
-    """YAML file, or the name of a shipped configuration, whose clip section gives the next four values."""
+    """YAML file, or the name of a shipped configuration; its clip section gives defaults for the next four options."""
     frames: int | None = None
-    """Frames to read of each clip; 17 without a configuration."""
+    """Number of frames to read from each clip; 17 without a configuration."""
     height: int | None = None
     """Height in pixels; 64 without a configuration."""
     width: int | None = None
@@ -54,7 +54,7 @@ class Options:
 
 @section
 class ClipSection:
-    """The section that an evaluation reads of a configuration."""
+    """The section that an evaluation reads from a configuration."""
 
     clip: ClipConfig
 
@@ -86,10 +86,12 @@ def execute(argv: Sequence[str]) -> None:
 
 
 def read_spec(options: Options) -> ClipSpec:
-    """The frames, size and rate of the clips: from the options, else the configuration, else the defaults.
+    """Return the number of frames, the size and the frame rate of the clips.
+
+    Options take precedence over the configuration, and the configuration over the defaults.
 
     Raises:
-        InputError: one of them is outside its limits, or a clip would be too large.
+        InputError: a value is outside its limits, or the clips are too large.
     """
     clip = config.load(ClipSection, options.config).clip if options.config else DEFAULT
     values = {}

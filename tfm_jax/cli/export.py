@@ -1,4 +1,4 @@
-"""Write the LoRA of a training run as one safetensors file.
+"""Write the LoRA of a training run to a safetensors file.
 
 tfm-export runs/my_run lora.safetensors [--dialect=comfy]
 """
@@ -17,16 +17,17 @@ from tfm_jax.train.export import export
 @section
 class Options:
     run_folder: Positional[NonEmptyPath]
-    """Folder of the run, its train.output."""
+    """Folder of the run, which was its train.output."""
     file: Positional[NonEmptyPath]
-    """New safetensors file to write."""
+    """Safetensors file to write; it must not exist."""
     dialect: Dialect = "comfy"
-    """Names of the tensors. comfy: loaded by diffusers, ComfyUI and DiffSynth. diffsynth: as in the official TFM
-    release. diffusers: the names of diffusers. kohya: for musubi-tuner and other programs that use kohya's names."""
+    """Selects the names of the tensors. comfy: diffusers, ComfyUI and DiffSynth can load the file. diffsynth: the names
+    in the official TFM release. diffusers: the names in diffusers. kohya: the names in musubi-tuner and other programs
+    that follow kohya."""
     dtype: Dtype = "bfloat16"
-    """Type of the factors."""
+    """Data type of the factors."""
     step: int | None = None
-    """Checkpoint to export; null exports the newest undamaged one."""
+    """Step of the checkpoint to export; null exports the newest checkpoint that is not damaged."""
 
 
 def execute(argv: Sequence[str]) -> None:

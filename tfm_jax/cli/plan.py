@@ -3,14 +3,14 @@
     tfm-plan --config wan2.1_t2v_14b --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4
     tfm-plan --config wan2.1_t2v_14b --topology=v6e:2x4 --search
 
-Needs no TPU, GPU or weights. `pip install 'jax[tpu]'` installs the compiler for TPUs. It reports the memory needed per
-device, the operations of a step, the bytes that the devices send, and the cost of compiling; it never reports a step
-time, since nothing is run. Exit code 1: the run does not fit.
+This needs no TPU, GPU or weights; `pip install 'jax[tpu]'` installs the compiler for TPUs. The plan shows the memory
+needed per device, the operations of a step, the bytes that each device sends, and the cost of compiling. It shows no
+step time, because nothing is run. The exit code is 1 if the run does not fit.
 """
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: leave the accelerators of this machine alone
+os.environ["JAX_PLATFORMS"] = "cpu"  # set before JAX is imported, to leave the accelerators of this machine alone
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler logs every program that does not fit
 
 import json
@@ -23,7 +23,7 @@ from typing import Annotated
 from tfm_jax.cli import command
 from tfm_jax.config import Positive, Remat, section
 from tfm_jax.errors import InputError
-from tfm_jax.planning.chips import topology
+from tfm_jax.planning.chips import find_topology
 from tfm_jax.planning.plan import Plan, describe, make_plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.planning.search import RULE, SAVED_ACTIVATIONS, options, search
@@ -34,14 +34,14 @@ class Options:
     config: Path
     """YAML file, or the name of a shipped configuration such as wan_tiny."""
     topology: str
-    """Chips and their number or shape: v5e:4x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and so on."""
+    """Chips, and their number or shape: v5e:4x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and so on."""
     sampling: bool = False
-    """Plan a sampling step instead of a training step; --sampling --help lists the fields of sampling."""
-    search: Annotated[Positive | None, command.IfBare("8")] = None
-    """Compile this many of the most promising meshes (8 if no number is given), with each remat policy or that of
-    --train.remat, rank those that fit, and print the command for the best."""
+    """Plan a sampling step instead of a training step. For its options, use --sampling --help."""
+    search: Annotated[Positive | None, command.ValueIfOmitted("8")] = None
+    """Compile this many of the most promising meshes (8 if no number is given), each with several remat policies or
+    only with that of --train.remat. Rank the plans that fit, and print the command for the best."""
     json: bool = False
-    """Print the plan, or the list of plans of a search, as JSON."""
+    """Print the plan as JSON; for a search, the list of plans."""
 
 
 @section
@@ -57,11 +57,11 @@ class SampleOptions(Options):
 def execute(argv: Sequence[str]) -> None:
     line = command.parse(SampleOptions if "--sampling" in argv else TrainOptions, argv, "tfm-plan", __doc__)
     chosen = line.options()
-    devices = topology(chosen.topology)
+    topology = find_topology(chosen.topology)
     if chosen.search is None:
-        plans = [make_plan(chosen.run, devices)]
+        plans = [make_plan(chosen.run, topology)]
     else:
-        plans = search(chosen.run, devices, chosen.search, _policies(line, chosen.run))
+        plans = search(chosen.run, topology, chosen.search, _policies(line, chosen.run))
     if chosen.json:
         print(json.dumps(plans[0].as_json() if chosen.search is None else [plan.as_json() for plan in plans]))
     else:
@@ -74,10 +74,10 @@ def execute(argv: Sequence[str]) -> None:
 
 
 def _policies(line: command.CommandLine, run: TrainPlan | SamplePlan) -> Sequence[Remat]:
-    """The remat policies that a search tries.
+    """Return the remat policies that a search tries.
 
     Raises:
-        InputError: the command line sets the mesh, which the search chooses.
+        InputError: the command line sets the mesh, although the search chooses it.
     """
     for name, value in line.fields.items():
         if name.startswith("mesh."):
@@ -86,12 +86,12 @@ def _policies(line: command.CommandLine, run: TrainPlan | SamplePlan) -> Sequenc
 
 
 def _command(best: Plan, line: command.CommandLine) -> str:
-    """The command that runs the best plan."""
+    """Return the line that shows the command of the best plan."""
     if not best.fits:
-        return "no plan fits; the one above is closest"
+        return "no plan fits; the one above is the closest"
     given = [f"--{name}={value}" for name, value in line.fields.items() if name != "train.remat"]
     program = "tfm-sample" if "sampling" in line.given else "tfm-train"
-    return f"to run the first: {shlex.join([program, '--config', line.given['config'], *given, *options(best)])}"
+    return f"to run the first plan: {shlex.join([program, '--config', line.given['config'], *given, *options(best)])}"
 
 
 def main() -> None:
@@ -99,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()  # tfm_jax.planning.scaling starts it as a module
+    main()  # tfm_jax.planning.scaling runs this module

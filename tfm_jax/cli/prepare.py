@@ -1,9 +1,9 @@
-"""Encode clips and their prompts once, for training.
+"""Encode clips and their prompts once, before training.
 
     tfm-prepare --config wan2.1_t2v_1.3b --data.source=clips/ --data.path=latents/
 
-data.source contains the clips and metadata.csv with the columns video and prompt. Clips that are too short or damaged
-are left out and listed in rejected.jsonl in data.path, with the reason.
+data.source contains the clips, and metadata.csv with the columns video and prompt. Clips that are too short or damaged
+are left out; rejected.jsonl in data.path lists them with the reason.
 """
 
 from collections.abc import Sequence

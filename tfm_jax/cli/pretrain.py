@@ -1,9 +1,10 @@
-"""Train the embedded tiny Wan2.1 from scratch on clips of moving shapes: autoencoder, transformer, text encoder.
+"""Train the embedded model, a tiny Wan2.1, from scratch on clips of moving shapes.
 
     python scripts/pretrain.py runs/wan_tiny
 
-Writes the clips, the logs of both stages and the model (Diffusers layout) into one folder. A complete stage is not
-repeated: remove its result to run it again.
+The first stage trains the autoencoder, the second the transformer and the text encoder. The clips, the logs of both
+stages and the model (in Diffusers layout) are written into one folder. A complete stage is not repeated; to run it
+again, remove its result.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ class Options:
     output: Positional[NonEmptyPath]
     """Folder to write."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the recipe's clips and steps to use."""
+    """Fraction of the recipe's clips and steps to use."""
     seed: Seed = 0
     """Seed of the clips, the initial weights and the noise."""
 

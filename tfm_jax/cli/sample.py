@@ -3,8 +3,8 @@
     tfm-sample --config wan2.1_t2v_1.3b --sampling.prompts=prompts.txt --sampling.lora=lora.safetensors \\
         --sampling.output=samples/
 
-Each video is saved as soon as it is done. The same command again makes only the missing videos: after an error, or
-after Ctrl-C or SIGTERM, which stop the program after the current step (exit code 75; a second signal ends it at once).
+Each video is saved as soon as it is done. Ctrl-C and SIGTERM stop the program after the current step with exit code 75;
+a second signal ends it at once. To make the missing videos, run the same command again.
 """
 
 from collections.abc import Sequence

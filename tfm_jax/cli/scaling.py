@@ -1,15 +1,15 @@
-"""Compile the training step of both models for many machines, and write docs/scaling.md with its picture.
+"""Compile the training step of both models for many machines, and write docs/scaling.md with a figure.
 
     python scripts/scaling.py
 
-Takes hours and can be interrupted: every plan is kept in a file, and the next start compiles only the missing ones.
-Remove the file after changes of the code or of JAX, since it does not record them. Nothing is run, and no TPU or GPU is
-needed; the compilers are those of tfm-plan.
+This takes hours, but can be interrupted: every plan is saved in a file, and the same command then compiles only the
+missing plans. The file does not record the versions of the code and of JAX, so remove it after changing either. No
+program is run, and no TPU or GPU is needed; the compilers are those of tfm-plan.
 """
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: leave the accelerators of this machine alone
+os.environ["JAX_PLATFORMS"] = "cpu"  # set before JAX is imported, to leave the accelerators of this machine alone
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,13 @@ from tfm_jax.planning.scaling import PlanCache, best_plans, remat_plans, scaling
 @section
 class Options:
     output: NonEmptyPath = Path("runs/scaling/plans.json")
-    """File of the plans."""
+    """JSON file that keeps the plans."""
     docs: NonEmptyPath = Path("docs")
-    """Folder of scaling.md."""
+    """Folder to write scaling.md to."""
     tries: Positive = 3
-    """Number of meshes to compile for each row."""
+    """Maximum number of meshes to compile for each row."""
     write: bool = False
-    """Only write the page, from the plans in the file."""
+    """Compile nothing; write the page from the plans in the file."""
 
 
 def execute(argv: Sequence[str]) -> None:

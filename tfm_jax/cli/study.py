@@ -1,10 +1,10 @@
-"""Fine-tune the embedded model with flow matching, with TFM and with its controls, and compare the motion.
+"""Fine-tune the embedded model with flow matching, TFM and control objectives, and compare the motion.
 
     python scripts/study.py
 
-Trains every arm with every seed, samples held-out prompts, measures the samples and writes docs/study.md with its
-pictures. Started again, it continues where it stopped; with more arms or seeds, it adds them. Several processes that
-are started at the same time share the runs.
+The study trains every arm with every seed, samples held-out prompts, measures the samples, and writes docs/study.md
+with its figures. Run the same command again to continue an interrupted study, or with more arms or seeds to add their
+runs. To share the runs among several processes, start the command several times.
 """
 
 import dataclasses
@@ -21,22 +21,23 @@ from tfm_jax.moving_shapes.study.runs import Size, Study, StudyRun, run_study
 
 SET_BY_STUDY = ("train.output", "train.steps", "train.seed", "sampling.output", "sampling.prompts", "sampling.lora",
                 "sampling.seed", "objective.kind", "data.source", "data.path")  # fmt: skip
-"""Fields of the configuration that the command line may not set."""
+"""Fields of the configuration that the command line must not set."""
+
 FULL = Size()
 
 
 @section
 class Options:
     config: Path = Path("wan_tiny")
-    """YAML file, or the name of a shipped configuration: model, clips, LoRA, optimizer, sampling."""
+    """YAML file, or the name of a shipped configuration, for the model, clips, LoRA, optimizer and sampling."""
     output: NonEmptyPath = Path("runs/study")
-    """Folder of all runs and results.jsonl."""
+    """Folder to write all runs and results.jsonl to."""
     docs: NonEmptyPath = Path("docs")
-    """Folder of study.md."""
+    """Folder to write study.md to."""
     arms: tuple[str, ...] = FULL.arms
     """Arms to compare."""
     seeds: int = FULL.seeds
-    """Number of training seeds: 0, 1, ..."""
+    """Number of training seeds; they are 0, 1, ..."""
     steps: Positive = 200
     """Number of training steps."""
     clips: int = FULL.clips
@@ -44,11 +45,11 @@ class Options:
     prompts: int = FULL.prompts
     """Number of prompts to sample."""
     reference: int = FULL.reference
-    """Number of real clips to compare with."""
+    """Number of real clips to compare the samples with."""
     rounds: int = FULL.rounds
-    """Number of rounds in which the cost of a step is measured."""
+    """Number of rounds in which to measure the cost of a step."""
     laws: tuple[str, ...] = FULL.laws
-    """Laws of motion of all clips."""
+    """Laws of motion of the clips."""
     run: StudyRun
 
 
@@ -56,7 +57,7 @@ def execute(argv: Sequence[str]) -> None:
     line = command.parse(Options, argv, "python scripts/study.py", __doc__)
     for name, value in line.fields.items():
         if name in SET_BY_STUDY:
-            raise InputError(f"--{name}={value}: the study sets it; expected another field")
+            raise InputError(f"--{name}={value}: the study sets this field; remove the option")
     options = line.options()
     run = dataclasses.replace(options.run, train=dataclasses.replace(options.run.train, steps=options.steps))
     size = Size(**{name: getattr(options, name) for name in Size._fields})

@@ -1,17 +1,18 @@
-"""Train a LoRA with temporal-aware flow matching on prepared clips.
+"""Train a LoRA on prepared clips, with temporal-aware flow matching by default.
 
     tfm-train --config wan2.1_t2v_1.3b --train.output=runs/my_run [--resume]
 
-Ctrl-C and SIGTERM save a checkpoint and end the program with exit code 75; a second signal ends it at once.
+After Ctrl-C or SIGTERM, the program saves a checkpoint and exits with code 75. A second signal ends it at once. To
+continue a run, use the same command with --resume.
 
-To train on several hosts, start the program once on each of them. srun and TPU pods are recognised; elsewhere set
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. All hosts must see the same files.
+To train on several hosts, start the program on each of them. srun and TPU slices are recognised; elsewhere, set
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. All of them must share a filesystem.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from tfm_jax import hosts
+from tfm_jax import processes
 from tfm_jax.cli import command
 from tfm_jax.config import section
 from tfm_jax.train.loop import TrainRun, train
@@ -22,13 +23,13 @@ class Options:
     config: Path
     """YAML file, or the name of a shipped configuration such as wan_tiny."""
     resume: bool = False
-    """Continue from the newest checkpoint in train.output; without a checkpoint, start the run."""
+    """Continue from the newest checkpoint in train.output. If there is no checkpoint, start from step 0."""
     run: TrainRun
 
 
 def execute(argv: Sequence[str]) -> None:
     line = command.parse(Options, argv, "tfm-train", __doc__)
-    with hosts.distributed():  # bad values are reported once for all processes
+    with processes.distributed():  # invalid values are reported once for all processes
         options = line.options()
         train(options.run, options.resume)
 

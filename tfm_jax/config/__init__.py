@@ -1,7 +1,7 @@
-"""The settings of every program: frozen dataclasses, read from a YAML file and overridden field by field.
+"""The configuration of every program: frozen dataclasses that are read from a YAML file, then overridden by options.
 
-A program declares the sections that it uses as one dataclass (`class TrainRun: model: ModelConfig; ...`) and calls
-`load(TrainRun, file, {"train.steps": 5})`. A YAML file may hold the sections of all programs.
+A program declares a dataclass of the sections that it uses (`class TrainRun: model: ModelConfig; ...`) and calls
+`load(TrainRun, file, {"train.steps": 5})`. A YAML file may contain the sections of all programs.
 """
 
 from tfm_jax.config.reading import dump, from_plain, load, plain

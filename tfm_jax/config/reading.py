@@ -1,4 +1,4 @@
-"""Reading a configuration: a YAML file of sections, fields that override it, and one line for every mistake."""
+"""Read a configuration: a YAML file of sections, and fields that override it. Report a mistake in one line."""
 
 import dataclasses
 import difflib
@@ -19,37 +19,39 @@ from tfm_jax.files import replacing
 T = TypeVar("T")
 
 SHIPPED = PACKAGE / "configs"
-"""The configurations that are installed with the package; `load` finds them by their bare names."""
+"""Folder of the configurations that are installed with the package. `load` finds them by name."""
 
 
-def load(kind: type[T], file: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> T:
-    """Read the sections of `kind` from a YAML file.
+def load(schema: type[T], file: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> T:
+    """Read the sections of a dataclass from a YAML file.
 
     Args:
-        file: a path, or the bare name of a configuration in `SHIPPED`.
-        overrides: `section.field` -> value, which wins over the file; text is read as on the command line.
+        schema: the dataclass; each of its fields is a section.
+        file: a path, or the name of a configuration in `SHIPPED`.
+        overrides: `section.field` -> value, which takes precedence over the file. A text is read as on the command
+            line.
 
     Raises:
-        InputError: unknown, missing, repeated or impossible values.
+        InputError: the file cannot be read, or a field or value is unknown, missing, repeated or invalid.
     """
     path = locate(file)
     values = read(path)
     origin = {}
     for name, value in overrides.items():
         origin[name] = f"--{name}={shown(value)}"
-        if name not in _fields(kind):
-            raise InputError(f"{origin[name]}: unknown field {name}; {_nearest(name, kind)}")
+        if name not in _fields(schema):
+            raise InputError(f"{origin[name]}: unknown field {name}; {_nearest(name, schema)}")
         part, field = name.split(".")
         values.setdefault(part, {})[field] = literal(name, value)
-    wanted = {name: values[name] for name in _sections(kind) if name in values}
-    return from_plain(kind, wanted, str(path), origin)
+    wanted = {name: values[name] for name in _sections(schema) if name in values}
+    return from_plain(schema, wanted, str(path), origin)
 
 
 def locate(file: str | Path) -> Path:
-    """The path of a configuration; a bare name that is not an existing file names one in `SHIPPED`.
+    """Return the path of a configuration: `file` if it exists, else the configuration of that name in `SHIPPED`.
 
     Raises:
-        InputError: there is neither.
+        InputError: neither exists.
     """
     path = Path(file)
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
@@ -61,20 +63,20 @@ def locate(file: str | Path) -> Path:
 
 
 def literal(name: str, value: Any) -> Any:
-    """A value from the command line: lists and null are written as in YAML, anything else stays text for its type."""
+    """Parse a value from the command line. Lists and null are written as in YAML; anything else stays text."""
     if not isinstance(value, str) or not (value.startswith("[") or value == "null"):
         return value
     try:
         return plain_yaml.parse(value, "")
     except InputError:
-        raise InputError(f"--{name}={shown(value)}: not a list; expected one such as [a, b]") from None
+        raise InputError(f"--{name}={shown(value)}: not a list; expected one, such as [a, b]") from None
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Section -> field -> value of a YAML file, with known names but unchecked values.
+    """Return section -> field -> value from a YAML file. The names are checked, the values are not.
 
     Raises:
-        InputError: the file cannot be read, or has unknown or repeated names.
+        InputError: the file cannot be read, or a name is unknown or repeated.
     """
     try:
         values = plain_yaml.read(file)
@@ -86,40 +88,40 @@ def read(file: Path) -> dict[str, Any]:
     return values
 
 
-def from_plain(kind: type[T], values: dict[str, Any], file: str, origin: Mapping[str, str] | None = None) -> T:
-    """Make a `kind` from section -> field -> value; missing fields get their defaults.
+def from_plain(schema: type[T], values: dict[str, Any], file: str, origin: Mapping[str, str] | None = None) -> T:
+    """Make an instance of `schema` from section -> field -> value. Missing fields get their defaults.
 
     Args:
-        file: the source of the values, for messages.
-        origin: field -> the command-line argument that gave its value.
+        file: the source of the values, for error messages.
+        origin: field -> the command-line argument that set the field.
 
     Raises:
-        InputError: missing, unknown or impossible values.
+        InputError: a field is missing or unknown, or a value is invalid.
     """
     try:
-        return pydantic.TypeAdapter(kind).validate_python(values)
+        return pydantic.TypeAdapter(schema).validate_python(values)
     except pydantic.ValidationError as error:
         raise InputError(_first_problem(error, file, origin or {})) from None
 
 
 def plain(config: Any) -> dict[str, dict[str, Any]]:
-    """Section -> field -> value, in the types of JSON."""
+    """Return section -> field -> value, with values of JSON types."""
     return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def dump(config: Any, path: Path) -> None:
-    """Write a configuration as YAML, which `load` reads back."""
+    """Write a configuration as a YAML file that `load` can read."""
     text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
-def _sections(kind: type) -> dict[str, Any]:
-    return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
+def _sections(schema: type) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(schema).items() if dataclasses.is_dataclass(hint)}
 
 
-def _fields(kind: type) -> Iterator[str]:
-    for name, part in _sections(kind).items():
+def _fields(schema: type) -> Iterator[str]:
+    for name, part in _sections(schema).items():
         yield from (f"{name}.{field.name}" for field in dataclasses.fields(part))
 
 
@@ -135,23 +137,23 @@ def _check_names(values: dict[str, Any], file: str) -> None:
                 raise InputError(f"{file}: unknown field {full}; {_nearest(full, Config)}")
             if isinstance(value, bool):
                 raise InputError(
-                    f"{file}: {full}={str(value).lower()}: booleans are not accepted here; put text into quotes"
+                    f"{file}: {full}={str(value).lower()}: booleans are not accepted here; put text in quotes"
                 )
 
 
 NEAR = 0.72
-"""How similar a name must be to be suggested: `lernin_rate` suggests learning_rate, `tensorboard` does not suggest
-tensor."""
+"""Minimum similarity of a suggested name: for `lernin_rate` learning_rate is suggested, but for `tensorboard` tensor is
+not."""
 
 
-def _nearest(name: str, kind: type) -> str:
-    """The fields whose names are close to an unknown one, those of its section first; all fields if none is close."""
+def _nearest(name: str, schema: type) -> str:
+    """Suggest fields with similar names, those of the same section first, or else list the possible names."""
     part, _, tail = name.rpartition(".")
     fields: dict[str, list[str]] = {}
-    for full in sorted(_fields(kind), key=lambda full: not full.startswith(f"{part}.")):
+    for full in sorted(_fields(schema), key=lambda full: not full.startswith(f"{part}.")):
         fields.setdefault(full.rpartition(".")[2], []).append(full)
     close = [full for match in difflib.get_close_matches(tail, fields, cutoff=NEAR) for full in fields[match]]
-    names = [full for full in _fields(kind) if full.startswith(f"{part}.")] or [f"{n}.*" for n in _sections(kind)]
+    names = [full for full in _fields(schema) if full.startswith(f"{part}.")] or [f"{n}.*" for n in _sections(schema)]
     return _choices(close[:3], names)
 
 
@@ -177,17 +179,17 @@ _EXPECTED = {
     "too_short": "expected at least {min_length} of them",
     "unexpected_keyword_argument": "expected a field of this version of tfm_jax",
 }
-"""Type of a pydantic error -> the message, formatted with the error's context."""
+"""Type of a pydantic error -> what was expected, to be formatted with the context of the error."""
 
 
 def _first_problem(error: pydantic.ValidationError, file: str, origin: Mapping[str, str]) -> str:
-    """Describe the first problem in one line: file or option, field, value, what was expected."""
+    """Describe the first problem in one line: the file or option, the field, its value, and what was expected."""
     problem = error.errors()[0]
-    name = ".".join(part for part in problem["loc"][:2] if isinstance(part, str))  # numbers are places in a list
+    name = ".".join(part for part in problem["loc"][:2] if isinstance(part, str))  # numbers are indices into a list
     context = problem.get("ctx", {})
     if problem["type"] == "missing":
         return f"{file}: {name} is missing; expected it in the file{f' or as --{name}=...' if '.' in name else ''}"
-    if problem["type"] == "value_error":  # from __post_init__, whose message begins with the field
+    if problem["type"] == "value_error":  # raised in __post_init__; its message begins with the field
         field, _, expected = str(context["error"]).partition(": ")
         name, given = f"{name}.{field.partition('=')[0]}", f"{name}.{field}"
     else:
@@ -198,7 +200,7 @@ def _first_problem(error: pydantic.ValidationError, file: str, origin: Mapping[s
 
 
 def shown(value: Any) -> str:
-    """A value as it is written in the file and on the command line, cut to at most 100 characters."""
+    """Format a value as in the file and on the command line, cut to at most 100 characters."""
     if value is None:
         return "null"
     text = f"[{', '.join(map(shown, value))}]" if isinstance(value, list | tuple) else " ".join(str(value).split())

@@ -1,4 +1,4 @@
-"""The sections of a configuration. They check their values when they are made; each field's docstring is its help."""
+"""The sections of a configuration. Each section checks its values, and the docstrings of fields appear in the help."""
 
 import dataclasses
 from importlib import resources
@@ -15,16 +15,17 @@ T = TypeVar("T")
 
 PACKAGE = Path(str(resources.files("tfm_jax")))
 WAN_TINY = Path("wan_tiny")
-"""As `model.path`: the embedded model, wherever the package is installed. An existing path of that name wins."""
+"""As the value of `model.path`, this selects the embedded model. An existing file or folder of that name takes
+precedence."""
 
 _strict = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def section(cls: type[T]) -> type[T]:
-    """A frozen dataclass of keyword fields that checks its values; the docstring below a field is its help."""
+    """Make a class a frozen dataclass that checks its values; the docstring below a field is the help of the field."""
     made: Any = pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)(cls)
-    # pydantic ignores the docstrings of fields that are inherited
+    # pydantic ignores the docstrings of inherited fields.
     for base in filter(pydantic.dataclasses.is_pydantic_dataclass, cls.__mro__[1:]):
         for name, field in base.__pydantic_fields__.items():
             made.__pydantic_fields__[name].description = field.description
@@ -57,10 +58,10 @@ Remat = Literal["full", "attention", "attention_offload", "none"]
 @section
 class ModelConfig:
     path: ModelPath
-    """Directory of the weights in the Diffusers, original (Wan-AI) or converted layout. wan_tiny is the embedded model,
-    unless a file or directory of that name exists."""
+    """Directory of the weights in the Diffusers, original (Wan-AI) or tfm_jax layout. wan_tiny selects the embedded
+    model, unless a file or directory of that name exists."""
     dim: Positive
-    """Width of the transformer. It and the next three fields must match the weights."""
+    """Width of the transformer. This field and the next three must match the weights."""
     ffn_dim: Positive
     """Width of the feed-forward network."""
     heads: Positive
@@ -68,7 +69,7 @@ class ModelConfig:
     layers: Positive
     """Number of transformer blocks."""
     dtype: Dtype = "bfloat16"
-    """Type of the frozen weights and of the computation; adapters, norms and the objective stay float32."""
+    """Data type of the frozen weights and of the computation. Adapters, norms and the objective are always float32."""
 
     def __post_init__(self) -> None:
         width, rest = divmod(self.dim, self.heads)
@@ -79,13 +80,13 @@ class ModelConfig:
 @section
 class ClipConfig:
     frames: Positive
-    """Number of frames of a clip, 4 n + 1."""
+    """Number of frames of a clip: 4 n + 1, such as 81."""
     height: Positive
-    """Height in pixels, a multiple of 16."""
+    """Height in pixels: a multiple of 16."""
     width: Positive
-    """Width in pixels, a multiple of 16."""
+    """Width in pixels: a multiple of 16."""
     fps: Annotated[float, Field(gt=0)] = 16.0
-    """Frames per second at which clips are read and samples are written."""
+    """Frames per second with which clips are read and samples are written."""
 
     def __post_init__(self) -> None:
         _require((self.frames - 1) % 4 == 0, "frames", self.frames, "4 n + 1, such as 81")
@@ -94,44 +95,45 @@ class ClipConfig:
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
-        """Frames, height and width of the latents: the autoencoder's strides are 4, 8 and 8."""
+        """Frames, height and width of the latents; the strides of the autoencoder are 4, 8 and 8."""
         return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
 
 @section
 class DataConfig:
     source: NonEmptyPath | None = None
-    """Folder of the clips and metadata.csv (columns video and prompt), which preparation reads."""
+    """Folder of the clips and of metadata.csv (columns video and prompt), for tfm-prepare to read."""
     path: NonEmptyPath
-    """Folder of the latents and text embeddings, which preparation writes and training reads."""
+    """Folder of the latents and text embeddings, which tfm-prepare writes and tfm-train reads."""
 
 
 @section
 class LoraConfig:
     rank: Positive = 32
-    """Rank of every adapter."""
+    """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The output of each adapter is scaled by alpha / rank."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
-    """Linear layers that get an adapter, selected by the end of their names: q means self_attn.q and cross_attn.q."""
+    """Linear layers that get an adapter, selected by how their names end: q selects self_attn.q and cross_attn.q."""
 
 
 @section
 class ObjectiveConfig:
     kind: Literal["tfm", "fm", "fm_direction", "tfm_mse", "fm_warp"] = "tfm"
     """tfm: temporal-aware path with the direction and residual losses. fm: straight path with mean squared error. The
-    others are controls: fm_direction combines the path of fm with the losses of tfm, tfm_mse the path of tfm with the
-    loss of fm, and fm_warp is fm with the mean of tfm's noise levels over the frames."""
+    others are controls: fm_direction combines the path of fm with the losses of tfm, tfm_mse combines the path of tfm
+    with the loss of fm, and fm_warp is fm at the noise level that the frames of tfm have on average."""
     rho: Annotated[float, Field(gt=0)] = 4.0
-    """How strongly a frame follows its own clean frame, relative to its neighbours."""
+    """Weight of the distance to the clean frame, relative to the distances to the neighbouring frames."""
     beta: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the residual loss."""
     shift: Annotated[float, Field(gt=0)] = 5.0
-    """Shifts the noise levels towards pure noise; 1 shifts nothing."""
+    """Shift of the noise levels towards pure noise; 1 means no shift."""
     low: Fraction = 0.0
-    """Start of the range of noise levels to train on, as a fraction of the grid: 0 is pure noise."""
+    """Start of the range of noise levels to train on, as a fraction of the schedule of 1000 levels, which runs from
+    pure noise (0) to clean (1)."""
     high: Fraction = 1.0
-    """End (exclusive) of the range of noise levels to train on, as a fraction of the grid: 1 is clean."""
+    """End (exclusive) of the range of noise levels to train on, as a fraction of that schedule."""
 
     def __post_init__(self) -> None:
         _require(self.low < self.high, "low", self.low, f"less than high={self.high}")
@@ -142,7 +144,7 @@ class OptimizerConfig:
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Learning rate; constant after the warm-up."""
     warmup_steps: NonNegative = 0
-    """Steps of linear warm-up: step n, counted from 1, uses learning_rate * n / (warmup_steps + 1)."""
+    """Number of steps of linear warm-up: step n, counted from 1, uses learning_rate * n / (warmup_steps + 1)."""
     b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay rate of the first moment."""
     b2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -152,69 +154,70 @@ class OptimizerConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay, applied to both factors of every adapter."""
     lora_b_factor: Annotated[float, Field(gt=0)] = 1.0
-    """Ratio of the learning rates of the B and the A factors (LoRA+)."""
+    """Learning rate of the B factors, relative to that of the A factors (LoRA+)."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """Clip the global norm of the gradient to this value; null disables clipping."""
+    """Maximum global norm of the gradient, which is clipped to it; null disables clipping."""
 
 
 @section
 class TrainConfig:
     output: NonEmptyPath
-    """Folder of the run, which gets config.yaml, metrics.jsonl and checkpoints/."""
+    """Folder of the run, for config.yaml, metrics.jsonl and checkpoints/."""
     steps: Positive
     """Number of optimizer steps."""
     batch_size: Positive = 1
-    """Clips per step over all devices, a multiple of mesh.data x mesh.fsdp."""
+    """Number of clips per step over all devices: a multiple of mesh.data x mesh.fsdp."""
     seed: Seed = 0
     """Seed of the initial adapters, the order of the clips, the noise and the noise levels."""
     checkpoint_every: Positive = 500
     """Number of steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Positive = 3
-    """Number of checkpoints to keep, the newest ones."""
+    """Number of most recent checkpoints to keep."""
     max_bad_steps: Positive = 3
-    """A step whose loss or gradient is not finite is skipped and leaves the adapters unchanged. The run stops after
-    this many such steps in a row, or if a shorter run has no other steps."""
+    """A step whose loss, gradient or update is not finite is skipped. The run stops after this many in a row, or after
+    train.steps if that is smaller."""
     log_every: Positive = 1
-    """Number of steps between lines on the console; metrics.jsonl records every step."""
+    """Number of steps between the lines printed on the console; metrics.jsonl records every step."""
     remat: Remat = "full"
     """Selects which activations of each block are saved for the backward pass; the others are recomputed. full saves
-    only the block's input, attention also the outputs of attention, attention_offload keeps those in host memory, and
-    none recomputes nothing. Saving fewer uses less memory but takes longer."""
+    only the input of the block, attention also saves the outputs of attention, attention_offload saves these outputs in
+    host memory, and none saves everything. Saving fewer activations needs less memory but takes longer."""
 
 
 @section
 class MeshConfig:
     data: Annotated[int, Field(ge=-1)] = -1
-    """Number of devices that split only the batch; -1 uses all devices that the other axes leave."""
+    """Number of devices that split only the batch; -1 uses all remaining devices."""
     fsdp: Positive = 1
     """Number of devices that split the batch and the weights."""
     sequence: Positive = 1
-    """Number of devices that split the tokens of a clip, and the weights further; must divide the number of tokens."""
+    """Number of devices that split the tokens of a clip, and the weights beyond mesh.fsdp; must divide the number of
+    tokens."""
     tensor: Positive = 1
     """Number of devices that split the heads and the feed-forward channels; must divide the number of heads."""
 
     def __post_init__(self) -> None:
-        _require(self.data != 0, "data", self.data, "1 or more, or -1 for all devices that the other axes leave")
+        _require(self.data != 0, "data", self.data, "1 or more, or -1 for all remaining devices")
 
 
 @section
 class SamplingConfig:
     prompts: NonEmptyPath = Path("prompts.txt")
-    """Text file with one prompt per line."""
+    """Text file of prompts, one per line."""
     output: NonEmptyPath
-    """Folder that gets 000.mp4, 001.mp4, ... and contact_sheet.png; existing videos are kept."""
+    """Folder for 000.mp4, 001.mp4, ... and contact_sheet.png. Existing videos are kept."""
     lora: NonEmptyPath | None = None
-    """LoRA file (safetensors, any dialect); null samples the base model."""
+    """LoRA file (safetensors, any dialect); null samples from the base model."""
     steps: Positive = 50
     """Number of Euler steps."""
     shift: Annotated[float, Field(gt=0)] = 5.0
-    """Shifts the noise levels towards pure noise; 1 shifts nothing."""
+    """Shift of the noise levels towards pure noise; 1 means no shift."""
     guidance: Annotated[float, Field(ge=0, le=1000)] = 5.0
     """Scale of classifier-free guidance; 1 disables it."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
     seed: Seed = 0
-    """Seed of the initial noise; each prompt derives its own noise from the seed and its number."""
+    """Seed of the initial noise. The noise of each video is drawn from this seed and the number of the prompt."""
 
 
 @section
@@ -231,7 +234,7 @@ class TrainingSections:
 
 @section
 class Config(TrainingSections):
-    """All sections; a YAML file may have any of them."""
+    """All sections that a YAML file may contain."""
 
     data: DataConfig
     sampling: SamplingConfig

@@ -1,7 +1,7 @@
-"""Kinds of chips, and topologies of devices to compile for.
+"""Chips and device topologies to compile for.
 
-JAX compiles for TPUs with libtpu and for NVIDIA GPUs with its CUDA plugin; neither needs the hardware. Memory is given
-per JAX device, which is one chip, or half a chip on tpu7x.
+JAX compiles for TPUs with libtpu and for NVIDIA GPUs with its CUDA plugin; neither needs the hardware. A JAX device is
+one chip, or half a chip on tpu7x.
 """
 
 import logging
@@ -21,16 +21,16 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """A kind of chip, described per JAX device."""
+    """The properties of a chip, per JAX device."""
 
     memory: int
-    """Bytes that programs can use."""
+    """Bytes of device memory that programs can use."""
     peak: float
     """Dense bfloat16 operations per second."""
     per_chip: int = 1
     """Devices per chip."""
     target: str = ""
-    """The GPU's description for the compiler (a GpuTargetConfigProto); empty for TPUs."""
+    """Describes the GPU to the compiler (a GpuTargetConfigProto in text form); empty for TPUs."""
 
 
 def _tpu(gib: float, peak: float, per_chip: int = 1) -> Chip:
@@ -56,9 +56,9 @@ def _gpu(name: str, capability: str, cores: int, lanes: int, memory: int, bandwi
     return Chip(memory, peak, target=target)
 
 
-# TPUs: the memory that libtpu 0.0.42 reports as available when a program exceeds it, and the operations per second from
-# cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x). GPUs: OpenXLA's xla/backends/gpu/target_config/specs, and the
-# operations per second from NVIDIA's data sheets.
+# TPUs: the memory is what libtpu 0.0.42 reports as available when a program exceeds it; the operations per second come
+# from cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x). GPUs: the target comes from OpenXLA's
+# xla/backends/gpu/target_config/specs, and the operations per second come from NVIDIA's data sheets.
 CHIPS = {
     "v4": _tpu(30.75, 275e12),
     "v5e": _tpu(15.75, 197e12),
@@ -85,6 +85,7 @@ class Topology(NamedTuple):
 
     name: str
     kind: str
+    """Key of `CHIPS`."""
     devices: Sequence[Any]
 
     @property
@@ -93,26 +94,30 @@ class Topology(NamedTuple):
 
     @property
     def chips(self) -> int:
+        """Number of chips."""
         return len(self.devices) // self.chip.per_chip
 
     @property
     def memory(self) -> int:
-        """Bytes that programs can use on one device; by default JAX reserves 3/4 of a GPU's memory."""
+        """Bytes that programs can use on one device. By default, JAX uses only 3/4 of a GPU's memory."""
         return round(self.chip.memory * (_gpu_memory_fraction() if self.chip.target else 1))
 
 
-def topology(name: str) -> Topology:
-    """Return a topology by its name: v5e:4x4 has the chips along each axis of a TPU slice, h100:2x8 hosts x GPUs.
+def find_topology(name: str) -> Topology:
+    """Return the topology with this name.
 
-    This neither connects to hardware nor takes a lock: programs can be compiled for the devices but not run.
+    The name of a TPU slice gives the number of chips along each axis, such as v5e:4x4. The name of a set of GPUs gives
+    the number of hosts and of GPUs per host, such as h100:2x8.
+
+    This neither connects to hardware nor takes a lock. Programs can be compiled for the devices, but not run on them.
 
     Raises:
-        InputError: the topology does not exist, or its compiler is not installed.
+        InputError: the topology does not exist, or the compiler for it is not installed.
     """
     match = _NAME.fullmatch(name)
     if not match or match[2] not in CHIPS:
-        raise InputError(f"--topology={name}: expected one of {', '.join(CHIPS)} and its shape, {EXAMPLES}")
-    # The CUDA plugin warns about missing libraries that are needed to run programs but not to compile them.
+        raise InputError(f"--topology={name}: expected one of {', '.join(CHIPS)} with a shape, {EXAMPLES}")
+    # The CUDA plugin warns about missing libraries; they are needed to run programs, but not to compile them.
     logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)
     slices, kind, shape = int(match[1] or 1), match[2], match[3]
     devices = _gpus(name, kind, slices, shape) if CHIPS[kind].target else _tpus(name, slices, f"{kind}:{shape}")
@@ -122,7 +127,7 @@ def topology(name: str) -> Topology:
 def _tpus(name: str, slices: int, shape: str) -> Sequence[Any]:
     if not find_spec("libtpu"):
         wheel = f"pip install 'jax[tpu]=={version('jax')}'"
-        raise InputError(f"--topology={name}: needs the TPU compiler libtpu (no TPU is needed): {wheel}")
+        raise InputError(f"--topology={name}: the TPU compiler is not installed; run {wheel} (no TPU is needed)")
     # libtpu must neither look for a TPU on this machine nor take the TPU lock from another program.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -132,7 +137,7 @@ def _tpus(name: str, slices: int, shape: str) -> Sequence[Any]:
         os.environ.setdefault(variable, "3")
     more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if shape.startswith("v4:"):
-        more["chip_config_name"] = "megacore"  # both cores as one device
+        more["chip_config_name"] = "megacore"  # each chip is one device, although it has two cores
     if math.prod(map(int, shape.partition(":")[2].split("x"))) == 1:
         more["chips_per_host_bounds"] = (1, 1, 1)
     try:
@@ -143,14 +148,14 @@ def _tpus(name: str, slices: int, shape: str) -> Sequence[Any]:
 
 
 def _shape_hint(shape: str) -> str:
-    """Suggest a valid shape instead of one that the compiler rejected."""
+    """Suggest a shape in place of one that the compiler rejected."""
     kind, _, sizes = shape.partition(":")
     if not sizes.isdecimal():
         return f"expected a shape that exists, {EXAMPLES}"
     axes = 2 if kind in ("v5e", "v6e") else 3
     sides = [1] * axes
     chips = int(sizes)
-    while chips % 2 == 0:  # each larger slice doubles the shortest axis
+    while chips % 2 == 0:  # the next larger slice doubles the shortest axis
         shortest = sides.index(min(sides))
         sides[shortest] *= 2
         chips //= 2
@@ -164,17 +169,17 @@ def _gpus(name: str, kind: str, slices: int, shape: str) -> Sequence[Any]:
     hosts, _, gpus = f"1x{shape}".rpartition("x")
     counts = [int(n) for n in hosts.split("x")]
     if slices != 1 or len(counts) > 2:
-        raise InputError(f"--topology={name}: expected GPUs, or hosts x GPUs, {EXAMPLES}")
+        raise InputError(f"--topology={name}: expected the number of GPUs, or of hosts x GPUs, {EXAMPLES}")
     if not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13")):
         wheel = "pip install --no-deps jax-cuda13-pjrt=={0} jax-cuda13-plugin=={0}".format(version("jax"))
-        raise InputError(f"--topology={name}: needs JAX's CUDA plugin (no GPU is needed): {wheel}")
+        raise InputError(f"--topology={name}: JAX's CUDA plugin is not installed; run {wheel} (no GPU is needed)")
     return topologies.get_topology_desc(
         name, platform="cuda", target_config=CHIPS[kind].target, topology=f"1x{math.prod(counts)}x{gpus}"
     ).devices
 
 
 def _gpu_memory_fraction() -> float:
-    """The fraction of a GPU's memory that JAX reserves."""
+    """Return the fraction of a GPU's memory that JAX uses."""
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the second is deprecated
         if given := os.environ.get(name):
             try:

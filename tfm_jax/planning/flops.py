@@ -1,7 +1,8 @@
-"""Floating-point operations of a training step and of a sampling step: two per multiply-add of a matrix product.
+"""Count the floating-point operations of a training step and of a sampling step.
 
-The matrix products of the model count whatever kernel computes them; what is recomputed to save memory counts
-separately. Norms, softmax and the objective are not matrix products and do not count.
+Each multiply-add of a matrix product counts as two operations, no matter which kernel computes the product. Operations
+that are repeated to save memory are counted separately. Norms, softmax and the objective are not matrix products and
+are not counted.
 """
 
 from typing import NamedTuple
@@ -16,23 +17,24 @@ _TEXT_LINEARS = ("cross_attn.k", "cross_attn.v")
 
 
 class TrainingFlops(NamedTuple):
-    """Operations of one training step, summed over all devices."""
+    """Number of operations of one training step, summed over all devices."""
 
     forward: int
     backward: int
-    """Gradients of activations and adapters; frozen weights have none."""
+    """Operations for the gradients of activations and adapters; frozen weights have no gradients."""
     recomputed: int
     """Forward operations that the remat policy repeats in the backward pass."""
     scores: int
-    """Products that attention's backward pass repeats, because the scores are never saved."""
+    """Operations that the backward pass of attention repeats, because the attention scores are never saved."""
 
     @property
     def model(self) -> int:
+        """Number of operations without those that are repeated."""
         return self.forward + self.backward
 
 
 class _LinearLayer(NamedTuple):
-    """A linear layer of a block, and the number of tokens per clip that it is applied to."""
+    """A linear layer of a block, applied to `tokens` tokens per clip."""
 
     name: str
     in_dim: int
@@ -43,20 +45,21 @@ class _LinearLayer(NamedTuple):
         return 2 * self.tokens * self.in_dim * self.out_dim
 
     def adapter_flops(self, rank: int) -> tuple[int, int]:
-        """Operations of the LoRA factors A and B."""
+        """Return the number of operations for the LoRA factor A and for B."""
         return 2 * self.tokens * rank * self.in_dim, 2 * self.tokens * rank * self.out_dim
 
 
 def training_flops(
     config: TransformerConfig, lora: LoraConfig, remat: Remat, clips: int, tokens: int, *, score_products: int = 1
 ) -> TrainingFlops:
-    """Operations of a training step.
+    """Count the operations of a training step.
 
     Args:
         clips: batch size, over all devices.
-        tokens: video tokens per clip.
-        score_products: score-sized matrix products that attention's backward pass repeats: 1 where one kernel computes
-            all gradients (cuDNN, chunked), 3 where queries and keys have a kernel each (splash).
+        tokens: number of video tokens per clip.
+        score_products: number of matrix products of the size of the attention scores that the backward pass of
+            attention repeats: 1 if one kernel computes all gradients (cuDNN, chunked), 3 if separate kernels compute
+            the gradients of the queries and of the keys (splash).
     """
     targets = target_linears(lora.targets)
     attention = _attention(config, tokens, tokens + TEXT_LENGTH)
@@ -66,12 +69,12 @@ def training_flops(
         forward += layer.kernel_flops()
         backward += layer.kernel_flops() if video_input else 0
         if layer.name in _TEXT_LINEARS and layer.name not in targets:
-            backward -= _attention(config, tokens, TEXT_LENGTH) // 2  # keys or values that need no gradient
+            backward -= _attention(config, tokens, TEXT_LENGTH) // 2  # these keys or values need no gradient
         if layer.name in targets:
             a, b = layer.adapter_flops(lora.rank)
             forward += a + b
             backward += 2 * b + a + (a if video_input else 0)
-    # The last layer is not recomputed: the saved input of the next block already contains its output.
+    # The last linear layer is not recomputed, because its output is part of the saved input of the next block.
     last = _linear_layers(config, tokens)[-1]
     unneeded = last.kernel_flops() + (last.adapter_flops(lora.rank)[1] if last.name in targets else 0)
     recomputed = {"full": forward - unneeded, "none": 0}.get(remat, forward - unneeded - attention)
@@ -85,7 +88,7 @@ def training_flops(
 
 
 def sampling_flops(config: TransformerConfig, clips: int, tokens: int, guided: bool) -> int:
-    """Operations of a sampling step; guidance evaluates each clip twice. Adapters do not count."""
+    """Count the operations of a sampling step. Guidance evaluates each clip twice. Adapters are not counted."""
     block = _attention(config, tokens, tokens + TEXT_LENGTH) + sum(
         layer.kernel_flops() for layer in _linear_layers(config, tokens)
     )
@@ -93,7 +96,7 @@ def sampling_flops(config: TransformerConfig, clips: int, tokens: int, guided: b
 
 
 def _attention(config: TransformerConfig, queries: int, keys: int) -> int:
-    """Attention of one block, forward: the scores and the weighted sums of the values."""
+    """Count the operations of one attention, forward: the scores and the weighted sums of the values."""
     return 4 * config.dim * queries * keys
 
 
@@ -106,7 +109,7 @@ def _linear_layers(config: TransformerConfig, tokens: int) -> list[_LinearLayer]
 
 
 def _outside_blocks(config: TransformerConfig, tokens: int) -> tuple[int, int, int]:
-    """Operations of the text embedding, of the patch and time embeddings, and of the head."""
+    """Count the operations of the text embedding, of the patch and time embeddings together, and of the head."""
     d = config.dim
     patch = config.channels * PATCH[0] * PATCH[1] * PATCH[2]
     text = 2 * TEXT_LENGTH * (config.text_dim + d) * d

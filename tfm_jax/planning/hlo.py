@@ -1,8 +1,8 @@
-"""Reads a compiled program's text: how often each of its computations runs, and what it sends between devices.
+"""Read the text of a compiled program: how often each computation runs, and what the devices send to each other.
 
 `compiled.as_text()` is HLO: computations with one instruction per line. A while loop names its body and its condition.
-CPU and GPU programs annotate it with its trip count. TPU programs do not, and XLA may have unrolled the loop, so that
-the length of a scan does not give the trip count: it is read from the counter that the condition compares.
+CPU and GPU programs annotate each loop with its trip count. TPU programs do not, and the length of a scan is not always
+the trip count, because XLA may have unrolled the loop. For them, the trip count is computed from the loop's counter.
 """
 
 import math
@@ -19,8 +19,8 @@ _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 
-_BITS = {"pred": 8, "bf16": 16}
-"""Types whose size is not the first number in their name, as it is in f8e4m3fn."""
+_BITS = {"pred": 8}
+"""Size in bits of the element types whose names do not contain it, unlike names such as bf16 and f8e4m3fn."""
 
 COLLECTIVE_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -31,7 +31,7 @@ class Instruction(NamedTuple):
     op: str
     operands: tuple[str, ...]
     attributes: str
-    """Unparsed text of the attributes."""
+    """The text after the operands, not parsed."""
 
 
 class Computation(NamedTuple):
@@ -40,17 +40,20 @@ class Computation(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind in one execution of a program."""
+    """The collectives of one kind in one execution of a program."""
 
     times: int
+    """Number of collectives that run."""
     bytes: int
-    """Bytes that one device sends, assuming the algorithms that send least (rings)."""
+    """Bytes that one device sends with the algorithms that send the least, such as rings."""
 
 
 class Collectives(NamedTuple):
+    """The collectives in one execution of a program."""
+
     kinds: dict[str, Traffic]
     uncounted_loops: int
-    """Collectives in loops whose trip count could not be read; they count as if the loop ran once."""
+    """Number of collectives in loop bodies whose trip count could not be read; they count as if the loop ran once."""
 
 
 class Module:
@@ -58,8 +61,10 @@ class Module:
 
     Attributes:
         computations: name -> computation.
-        times: name of a computation -> how often one execution of the program runs it.
-        unread_loops: names of loop bodies whose trip count could not be read; they count once.
+        entry: name of the computation at which the program starts.
+        devices: number of devices that the program runs on.
+        times: name of a computation -> how often one execution of the program runs the computation.
+        unread_loops: names of the loop bodies whose trip count could not be read; they count once.
     """
 
     def __init__(self, text: str):
@@ -73,7 +78,7 @@ class Module:
         self._count(self.entry, 1)
 
     def instructions(self) -> Iterator[tuple[str, Instruction]]:
-        """Yields each instruction after the name of its computation."""
+        """Yield each instruction, preceded by the name of its computation."""
         for name, computation in self.computations.items():
             for instruction in computation.instructions.values():
                 yield name, instruction
@@ -85,7 +90,7 @@ class Module:
             if header := _COMPUTATION.match(line):
                 name, instructions, root = header[2], {}, ""
                 self.entry = name if header[1] else self.entry
-            elif line.startswith("}"):  # an execution thread may follow the brace
+            elif line.startswith("}"):  # the name of an execution thread may follow the brace
                 self.computations[name] = Computation(instructions, root)
             elif named := _INSTRUCTION.match(line):
                 instructions[named[2]] = _parse_instruction(named[2], line[named.end() :])
@@ -106,7 +111,7 @@ class Module:
                     self._count(called, times)
 
     def _trip_count(self, name: str, loop: Instruction, condition: str, body: str) -> int | None:
-        """How often the body of a loop runs; None where the text does not show it."""
+        """Return how often the body of a loop runs, or None if the text does not show it."""
         if known := _TRIP_COUNT.search(loop.attributes):
             return int(known[1])
         compare = self._source(condition, self.computations[condition].root)
@@ -121,7 +126,7 @@ class Module:
         return max(0, -(-(limit - start) // step))
 
     def _source(self, name: str, operand: str) -> Instruction:
-        """The instruction that computes an operand; copies of it are skipped."""
+        """Return the instruction that computes an operand, looking through copies."""
         instructions = self.computations[name].instructions
         instruction = instructions[operand]
         while instruction.op == "copy":
@@ -129,19 +134,19 @@ class Module:
         return instruction
 
     def _counter_index(self, name: str, operand: str) -> int | None:
-        """The index of an operand in the loop's tuple; None where it is not an element of it."""
+        """Return the index of an operand in the loop's tuple, or None if the operand is not an element of the tuple."""
         instruction = self._source(name, operand)
         if instruction.op != "get-tuple-element" or self._source(name, instruction.operands[0]).op != "parameter":
             return None
         return int(_attribute("index", instruction))
 
     def _start(self, name: str, loop: Instruction, index: int) -> int | None:
-        """The counter's value before the loop."""
+        """Return the value of the counter before the loop, or None if the text does not show it."""
         values = self._source(name, loop.operands[0])
         return self._integer(name, values.operands[index]) if values.op == "tuple" else None
 
     def _step(self, body: str, index: int) -> int | None:
-        """What one iteration adds to the counter."""
+        """Return what one iteration adds to the counter, or None if the text does not show it."""
         values = self._source(body, self.computations[body].root)
         if values.op != "tuple":
             return None
@@ -154,7 +159,7 @@ class Module:
         return steps[0] if len(steps) == 1 else None
 
     def _integer(self, name: str, operand: str) -> int | None:
-        """The value of a constant integer scalar."""
+        """Return the value of an operand that is a constant integer scalar, or None if it is not one."""
         instruction = self._source(name, operand)
         constant = instruction.op == "constant" and re.match(r"[su]\d+\[\]", instruction.shape)
         return int(instruction.operands[0]) if constant else None
@@ -170,7 +175,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """The index just after the parenthesis that closes the first one."""
+    """Return the index just after the parenthesis that closes the first one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -180,7 +185,7 @@ def _closing(text: str) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas that are outside brackets."""
+    """Split a text at the commas outside brackets."""
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
@@ -191,7 +196,7 @@ def _split(text: str) -> list[str]:
 
 
 def _called(instruction: Instruction) -> list[str]:
-    """Names of the computations that an instruction calls."""
+    """Return the names of the computations that an instruction calls."""
     listed = [
         name.strip().lstrip("%") for names in _CALLEES.findall(instruction.attributes) for name in names.split(",")
     ]
@@ -206,19 +211,20 @@ def _attribute(name: str, instruction: Instruction) -> str:
 
 
 def array_bytes(shape: str) -> int:
-    """Total bytes of the arrays in a shape: 28 for `(f32[2,3]{1,0}, s8[4])`."""
+    """Return the total size of the arrays in a shape, such as 28 for `(f32[2,3]{1,0}, s8[4])`."""
     return (
-        sum(_bits(kind) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in _ARRAY.findall(shape))
+        sum(_bits(dtype) * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in _ARRAY.findall(shape))
         // 8
     )
 
 
-def _bits(kind: str) -> int:
-    number = re.search(r"\d+", kind.removeprefix("b"))
-    return _BITS.get(kind) or (int(number[0]) if number else 0)
+def _bits(dtype: str) -> int:
+    """Return the size of an element in bits; 0 for types without data, such as `token`."""
+    number = re.search(r"\d+", dtype)
+    return _BITS.get(dtype) or (int(number[0]) if number else 0)
 
 
-# Bytes that one device sends, in a group of n devices whose collective has a result of b bytes.
+# The bytes that each device of a group of n sends, if the result of the collective has b bytes.
 _SENT: dict[str, Callable[[float, int], float]] = {
     "all-gather": lambda b, n: b * (n - 1) / n,
     "all-reduce": lambda b, n: 2 * b * (n - 1) / n,
@@ -229,11 +235,11 @@ _SENT: dict[str, Callable[[float, int], float]] = {
 
 
 def collectives(module: Module) -> Collectives:
-    """The collectives of one execution of a program by kind; one in a loop counts once per iteration.
+    """Count the collectives in one execution of a program by kind. A collective in a loop counts once per iteration.
 
     A collective that is split into a start and a done counts once. TPU programs split a collective that overlaps with
-    other work over several fusions, one of which starts it, and write a reduce-scatter as an all-reduce in a fusion
-    named `all-reduce-scatter`.
+    other work into several fusions, the first of which starts the collective. They express a reduce-scatter as an
+    all-reduce in a fusion named `all-reduce-scatter`.
     """
     counts, sent = Counter(), Counter()
     uncounted_loops = 0
@@ -261,14 +267,14 @@ def _continues(instruction: Instruction, computation: Computation) -> bool:
 
 
 def _result_shape(instruction: Instruction) -> str:
-    """The shape of a collective's result; the shape of a start may also list operands and tokens."""
+    """Return the shape of a collective's result. The shape of a start may also list operands and tokens."""
     if instruction.op in ("all-gather-start", "collective-permute-start") or instruction.shape.startswith("(("):
         return _split(instruction.shape[1:-1])[1]
     return instruction.shape
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """The number of devices in each group of a collective; for a permutation, the number of all devices."""
+    """Return the number of devices in each group of a collective; for a permutation, the number of all devices."""
     if "source_target_pairs=" in attributes:
         return devices
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):

@@ -1,4 +1,4 @@
-"""Memory, operations and communication of a program on a topology, from compiling it without running it."""
+"""Find the memory, operations and communication of a program by compiling it for a topology, without running it."""
 
 import re
 import resource
@@ -18,23 +18,26 @@ from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.sharding import make_mesh
 
 SPLASH_SCORE_PRODUCTS = 3
-"""Score-sized matrix products that the backward kernels of splash attention (bfloat16 on TPU) recompute; the others
-recompute one."""
+"""Number of matrix products of the size of the attention scores that the backward kernels of splash attention (bfloat16
+on TPUs) recompute. Other attention kernels recompute one."""
 
 MARGIN = 0.05
-"""Share of the memory that a plan should leave free. A run also holds prefetched batches and loses memory to
-fragmentation; on GPUs the workspace of cuDNN is missing from the compiler's numbers too."""
+"""Fraction of the memory that a plan should leave free, because a run also holds prefetched batches and loses memory to
+fragmentation. On GPUs, the compiler's numbers also lack the workspace of cuDNN."""
 
 _TOO_LARGE = (
     re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
     re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
 )
-"""The compiler's messages about a program that does not fit, which give the bytes needed and the bytes available."""
+"""Match the compiler's messages about a program that does not fit: the memory needed, then the memory available."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One program compiled for one mesh. Sizes are bytes per device; some are None where the program does not fit."""
+    """A program compiled for a mesh. Sizes are in bytes per device.
+
+    The fields whose default is None are None if the program does not fit.
+    """
 
     program: str
     topology: str
@@ -44,42 +47,46 @@ class Plan:
     remat: str | None
     clips: int
     tokens: int
+    """Number of video tokens per clip."""
     flops: dict[str, int]
-    """Floating-point operations of the whole program, summed over all devices, by purpose."""
+    """Purpose -> floating-point operations of one call of the program, summed over all devices."""
     peak_flops: float
     """Peak floating-point operations per second of one device."""
     arguments: int
+    """Size of the program's arguments."""
     needed: int
+    """Memory that the program needs."""
     available: int
+    """Memory that programs can use."""
     compile_seconds: float
     cpu_seconds: float
     compiler_memory: int
-    """Peak resident memory of this process, in bytes."""
+    """Peak resident memory of the process that compiled the program, in bytes."""
     temporaries: int | None = None
     code: int | None = None
     host: int | None = None
-    """Bytes offloaded to the host's memory, per device."""
+    """Size of the activations that are offloaded to the host's memory."""
     collectives: dict[str, hlo.Traffic] | None = None
     uncounted_loops: int = 0
-    """As `hlo.Collectives.uncounted_loops`."""
+    """See `hlo.Collectives.uncounted_loops`."""
 
     @property
-    def excess(self) -> int:
-        """Bytes needed beyond the available memory; negative where the program leaves some free."""
+    def over(self) -> int:
+        """Bytes needed beyond the available memory; negative if the program leaves some free."""
         return self.needed - self.available
 
     @property
     def fits(self) -> bool:
-        return self.excess <= 0
+        return self.over <= 0
 
     @property
     def tight(self) -> bool:
         """Whether the program fits but leaves less than `MARGIN` free, so that a run may still fail."""
-        return 0 <= -self.excess < MARGIN * self.available
+        return 0 <= -self.over < MARGIN * self.available
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that each device sends in one call of the program."""
+        """Bytes that each device sends in one call of the program; 0 if unknown."""
         return sum(traffic.bytes for traffic in (self.collectives or {}).values())
 
     @property
@@ -93,13 +100,18 @@ class Plan:
         return sum(self.flops.values()) / self.devices / self.peak_flops
 
     def as_json(self) -> dict[str, Any]:
+        """Return the plan as a value that `json` can write."""
         values = asdict(self)
         values["collectives"] = {k: v._asdict() for k, v in self.collectives.items()} if self.collectives else None
-        return {**values, "fits": self.fits, "over": self.excess}
+        return {**values, "fits": self.fits, "over": self.over}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Plan":
-        """The plan that `as_json` wrote. Raises KeyError where a field is missing."""
+        """Return the plan from the value that `as_json` returned.
+
+        Raises:
+            KeyError: a field is missing.
+        """
         own = {field.name: values[field.name] for field in fields(cls)}
         traffic = own["collectives"]
         return cls(**{**own, "collectives": {k: hlo.Traffic(**v) for k, v in traffic.items()} if traffic else None})
@@ -109,8 +121,8 @@ def make_plan(run: TrainPlan | SamplePlan, topology: Topology) -> Plan:
     """Compile the training step, or a sampling step, for a topology.
 
     Raises:
-        InputError: the mesh cannot split the model, the clip or the batch.
-        CompilerError: the compiler failed for another reason than memory.
+        InputError: the mesh cannot split the model, the clip, the batch or a parameter.
+        CompilerError: the compiler failed for a reason other than memory.
     """
     mesh = make_mesh(run.mesh, topology.devices)
     start, cpu = time.perf_counter(), _cpu_seconds()
@@ -122,7 +134,7 @@ def make_plan(run: TrainPlan | SamplePlan, topology: Topology) -> Plan:
         sizes = out_of_memory_sizes(str(error))
         if sizes is None:
             raise CompilerError(f"the compiler failed: {' '.join(str(error).split())[:300]}") from error
-        needed = max(sizes[0], sizes[1] + 1)  # the message rounds both sizes, to the same number where they are close
+        needed = max(sizes[0], sizes[1] + 1)  # the message rounds both sizes, which can make them equal
         return Plan(**static, needed=needed, available=sizes[1], **_compile_cost(start, cpu))
     cost = _compile_cost(start, cpu)
     memory: Any = compiled.memory_analysis()
@@ -143,7 +155,7 @@ def make_plan(run: TrainPlan | SamplePlan, topology: Topology) -> Plan:
 
 
 def out_of_memory_sizes(message: str) -> tuple[int, int] | None:
-    """Bytes needed and bytes available, from a compiler error; None where the error is not about device memory."""
+    """Return the bytes needed and the bytes available from a compiler error; None if it is not about device memory."""
     for pattern in _TOO_LARGE:
         if found := pattern.search(message):
             return _parse_bytes(found[1], found[2]), _parse_bytes(found[3], found[4])
@@ -155,7 +167,7 @@ def _parse_bytes(number: str, unit: str) -> int:
 
 
 def _static_fields(run: TrainPlan | SamplePlan, topology: Topology, mesh: Mesh) -> dict[str, Any]:
-    """The fields of a plan that are known without compiling."""
+    """Return the fields of a plan that are known without compiling."""
     clips = programs.num_clips(run, mesh)
     training = isinstance(run, TrainPlan)
     return {
@@ -173,7 +185,7 @@ def _static_fields(run: TrainPlan | SamplePlan, topology: Topology, mesh: Mesh) 
 
 
 def flops(run: TrainPlan | SamplePlan, topology: Topology, clips: int) -> dict[str, int]:
-    """Floating-point operations of one call of a program by purpose, summed over all devices."""
+    """Map each purpose to the floating-point operations of one call of a program, summed over all devices."""
     config, tokens = programs.transformer_config(run.model), programs.num_tokens(run)
     if isinstance(run, SamplePlan):
         return {"forward": sampling_flops(config, clips, tokens, run.sampling.guidance != 1)}
@@ -182,7 +194,7 @@ def flops(run: TrainPlan | SamplePlan, topology: Topology, clips: int) -> dict[s
 
 
 def _compile_cost(start: float, cpu: float) -> dict[str, Any]:
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux reports KiB
     return {
         "compile_seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(_cpu_seconds() - cpu, 1),
@@ -196,7 +208,7 @@ def _cpu_seconds() -> float:
 
 
 def describe(plan: Plan) -> str:
-    """A plan as several lines of text for people."""
+    """Describe a plan in a few human-readable lines."""
     device = "chip" if plan.devices == plan.chips else "device"
     chips = f"{plan.chips} chip{'s' * (plan.chips > 1)}" + (f", {plan.devices} devices" if device == "device" else "")
     mesh = " ".join(f"{name}={size}" for name, size in plan.mesh.items())
@@ -224,16 +236,16 @@ def _memory(plan: Plan) -> str:
     if plan.temporaries is not None and plan.code is not None:
         parts += [f"temporaries {gib(plan.temporaries)}", f"code {gib(plan.code)}"]
     if plan.host:
-        parts.append(f"offloaded to the host {gib(plan.host)}")
+        parts.append(f"offloaded to host memory {gib(plan.host)}")
     return f"{', '.join(parts)}; needs {gib(plan.needed)} of {gib(plan.available)}"
 
 
 def _verdict(plan: Plan) -> str:
     if plan.tight:
-        return f"fits, with only {gib(-plan.excess)} to spare: a run may still run out of memory"
+        return f"fits, with only {gib(-plan.over)} to spare: a run may still run out of memory"
     if plan.fits:
-        return f"fits, {gib(-plan.excess)} to spare"
-    return f"DOES NOT FIT: {plan.excess:,} bytes ({gib(plan.excess)}) over"
+        return f"fits, {gib(-plan.over)} to spare"
+    return f"DOES NOT FIT: {plan.over:,} bytes ({gib(plan.over)}) over"
 
 
 def _describe_flops(plan: Plan) -> str:
@@ -251,5 +263,5 @@ def _sent(plan: Plan, device: str) -> str:
     if plan.collectives is None:
         return "unknown"
     parts = [f"{kind} {gib(traffic.bytes)} ({traffic.times})" for kind, traffic in plan.collectives.items()]
-    loops = f"; {plan.uncounted_loops} loops of unknown trip count counted once" if plan.uncounted_loops else ""
-    return f"{gib(plan.bytes_sent)} per {device}: {', '.join(parts) or 'nothing'}{loops}"
+    uncounted = f"; {plan.uncounted_loops} in loops of unknown trip count, counted once" if plan.uncounted_loops else ""
+    return f"{gib(plan.bytes_sent)} per {device}: {', '.join(parts) or 'nothing'}{uncounted}"

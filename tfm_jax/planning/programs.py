@@ -1,4 +1,4 @@
-"""Lowers the programs of a run from its configuration alone: arguments are shapes and shardings, without values."""
+"""Lower the programs of a run from its configuration alone: the arguments have shapes and shardings, but no values."""
 
 import dataclasses
 import functools
@@ -35,31 +35,34 @@ class TrainPlan(configs.TrainingSections):
 
 @section
 class SamplePlan(SampleRun):
-    """The sections of a configuration that determine a sampling step, with adapters unless `sampling.lora` is null."""
+    """The sections of a configuration that determine the program of a sampling step.
+
+    The program has adapters unless `sampling.lora` is null.
+    """
 
     lora: configs.LoraConfig = dataclasses.field(default_factory=configs.LoraConfig)
 
 
 @functools.cache
 def transformer_config(model: configs.ModelConfig) -> TransformerConfig:
-    """The transformer of a configuration. Its text width is read from the weights; without them it is Wan2.1-T2V's."""
+    """Return the transformer's configuration. The text width is that of the weights; without weights, of Wan2.1-T2V."""
     found = find_source_or_none(model.path, TRANSFORMER) if model.path.is_dir() else None
     config = TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
     return dataclasses.replace(config, text_dim=found.config.text_dim) if found else config
 
 
 def latent_shape(run: TrainPlan | SamplePlan) -> tuple[int, int, int, int]:
-    """Frames, height, width and channels of the latents of one clip."""
+    """Return the frames, height, width and channels of the latents of one clip."""
     return *run.clip.latent_size, transformer_config(run.model).channels
 
 
 def num_tokens(run: TrainPlan | SamplePlan) -> int:
-    """The number of video tokens of one clip."""
+    """Return the number of video tokens of one clip."""
     return math.prod(token_grid(latent_shape(run)))
 
 
 def num_clips(run: TrainPlan | SamplePlan, mesh: Mesh) -> int:
-    """The number of clips in one call of the program: when sampling, one per shard of the batch."""
+    """Return the number of clips in one call of the program. Sampling takes one per shard of the batch."""
     return run.train.batch_size if isinstance(run, TrainPlan) else num_shards("batch", mesh)
 
 
@@ -71,7 +74,7 @@ def check_mesh(run: TrainPlan | SamplePlan, mesh: Mesh | AbstractMesh) -> None:
 
 
 def lower(run: TrainPlan | SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
-    """The lowered program, and the bytes of its arguments per device.
+    """Return the lowered program, and the size of its arguments in bytes per device.
 
     Raises:
         InputError: the mesh cannot split the model, the clip, the batch or a parameter.
@@ -119,8 +122,8 @@ def _abstract_model(model: configs.ModelConfig) -> WanTransformer:
 def _initial_state(
     lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-    """Shapes of the state before the first step, and its shardings."""
-    placements = []  # eval_shape returns arrays only, not shardings
+    """Return the shapes of the state before the first step, and its shardings."""
+    placements = []  # eval_shape can return only arrays, not shardings
 
     def init(lora: nnx.State) -> TrainState:
         state, placement = init_state(lora, optimizer, mesh)

@@ -1,7 +1,7 @@
-"""Plans of both models on many machines, written as docs/scaling.md with one figure.
+"""Plan both models on many machines, and write docs/scaling.md with a figure.
 
-A separate process compiles each program, and its plan is saved in a file, so that an interrupted run continues where it
-stopped. The file does not record the version of the code or the compiler: after a change of either, start a new one.
+Each program is compiled in a separate process, and the plans are saved in a file, so that an interrupted run can
+continue. The file does not record the version of the code or of the compiler: start a new file after changing either.
 """
 
 import contextlib
@@ -23,15 +23,16 @@ from tfm_jax import config
 from tfm_jax.config import Remat
 from tfm_jax.errors import CompilerError, InputError
 from tfm_jax.markdown import table
-from tfm_jax.planning.chips import GIB, Topology, topology
+from tfm_jax.planning.chips import GIB, Topology, find_topology
 from tfm_jax.planning.plan import Plan
 from tfm_jax.planning.programs import TrainPlan
 from tfm_jax.planning.search import Run, search
 from tfm_jax.sharding import MESH_AXES
 
 MODELS = {"1.3B": "wan2.1_t2v_1.3b", "14B": "wan2.1_t2v_14b"}
-"""Model -> the shipped configuration."""
+"""Model -> the name of its shipped configuration."""
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280)}
+"""Name of a resolution -> height and width in pixels."""
 MACHINES = {
     "v5e-8": "v5e:2x4",
     "v5e-16": "v5e:4x4",
@@ -43,10 +44,11 @@ MACHINES = {
     "4 x A100 80 GB": "a100:4",
     "4 x H100 80 GB": "h100:4",
 }
-"""Name of a rented machine -> topology. Names of v5p slices count cores, of which a chip has two."""
+"""Name of a rented machine -> its topology. Names of v5p and tpu7x slices count cores, two per chip."""
 
 SMALL_BATCH, SMALL_MACHINE = 4, 16
-"""The paper's batch size, for machines of up to so many devices; larger machines have one clip per device."""
+"""The paper's batch size, for machines with at most SMALL_MACHINE devices. Larger machines process one clip per device.
+"""
 
 CURVE_TOPOLOGIES = (
     "v5p:2x2x2",
@@ -58,17 +60,19 @@ CURVE_TOPOLOGIES = (
     "v5p:8x8x8",
     "v5p:8x8x16",
 )
+"""The topologies of the scaling curves."""
 FIXED_BATCH = 16
+"""Batch size of the second curve, on any number of chips."""
 
 REMAT_TOPOLOGY, REMAT_MESH = "v5p:2x2x1", {"mesh.sequence": 4}
-"""A topology and a mesh on which every remat policy fits, for one clip of 1.3B at 480p."""
+"""A topology and a mesh on which 1.3B fits with every remat policy, for one clip at 480p."""
 
 
 class Case(NamedTuple):
-    """A row of the table."""
+    """The model, resolution and machine of a row of the table."""
 
     model: str
-    clip: str
+    resolution: str
     machine: str
 
 
@@ -77,13 +81,13 @@ Curves = Mapping[str, Sequence[Plan]]
 
 
 class PlanCache:
-    """Plans saved in a file; missing ones are compiled and added.
+    """A file of plans. Missing plans are compiled and added.
 
     Args:
-        compile_missing: False only reads the file.
+        compile_missing: if False, only read the file.
 
     Raises:
-        InputError: the file does not hold plans.
+        InputError: the file does not contain plans.
     """
 
     def __init__(self, file: Path, compile_missing: bool = True):
@@ -97,14 +101,14 @@ class PlanCache:
                 f"{file}: not a file of plans written by scaling.py ({error!r}); pass another --output"
             ) from None
 
-    def plan(self, model: str, run: Run, machine: Topology) -> Plan:
-        """The plan of a run from the file, or else compiled and saved there.
+    def plan(self, model: str, run: Run, topology: Topology) -> Plan:
+        """Return the plan of a run from the file; if it is missing, compile and save it.
 
         Raises:
-            LookupError: the file does not have it, and `compile_missing` is False.
+            LookupError: the plan is missing, and `compile_missing` is False.
             CompilerError: the compiler failed.
         """
-        options = _options(run, machine)
+        options = _options(run, topology)
         key = " ".join([model, *options])
         if key not in self.plans:
             if not self.compile_missing:
@@ -120,16 +124,16 @@ class PlanCache:
         partial_file.replace(self.file)
 
 
-def _options(run: Run, machine: Topology) -> list[str]:
+def _options(run: Run, topology: Topology) -> list[str]:
     assert isinstance(run, TrainPlan)
     mesh = [f"--mesh.{axis}={getattr(run.mesh, axis)}" for axis in MESH_AXES]
     clip = [f"--clip.height={run.clip.height}", f"--clip.width={run.clip.width}"]
     train = [f"--train.batch_size={run.train.batch_size}", f"--train.remat={run.train.remat}"]
-    return [f"--topology={machine.name}", *mesh, *clip, *train]
+    return [f"--topology={topology.name}", *mesh, *clip, *train]
 
 
 def _compile(file: str, options: Sequence[str]) -> dict:
-    """The JSON that `tfm-plan` prints."""
+    """Run `tfm-plan` with these options, and return the plan that it prints."""
     command = [sys.executable, "-m", "tfm_jax.cli.plan", "--config", file, "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout:
@@ -138,27 +142,31 @@ def _compile(file: str, options: Sequence[str]) -> dict:
 
 
 def best_plans(cache: PlanCache, tries: int, machines: Iterable[str] = MACHINES) -> Iterator[tuple[Case, Plan | None]]:
-    """The best plan of every case, even if it fits tightly; None where none has been compiled."""
-    topologies = {machine: topology(MACHINES[machine]) for machine in machines}  # a missing compiler is reported first
-    for machine, devices in topologies.items():
-        batch = SMALL_BATCH if len(devices.devices) <= SMALL_MACHINE else len(devices.devices)
+    """Yield the best plan of every case, or the one closest to fitting if none fits; None if there is no plan.
+
+    Plans that fit tightly are not ranked last here.
+    """
+    # Find all topologies first, so that a missing compiler is reported before anything is compiled.
+    topologies = {machine: find_topology(MACHINES[machine]) for machine in machines}
+    for machine, topology in topologies.items():
+        batch = SMALL_BATCH if len(topology.devices) <= SMALL_MACHINE else len(topology.devices)
         for model in MODELS:
-            for clip in RESOLUTIONS:
-                run = _run(model, clip, batch)
+            for resolution in RESOLUTIONS:
+                run = _run(model, resolution, batch)
                 try:
-                    plans = search(run, devices, tries, make=partial(cache.plan, model))
+                    plans = search(run, topology, tries, make=partial(cache.plan, model))
                     best = min(plans, key=lambda plan: (plan.recomputed_flops, plan.bytes_sent))
                 except (LookupError, CompilerError):
                     best = None
-                yield Case(model, clip, machine), best
+                yield Case(model, resolution, machine), best
 
 
 def scaling_curves(cache: PlanCache) -> dict[str, list[Plan]]:
-    """Plans of 14B at 480p on growing numbers of chips: with one clip per chip, and with a fixed batch size."""
+    """Return plans of 14B at 480p on growing numbers of chips: with one clip per chip, and with a fixed batch size."""
     curves: dict[str, list[Plan]] = {}
     for name in CURVE_TOPOLOGIES:
-        machine = topology(name)
-        chips = len(machine.devices)
+        topology = find_topology(name)
+        chips = len(topology.devices)
         fsdp = min(chips, FIXED_BATCH)
         sequence = min(chips // fsdp, 8)
         fixed_batch_mesh = {"fsdp": fsdp, "sequence": sequence, "tensor": chips // fsdp // sequence}
@@ -169,28 +177,28 @@ def scaling_curves(cache: PlanCache) -> dict[str, list[Plan]]:
         for curve, (batch, mesh) in cases.items():
             run = _run("14B", "480p", batch, {f"mesh.{axis}": size for axis, size in mesh.items()})
             with contextlib.suppress(LookupError, CompilerError):
-                curves.setdefault(curve, []).append(cache.plan("14B", run, machine))
+                curves.setdefault(curve, []).append(cache.plan("14B", run, topology))
     return curves
 
 
 def remat_plans(cache: PlanCache) -> list[Plan]:
-    """Plans of one program with every remat policy."""
-    machine, plans = topology(REMAT_TOPOLOGY), []
+    """Return the plans of one program with every remat policy."""
+    topology, plans = find_topology(REMAT_TOPOLOGY), []
     for remat in get_args(Remat):
         with contextlib.suppress(LookupError, CompilerError):
             run = _run("1.3B", "480p", 1, {**REMAT_MESH, "train.remat": remat})
-            plans.append(cache.plan("1.3B", run, machine))
+            plans.append(cache.plan("1.3B", run, topology))
     return plans
 
 
-def _run(model: str, clip: str, batch: int, extra: Mapping[str, Any] = MappingProxyType({})) -> TrainPlan:
-    height, width = RESOLUTIONS[clip]
+def _run(model: str, resolution: str, batch: int, extra: Mapping[str, Any] = MappingProxyType({})) -> TrainPlan:
+    height, width = RESOLUTIONS[resolution]
     fields = {"clip.height": height, "clip.width": width, "train.batch_size": batch, **extra}
     return config.load(TrainPlan, MODELS[model], fields)
 
 
 def write_document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, docs: Path, command: str) -> Path:
-    """Write scaling.md and scaling.png to `docs`; returns the path of the page."""
+    """Write scaling.md and scaling.png to the folder `docs`, and return the path of the page."""
     docs.mkdir(parents=True, exist_ok=True)
     draw(curves, docs / "scaling.png")
     file = docs / "scaling.md"
@@ -198,52 +206,55 @@ def write_document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, docs: 
     return file
 
 
-COLUMNS = ("machine", "model", "clip", "batch", "data x fsdp x sequence x tensor", "remat", "GiB per device",
+COLUMNS = ("machine", "model", "resolution", "batch", "data x fsdp x sequence x tensor", "remat", "GiB per device",
            "GiB over", "PFLOP", "recomputed PFLOP", "GiB sent", "CPU s")  # fmt: skip
 
-REMAT_COLUMNS = ("remat", "GiB per device", "GiB on the host", "recomputed PFLOP")
+REMAT_COLUMNS = ("remat", "GiB per device", "GiB in host memory", "recomputed PFLOP")
 
 PAGE = """\
 # What fits where
 
 Every row is the training step of `tfm-train`: LoRA of rank 32 on all linear layers, 81 frames, AdamW, bfloat16
 weights. The step was compiled without the hardware and not run, so there are no step times. This command makes the
-page, and continues if it was interrupted:
+page; after an interruption, the same command continues where it stopped:
 
     {command}
 
-To compile a single row, pass its mesh and its policy to `tfm-plan`:
+To compile a single row, pass its mesh and its remat policy to `tfm-plan`:
 
     tfm-plan --config wan2.1_t2v_14b --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4 \\
         --train.remat=attention
 
-Of the meshes and remat policies tried, a row shows the plan that fits with the fewest recomputed operations, then the
-fewest bytes sent per device and clip. If none fits, it shows the plan closest to fitting.
+Of the meshes and remat policies tried, a row shows the fitting plan with the fewest recomputed operations; ties are
+broken by the fewest bytes sent. If no plan fits, the row shows the one closest to fitting.
 
-- GiB per device: memory needed, of the memory available. A device is a chip, but half a chip on tpu7x.
+- GiB per device: memory needed, of the memory available. A device is one chip, or half a chip on tpu7x.
 - GiB over: memory needed beyond the memory available.
-- PFLOP: matrix products of the forward and backward pass, over all devices.
-- recomputed PFLOP: what the remat policy adds.
-- GiB sent: by each device in a step.
-- CPU s: CPU time of compiling.
-- The memory of GPUs is an estimate: without a GPU, XLA neither tunes its kernels nor asks cuDNN for its workspace.
-  JAX uses 3/4 of a GPU's memory unless XLA_CLIENT_MEM_FRACTION says otherwise.
+- PFLOP: operations of the matrix products in the forward and backward pass, summed over all devices.
+- recomputed PFLOP: operations that the remat policy repeats in the backward pass, summed over all devices.
+- GiB sent: data that each device sends in a step.
+- CPU s: CPU time spent on compiling, in seconds.
+
+The memory of GPUs is an estimate: without a GPU, XLA neither tunes its kernels nor asks cuDNN how much workspace it
+needs. JAX uses 3/4 of a GPU's memory unless XLA_CLIENT_MEM_FRACTION sets another fraction.
 
 {table}
 
 ## What to save for the backward pass
 
-1.3B at 480p, one clip on {topology} with {mesh}. `train.remat` selects what each block saves for the
-backward pass; the table gives the memory of each chip, and what all chips together recompute in a step.
+The option `train.remat` selects what each block saves for the backward pass. The table is for one clip of 1.3B at 480p
+on {topology} with {mesh}. It shows the memory of each chip, and the operations that all chips together
+recompute in a step.
 
 {by_policy}
 
 ## Scaling with the number of chips
 
-14B at 480p on v5p with remat=full: first one clip per chip (fsdp=8, the rest data), then {batch} clips in all (fsdp up
-to {batch}, then sequence up to 8, then tensor).
+These plans are for 14B at 480p on v5p with remat=full, in two series. The first has one clip per chip: fsdp is 8, and
+data takes the remaining factor. The second has {batch} clips in total: first fsdp grows up to {batch}, then sequence
+up to 8, then tensor.
 
-![Memory per chip and bytes sent per chip, over the number of chips](scaling.png)
+![Memory per chip and bytes sent per chip, against the number of chips](scaling.png)
 
 {curves}
 """
@@ -263,13 +274,13 @@ def _document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, command: st
 
 
 def _row(case: Case, plan: Plan | None) -> tuple[str, ...]:
-    names = (case.machine, case.model, case.clip)
+    names = (case.machine, case.model, case.resolution)
     if plan is None:
         return (*names, *("not compiled",) * (len(COLUMNS) - len(names)))
-    excess = "fits" if plan.fits else f"{plan.excess / GIB:.2f}"
+    over = "fits" if plan.fits else f"{plan.over / GIB:.2f}"
     flops = (plan.flops["forward"] + plan.flops["backward"]) / 1e15
     recomputed = plan.recomputed_flops / 1e15
-    costs = (excess, f"{flops:.1f}", f"{recomputed:.1f}", _gib_sent(plan), f"{plan.cpu_seconds:.0f}")
+    costs = (over, f"{flops:.1f}", f"{recomputed:.1f}", _gib_sent(plan), f"{plan.cpu_seconds:.0f}")
     return (*names, *_shared_cells(plan), *costs)
 
 
@@ -283,7 +294,7 @@ def _curve_row(plan: Plan) -> tuple[str, ...]:
 
 
 def _shared_cells(plan: Plan) -> tuple[str, ...]:
-    """Batch, mesh, remat policy and memory, as `COLUMNS` has them."""
+    """Return the batch size, mesh, remat policy and memory, in the order of `COLUMNS`."""
     mesh = " x ".join(str(plan.mesh[axis]) for axis in MESH_AXES)
     memory = f"{plan.needed / GIB:.2f} of {plan.available / GIB:.2f}"
     return str(plan.clips), mesh, str(plan.remat), memory
@@ -294,7 +305,7 @@ def _gib_sent(plan: Plan) -> str:
 
 
 def draw(curves: Curves, file: Path) -> None:
-    """Plot memory and bytes sent per chip over the number of chips."""
+    """Plot the memory and the bytes sent per chip against the number of chips."""
     figure, (memory, sent) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for name, plans in curves.items():
         chips = [plan.chips for plan in plans]

@@ -1,4 +1,4 @@
-"""Searches for a mesh and a remat policy: compiles the most promising ones and ranks those that fit."""
+"""Search for a mesh and a remat policy: compile the most promising combinations and rank those that fit."""
 
 import dataclasses
 import itertools
@@ -17,36 +17,36 @@ from tfm_jax.planning.plan import Plan, flops, gib, make_plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.sharding import MESH_AXES, num_slices
 
-RULE = "memory margin (plans that fit tightly last), then recomputed operations, then bytes sent per device and clip"
+RULE = "memory margin (tight plans last), then recomputed operations, then bytes sent per device and clip"
 
 SAVED_ACTIVATIONS: dict[Remat, int] = {"none": 60, "attention": 3, "full": 1}
-"""Activations of size [b s d] that each policy saves per block, measured on compiled programs. The policy that
-recomputes least comes first. Offloading is only tried when requested by name: compiling does not show whether its
-transfers overlap with computation."""
+"""Number of activations of shape [b s d] that each policy saves per block, measured on compiled programs. The policy
+that recomputes the least comes first. Offloading is tried only if it is requested by name, because compiling does not
+show whether the transfers overlap with computation."""
 
 WORKING_ACTIVATIONS = 25
-"""Activations of the one block that is being computed, measured on compiled programs."""
+"""Number of activations of that shape that the block being computed needs, measured on compiled programs."""
 
 MAX_OVERESTIMATE = 2
-"""A policy is not compiled if the rough estimate of its memory exceeds the device's memory by more than this factor."""
+"""A policy is not compiled if the rough estimate of its memory is more than this many times the device's memory."""
 
 Run = TrainPlan | SamplePlan
 
 
 class Candidate(NamedTuple):
-    """A mesh, with the rough estimates that decide in which order meshes are compiled."""
+    """A mesh, with the rough estimates that decide the order in which meshes are compiled."""
 
     mesh: MeshConfig
     arguments: int
-    """Bytes of the frozen weights per device."""
+    """Size of the frozen weights, in bytes per device."""
     memory: tuple[int, ...]
-    """Bytes needed per device, in the order of `SAVED_ACTIVATIONS`."""
+    """Bytes needed per device with each policy, in the order of `SAVED_ACTIVATIONS`."""
     bytes_sent: int
     """Bytes sent per device and clip."""
 
     def sort_key(self, available: int) -> tuple[int, int, int]:
-        """Sorts meshes by the first policy that is estimated to fit, then by the bytes sent. Meshes on which no policy
-        is estimated to fit come last, by memory."""
+        """Sort meshes by the first policy that is estimated to fit, then by the bytes sent. Meshes on which no policy
+        is estimated to fit come last, sorted by memory."""
         fitting = [place for place, memory in enumerate(self.memory) if memory < available]
         return (fitting[0], 0, self.bytes_sent) if fitting else (len(self.memory), self.memory[-1], self.bytes_sent)
 
@@ -58,14 +58,15 @@ def search(
     policies: Sequence[Remat] = tuple(SAVED_ACTIVATIONS),
     make: Callable[[Run, Topology], Plan] = make_plan,
 ) -> list[Plan]:
-    """The plans that fit, best first by `RULE`; if none fits, the plan closest to fitting.
+    """Return the plans that fit, sorted by `RULE`, best first. If none fits, return the plan closest to fitting.
 
-    For each mesh the policies are compiled in order up to the first that fits. Policies are skipped if they recompute
-    more than the best plan so far, or need far too much memory by a rough estimate. Progress is printed to stderr.
+    For each mesh, the policies are compiled in order up to the first plan that fits and is not tight. A policy is
+    skipped if it recomputes more than the best plan so far, or if by a rough estimate it needs far too much memory; the
+    estimate does not skip the last policy. Progress is printed to stderr.
 
     Args:
         tries: maximum number of meshes to compile, the most promising first.
-        policies: remat policies to try, the one that recomputes least first.
+        policies: remat policies to try, in order; the one that recomputes the least comes first.
         make: compiles a program.
 
     Raises:
@@ -73,7 +74,7 @@ def search(
         CompilerError: the compiler failed on every mesh.
     """
     if tries < 1:
-        raise InputError(f"--search={tries}: expected the number of meshes to compile, 1 or more")
+        raise InputError(f"--search={tries}: expected the number of meshes to compile, at least 1")
     found = candidates(run, topology)
     count = min(tries, len(found))
     _report(f"{topology.name}: {len(found)} meshes can hold the weights; compiling the {count} most promising")
@@ -90,7 +91,7 @@ def search(
             except CompilerError as error:
                 _report(f"{name}: {error}")
                 continue
-            room = f"{gib(-plan.excess)} to spare" if plan.fits else f"{gib(plan.excess)} over"
+            room = f"{gib(-plan.over)} to spare" if plan.fits else f"{gib(plan.over)} over"
             _report(f"{name}: {room}, compiled in {plan.compile_seconds:.0f} s")
             plans.append(plan)
             if plan.fits and not plan.tight:
@@ -99,12 +100,12 @@ def search(
         raise CompilerError(f"the compiler failed on every mesh for {topology.name}")
     fitting = [plan for plan in plans if plan.fits]
     return sorted(fitting, key=lambda plan: (plan.tight, plan.recomputed_flops, plan.bytes_sent / plan.clips)) or [
-        min(plans, key=lambda plan: plan.excess)
+        min(plans, key=lambda plan: plan.over)
     ]
 
 
 def candidates(run: Run, topology: Topology) -> list[Candidate]:
-    """Meshes that split model, clip and batch evenly and whose devices can hold the weights, the most promising first.
+    """Return the meshes that can hold the weights and evenly split model, clip and batch, the most promising first.
 
     Raises:
         InputError: there is no such mesh.
@@ -121,17 +122,17 @@ def candidates(run: Run, topology: Topology) -> list[Candidate]:
         if divides and mesh.data % slices == 0 and candidate.arguments < topology.memory:
             found.append(candidate)
     if not found:
-        devices = f"{len(topology.devices)} devices of {gib(topology.memory)}"
+        devices = f"{len(topology.devices)} devices with {gib(topology.memory)} each"
         batch = f"a batch of {run.train.batch_size}, " if isinstance(run, TrainPlan) else ""
         raise InputError(
-            f"--topology={topology.name}: no mesh of {devices} holds the weights and splits {batch}{run.model.heads} "
-            f"heads and {programs.num_tokens(run)} tokens; expected more devices, or another train.batch_size"
+            f"--topology={topology.name}: no mesh of {devices} can hold the weights and split {batch}{run.model.heads} "
+            f"heads and {programs.num_tokens(run)} tokens; expected more devices or another train.batch_size"
         )
     return sorted(found, key=lambda candidate: candidate.sort_key(topology.memory))
 
 
 def _variants(run: Run, candidate: Candidate, policies: Sequence[Remat], available: int) -> Iterator[Run]:
-    """The program on the candidate's mesh, once per policy that may fit; the last policy is always among them."""
+    """Yield the program on the candidate's mesh with each policy that may fit, and in any case with the last policy."""
     run = dataclasses.replace(run, mesh=candidate.mesh)
     if isinstance(run, SamplePlan):
         yield run
@@ -147,10 +148,11 @@ def _recomputed_flops(run: Run, topology: Topology) -> int:
 
 
 def _estimate(run: Run, mesh: MeshConfig) -> Candidate:
-    """Estimate the memory and communication of a mesh.
+    """Estimate the memory and the communication of a run on a mesh.
 
-    Layers exchange activations along `sequence` and sum them along `tensor`, in the forward pass, the recomputation and
-    the backward pass. The weights are gathered twice: the recomputation shares a gather with the backward pass.
+    Layers exchange activations along `sequence` and sum them along `tensor`: in the forward pass, and when training
+    also in the recomputation and in the backward pass. Training gathers the weights twice, because the recomputation
+    shares a gather with the backward pass.
     """
     model = run.model
     width = 2 if model.dtype == "bfloat16" else 4
@@ -172,7 +174,7 @@ def _estimate(run: Run, mesh: MeshConfig) -> Candidate:
 
 
 def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as an ordered product of `parts` factors."""
+    """Yield all ways to write a number as an ordered product of `parts` factors."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     for sizes in itertools.product(divisors, repeat=parts - 1):
         if number % math.prod(sizes) == 0:
@@ -180,7 +182,7 @@ def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def options(plan: Plan) -> list[str]:
-    """The command-line options that give a program the mesh and the policy of a plan."""
+    """Return the command-line options that give a program the mesh and the remat policy of a plan."""
     mesh = [f"--mesh.{axis}={size}" for axis, size in plan.mesh.items()]
     return mesh if plan.remat is None else [*mesh, f"--train.remat={plan.remat}"]
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tfm_jax import config as configs
-from tfm_jax import files, hosts, interrupts
+from tfm_jax import files, interrupts, processes
 from tfm_jax.checkpoint import Arrays, Checkpoints, fingerprints, flatten, unflatten
 from tfm_jax.config import section
 from tfm_jax.data.batches import Batches
@@ -62,7 +62,7 @@ def train(run: TrainRun, resume: bool = False) -> None:
     """Train a LoRA, and write config.yaml, metrics.jsonl and checkpoints/ to `run.train.output`.
 
     With `resume`, training continues from the newest undamaged checkpoint, exactly as if it had not been interrupted,
-    or starts from step 0 if there is no checkpoint. In a run of several processes (`tfm_jax.hosts`), every process
+    or starts from step 0 if there is no checkpoint. In a run of several processes (`tfm_jax.processes`), every process
     calls this with the same arguments, on a shared filesystem.
 
     Raises:
@@ -74,13 +74,13 @@ def train(run: TrainRun, resume: bool = False) -> None:
     """
     output, steps = run.train.output, run.train.steps
     files.check_output_directory("train.output", output)
-    hosts.print_once(f"training a LoRA in {output}: {steps} steps, batches of {run.train.batch_size}")
+    processes.print_once(f"training a LoRA in {output}: {steps} steps, batches of {run.train.batch_size}")
     with contextlib.ExitStack() as stack:
         with _stop_on_signal():
             setup = stack.enter_context(_prepared_in_folder(run, resume))
             first, state = _restore(run, setup)
             if first >= steps:
-                hosts.print_once(f"{output} is complete: it has {first} steps, and train.steps={steps}")
+                processes.print_once(f"{output} is complete: it has {first} steps, and train.steps={steps}")
                 return
             step = _compile(setup, state, first)
         _loop(run, setup._replace(step=step), state, first)
@@ -114,7 +114,7 @@ def _prepared_in_folder(run: TrainRun, resume: bool) -> Iterator[_Setup]:
         setup = _prepare(run)
         if is_new:
             lock.enter_context(_locked(output, resume))
-        hosts.barrier("every process has checked its input")
+        processes.barrier("every process has checked its input")
         yield setup
 
 
@@ -125,7 +125,7 @@ def _locked(output: Path, resume: bool) -> Iterator[None]:
     Raises:
         InputError: another run has locked the folder, or the folder contains a checkpoint and `resume` is false.
     """
-    if not hosts.is_first():
+    if not processes.is_first():
         yield
         return
     with files.lock(output / ".lock") as acquired:
@@ -142,15 +142,15 @@ def _prepare(run: TrainRun) -> _Setup:
     """Check the inputs, load the data and the model, and build the training step."""
     settings = run.train
     mesh = make_mesh(run.mesh)
-    processes = f" in {jax.process_count()} processes" if hosts.is_distributed() else ""
+    where = f" in {jax.process_count()} processes" if processes.is_distributed() else ""
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    hosts.print_once(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}; mesh: {sizes}")
+    processes.print_once(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}{where}; mesh: {sizes}")
     check_batch(settings.batch_size, mesh)
 
     records = open_records(run.data.path)
     _check_clip_settings(records, run)
     shape = records[0].latents.shape
-    hosts.print_once(f"data: {len(records)} clips in {run.data.path}, latents {' x '.join(map(str, shape))}")
+    processes.print_once(f"data: {len(records)} clips in {run.data.path}, latents {' x '.join(map(str, shape))}")
     check_split(run.model.heads, math.prod(token_grid(shape)), mesh)
     batches = Batches(records, settings.batch_size, settings.seed, mesh)
 
@@ -160,7 +160,7 @@ def _prepare(run: TrainRun) -> _Setup:
     init_lora(model, run_keys(settings.seed).adapters, mesh)
     graphdef, lora, frozen = split_lora(model)
     base_size, adapter_size = _count_parameters(frozen), _count_parameters(lora)
-    hosts.print_once(f"model: {base_size:,} parameters in the base, {adapter_size:,} in the adapters")
+    processes.print_once(f"model: {base_size:,} parameters in the base, {adapter_size:,} in the adapters")
     optimizer = make_optimizer(run.optimizer)
     state, state_sharding = init_state(lora, optimizer, mesh)
     step = make_step(graphdef, optimizer, run.objective, settings.seed, state_sharding, settings.remat)
@@ -227,10 +227,10 @@ def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
             "to start again from step 0, use another folder or remove this one"
         )
     if restored is None:
-        hosts.print_once(f"started {output}")
+        processes.print_once(f"started {output}")
         return 0, setup.initial_state
     state = unflatten(setup.initial_state, restored.arrays)
-    hosts.print_once(f"resumed {output} after step {restored.step}")
+    processes.print_once(f"resumed {output} after step {restored.step}")
     bad_steps = int(state.bad_steps)
     if restored.step >= run.train.steps and bad_steps >= _max_bad_steps(run):
         reason = f"its last steps were skipped (bad steps in a row: {bad_steps})"
@@ -263,7 +263,7 @@ def _fields(sections: dict[str, Any]) -> dict[str, Any]:
 
 def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
     """Compile the training step ahead of time, so that the measured speed does not include compilation."""
-    hosts.print_once("compiling the training step ...")
+    processes.print_once("compiling the training step ...")
     start = time.monotonic()
     batch, _ = setup.batches.read(first)
     program: Any = setup.step
@@ -272,7 +272,7 @@ def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
             compiled = program.lower(state, setup.frozen, setup.batches.place(batch)).compile()
     except jax.errors.JaxRuntimeError as error:
         raise CompilerError(f"compiling the training step failed: {' '.join(str(error).split())[:300]}") from error
-    hosts.print_once(f"compiled in {time.monotonic() - start:.1f} s")
+    processes.print_once(f"compiled in {time.monotonic() - start:.1f} s")
     return compiled
 
 
@@ -290,7 +290,7 @@ def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
         for number, batch, clips in setup.batches.iterate(first):
             state, report = setup.step(state, setup.frozen, setup.batches.place(batch))
             done = number + 1
-            signal = hosts.stop_requested(done)
+            signal = processes.stop_requested(done)
             stop = done == settings.steps or signal is not None
             save = stop or done % settings.checkpoint_every == 0
             try:
@@ -306,7 +306,7 @@ def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
                 checkpoints.save(done, flatten(state), setup.metadata)
             if stop or diverged:
                 break
-    hosts.barrier("the last checkpoint is complete")
+    processes.barrier("the last checkpoint is complete")
     if diverged:
         raise NonFiniteLoss(f"{diverged}; the adapters from before the bad steps are saved in {output}")
     if done < settings.steps:
@@ -320,7 +320,7 @@ def _open_metrics(run: TrainRun, setup: _Setup, first: int) -> Metrics:
     """Open metrics.jsonl and write config.yaml, both in the first process only."""
     settings, output = run.train, run.train.output
     file = None
-    if hosts.is_first():
+    if processes.is_first():
         file = output / "metrics.jsonl"
         configs.dump(_config_dict(run), output / "config.yaml")
     return Metrics(

@@ -30,7 +30,7 @@ LOADING = """
 import json, sys
 from pathlib import Path
 import jax
-from tfm_jax import hosts
+from tfm_jax import processes
 from tfm_jax.config import MeshConfig
 from tfm_jax.sharding import make_mesh
 from tfm_jax.wan import load_transformer, sources
@@ -48,7 +48,7 @@ def counted(files):
     return {name: entry(name, tensor) for name, tensor in open_tensors(files).items()}
 
 sources.open_tensors = counted
-with hosts.distributed():
+with processes.distributed():
     load_transformer(sys.argv[1], "float32", make_mesh(MeshConfig(data=1, fsdp=8)))
     Path(f"{sys.argv[2]}/reads{jax.process_index()}.json").write_text(json.dumps(reads))
 """

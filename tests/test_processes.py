@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from helpers import virtual_devices
 from helpers.configured import configured
-from helpers.paths import ROOT
-from helpers.processes import (
+from helpers.launching import (
     BATCH,
     CONFIG,
     LOADING,
@@ -28,9 +27,10 @@ from helpers.processes import (
     wait_for,
     write_run,
 )
+from helpers.paths import ROOT
 from safetensors.numpy import load_file
 
-from tfm_jax import hosts, interrupts, jax_distributed
+from tfm_jax import interrupts, jax_distributed, processes
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import open_records
@@ -42,7 +42,7 @@ from tfm_jax.train.metrics import Metrics, read_metrics
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("hosts")
+    path = tmp_path_factory.mktemp("processes")
     write_run(path)
     return path
 
@@ -178,7 +178,7 @@ def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypat
     monkeypatch.setattr(Metrics, "add", watched)
     options = ["--config", str(folder / "config.yaml"), "--mesh.fsdp=1", "--train.batch_size=1"]
     run = configured(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"])
-    with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), hosts.distributed():
+    with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), processes.distributed():
         loop.train(run)
     (step,) = saved(tmp_path / "run")[0]
     assert step in (2, 3)  # the signal arrived after step 2 had asked for signals
@@ -190,15 +190,15 @@ def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypat
 def test_several_processes_agree_on_a_stop_and_then_end_at_once(monkeypatch):
     """JAX handles SIGTERM until all processes agree on a step; Ctrl-C is passed on to it as SIGTERM."""
     agreed = iter([False, True])
-    monkeypatch.setattr(hosts, "is_distributed", lambda: True)
-    monkeypatch.setattr(hosts.multihost_utils, "reached_preemption_sync_point", lambda step: next(agreed))
+    monkeypatch.setattr(processes, "is_distributed", lambda: True)
+    monkeypatch.setattr(processes.multihost_utils, "reached_preemption_sync_point", lambda step: next(agreed))
     monkeypatch.setattr(interrupts, "requested", lambda: "SIGINT")
     passed_on = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: passed_on.append(number))
     try:
-        assert hosts.stop_requested(1) is None
+        assert processes.stop_requested(1) is None
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        assert hosts.stop_requested(2) == "SIGINT"
+        assert processes.stop_requested(2) == "SIGINT"
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -225,9 +225,9 @@ def test_the_first_ending_is_printed_and_gives_the_code_of_all(monkeypatch, caps
         wait_at_barrier=lambda name, milliseconds: None,
     )
     monkeypatch.setattr(jax_distributed.global_state, "client", client)
-    monkeypatch.setattr(hosts, "_exit", sys.exit)
+    monkeypatch.setattr(processes, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        hosts._fail(ending)
+        processes._fail(ending)
     assert ended.value.code == code
     assert capsys.readouterr().err == line
 
@@ -245,16 +245,16 @@ SLURM = {
 
 
 def test_settings_of_the_environment():
-    assert hosts.initialize_arguments({}) is None
+    assert processes.initialize_arguments({}) is None
     wanted = {"coordinator_address": "node1:4321", "num_processes": 4, "process_id": 3}
-    assert hosts.initialize_arguments(SLURM | EXPLICIT) == wanted | {"cluster_detection_method": "deactivate"}
+    assert processes.initialize_arguments(SLURM | EXPLICIT) == wanted | {"cluster_detection_method": "deactivate"}
     slurm = {"cluster_detection_method": "slurm"}
-    assert hosts.initialize_arguments(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == slurm
+    assert processes.initialize_arguments(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == slurm
     one_a_machine = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-    assert hosts.initialize_arguments(one_a_machine) == slurm | {"local_device_ids": []}
-    assert hosts.initialize_arguments(one_a_machine | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == slurm
-    assert hosts.initialize_arguments(SLURM | {"SLURM_NTASKS": "1"}) is None
-    assert hosts.initialize_arguments(SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert processes.initialize_arguments(one_a_machine) == slurm | {"local_device_ids": []}
+    assert processes.initialize_arguments(one_a_machine | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == slurm
+    assert processes.initialize_arguments(SLURM | {"SLURM_NTASKS": "1"}) is None
+    assert processes.initialize_arguments(SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_settings_of_the_environment():
 )
 def test_a_tpu_machine_is_recognised(environment, arguments):
     """JAX_FORCE_TPU_INIT makes JAX believe that it runs on a TPU machine."""
-    program = "from tfm_jax import hosts\nprint(hosts.initialize_arguments({}))"
+    program = "from tfm_jax import processes\nprint(processes.initialize_arguments({}))"
     environment = {"PATH": "", "PYTHONPATH": str(ROOT), "JAX_FORCE_TPU_INIT": "1", **environment}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PATIENCE
@@ -286,7 +286,7 @@ def test_a_tpu_machine_is_recognised(environment, arguments):
 )
 def test_invalid_settings_are_reported_in_one_line(change, message):
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        hosts.initialize_arguments(EXPLICIT | change)
+        processes.initialize_arguments(EXPLICIT | change)
     assert "\n" not in str(caught.value)
 
 
@@ -296,11 +296,14 @@ def test_a_port_in_use_is_reported():
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(InputError, match=f"JAX_COORDINATOR_ADDRESS={address}: port .*in use"):
-            hosts.initialize_arguments(EXPLICIT | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": "0"})
+            processes.initialize_arguments(EXPLICIT | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": "0"})
 
 
 def test_a_process_that_waits_in_vain_ends():
-    program = "from tfm_jax import hosts\nhosts.STARTUP_TIMEOUT = 2\nwith hosts.distributed():\n    print('connected')"
+    program = (
+        "from tfm_jax import processes\nprocesses.BARRIER_TIMEOUT = 2\n"
+        "with processes.distributed():\n    print('connected')"
+    )
     with socket.socket() as free:
         free.bind(("", 0))
         settings = EXPLICIT | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}"}

@@ -1,11 +1,11 @@
-"""Distributed runs: how processes find each other, which one reports, and how they stop together.
+"""The processes of a distributed run: how they find each other, which one prints, and how they stop together.
 
-The environment decides which processes belong to a run. The first of these that applies is used:
+The environment determines the processes of a run. The first of these settings that applies is used:
 
 - JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
-- a SLURM job step with several tasks, started by srun; JAX gives each task the GPU with its local task number, or all
-  GPUs of the machine if it has only one task;
-- the hosts of one or several TPU slices.
+- a SLURM job step of several tasks, started by srun; JAX gives each task the GPU with its local task number, or all
+  GPUs of a machine that runs only one task;
+- one or several TPU slices, with one process per host.
 
 Otherwise the run is a single process.
 """
@@ -30,29 +30,31 @@ from tfm_jax.errors import InputError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-STARTUP_TIMEOUT = 300
-"""Seconds that processes wait for each other at the start and at the end of a run."""
+BARRIER_TIMEOUT = 300
+"""Longest time, in seconds, that processes wait for each other at the start and at the end of a run."""
 
 ERROR_TIMEOUT = 5
-"""Seconds that a failed process waits until the other processes have seen its error."""
+"""Longest time, in seconds, that a failed process waits for the others to see its error."""
 
 _ERROR = "tfm_jax/error"
-"""The key of the exit code of the first error, and the name of the barrier after it."""
+"""The key under which the exit code of the first error is stored, and the name of the barrier after that error."""
 
 
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
-    """Run the block as one process of the run that the environment describes. Enter it before JAX initialises devices.
+    """Run the block as one process of the run that the environment describes.
 
-    An exception in one process ends all processes within seconds: it is printed once, with the number of the process,
-    and all processes exit with its code. `StoppedEarly` does the same, but is not printed as an error. In a run of a
-    single process, exceptions pass through.
+    Enter the block before JAX initialises the devices.
+
+    An exception in one process ends all processes within seconds: the error is printed once, with the number of the
+    process, and all processes exit with the code of the error. `StoppedEarly` also ends all processes, but is not
+    printed as an error. If the run is not distributed, exceptions pass through.
 
     A killed process reports nothing. The other processes end within 30 s: with exit code 1 if a computation that
-    involves the killed process fails, or with 134 if JAX notices after 15 s and aborts them.
+    involves the killed process fails, or with 134 if JAX notices after 15 s that the process is gone and aborts them.
 
     Raises:
-        InputError: the environment variables are incomplete or invalid.
+        InputError: the environment variables are incomplete or invalid, or the port is in use.
     """
     if not _initialize():
         yield
@@ -60,8 +62,8 @@ def distributed() -> Iterator[None]:
     watchdog = _Watchdog()
     try:
         yield
-        # JAX waits for only 10 s at shutdown; other processes may need longer to finish.
-        jax_distributed.wait_at_barrier("tfm_jax/done", STARTUP_TIMEOUT)
+        # At shutdown JAX waits for only 10 s, but the other processes may need longer to finish.
+        jax_distributed.wait_at_barrier("tfm_jax/done", BARRIER_TIMEOUT)
     except BaseException as error:
         watchdog.stop()
         _fail(error)
@@ -70,12 +72,12 @@ def distributed() -> Iterator[None]:
 
 
 def is_distributed() -> bool:
-    """Whether this is a distributed run, which has several processes (or one, if the environment says so)."""
+    """Whether this is a distributed run; such a run may consist of a single process."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes logs."""
+    """Whether this process is the one that prints and writes logs."""
     return not is_distributed() or jax.process_index() == 0
 
 
@@ -92,15 +94,15 @@ def barrier(name: str) -> None:
 
 
 def stop_requested(step: int) -> str | None:
-    """Return the name of the signal that asked to save and stop after `step`, whichever process received it, or None.
+    """Return the name of the signal because of which the run must save and stop at `step`; None if it continues.
 
-    All processes agree on the step to stop at, so each must call this after every step, inside `interrupts.postponed`.
-    Once it returns a name, a second signal ends the process at once.
+    Any process may receive the signal. All processes agree on the step to stop at, so each of them must call this after
+    every step, inside `interrupts.postponed`. Once a name has been returned, a second signal ends the process at once.
     """
     name = interrupts.requested()
     if not is_distributed():
         return name
-    # JAX handles SIGTERM itself, to agree with the other processes on a step. Pass Ctrl-C on to it as SIGTERM.
+    # JAX handles SIGTERM itself, so that all processes agree on a step. Pass Ctrl-C on to JAX as SIGTERM.
     if name:
         os.kill(os.getpid(), signal.SIGTERM)
     if not multihost_utils.reached_preemption_sync_point(step):
@@ -117,40 +119,40 @@ def _initialize() -> bool:
     arguments = initialize_arguments(os.environ)
     if arguments is None:
         return False
-    timer = threading.Timer(STARTUP_TIMEOUT, _abort_startup)
+    timer = threading.Timer(BARRIER_TIMEOUT, _abort_startup)
     timer.start()
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=STARTUP_TIMEOUT + 60,  # the timer fires first: JAX would abort with a stack trace
-            heartbeat_timeout_seconds=15,  # JAX ends the other processes if one is killed
+            initialization_timeout=BARRIER_TIMEOUT + 60,  # later than the timer: JAX would abort with a stack trace
+            heartbeat_timeout_seconds=15,  # how soon JAX ends the others if one is killed
             shutdown_timeout_seconds=10,
         )
     except ValueError as error:
-        raise InputError(f"cannot find the hosts of this run ({error}); set {', '.join(VARIABLES)}") from None
+        raise InputError(f"cannot find the other processes of this run ({error}); set {', '.join(VARIABLES)}") from None
     finally:
         timer.cancel()
     return True
 
 
 def initialize_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the arguments of `jax.distributed.initialize`, or None for a single process.
+    """Return the arguments of `jax.distributed.initialize`, or None if the run is a single process.
 
     Raises:
-        InputError: one of the three variables is missing or invalid, or the port is in use.
+        InputError: one of the three JAX variables is missing or invalid, or the port is in use.
     """
     if any(environment.get(name) for name in VARIABLES):
         return _explicit_arguments(environment)
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm):
-        # In an interactive shell SLURM_NTASKS counts the tasks of the job, but the shell is a step of one task.
+        # In an interactive shell, SLURM_NTASKS is the number of tasks of the job, but the shell is a step of one task.
         tasks = environment.get("SLURM_STEP_NUM_TASKS", environment["SLURM_NTASKS"])
         if tasks == "1":
             return None
         one_per_node = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
         all_devices = {"local_device_ids": []} if one_per_node and "JAX_LOCAL_DEVICE_IDS" not in environment else {}
         return {"cluster_detection_method": "slurm", **all_devices}
-    # On a TPU machine JAX sets the platforms to "tpu,cpu" when it is imported, unless JAX_PLATFORMS is set.
+    # When JAX is imported on a TPU machine, the platforms become "tpu,cpu", unless JAX_PLATFORMS is set.
     if (jax.config.values["jax_platforms"] or "").startswith("tpu"):
         return {}
     return None
@@ -183,7 +185,7 @@ def _explicit_arguments(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_port(address: str, port: int) -> None:
-    """Raise InputError if the port is in use, where JAX would crash."""
+    """Raise InputError if the port is in use, because JAX would crash."""
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -195,8 +197,8 @@ def _check_port(address: str, port: int) -> None:
 def _abort_startup() -> NoReturn:
     address, count = jax_distributed.coordinator()
     _print_error(
-        f"not all {count} processes connected to {address} within {STARTUP_TIMEOUT} s; "
-        "expected each to be running with the same address and number of processes",
+        f"not all {count} processes connected to {address} within {BARRIER_TIMEOUT} s; "
+        "expected all of them to run with the same address and number of processes",
         2,
     )
     _exit(2)
@@ -206,7 +208,7 @@ def _abort_startup() -> NoReturn:
 
 
 class _Watchdog:
-    """A thread that ends this process after another one has failed, for which the main thread may wait for ever."""
+    """A thread that ends this process if another one fails, because the main thread may wait for that one forever."""
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
@@ -226,9 +228,9 @@ class _Watchdog:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """End all processes. Only the first error is printed, because it is the cause of all that follow."""
+    """End all processes. Only the first error is printed, because it causes all the others."""
     message, code = errors.describe(error) or ("".join(traceback.format_exception(error)), 1)
-    # `put` fails if another process failed first, or if process 0 is gone and its error cannot be read.
+    # `put` fails if another process failed first, or if the service in process 0 is gone; then there is no first code.
     first_code = None if jax_distributed.put(_ERROR, str(code)) else _first_error_code()
     if first_code is None:
         _print_error(message, code)
@@ -239,17 +241,17 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def _first_error_code() -> int | None:
-    """Return the exit code of the first process that failed; None if none has."""
+    """Return the exit code of the first process that failed; None if no process has failed."""
     code = jax_distributed.get(_ERROR)
     return None if code is None else int(code)
 
 
 def _wait_for_others() -> None:
-    """Wait until all processes have seen the error."""
+    """Wait until all processes have seen the error, or until the timeout."""
     with contextlib.suppress(RuntimeError):
         jax_distributed.wait_at_barrier(_ERROR, ERROR_TIMEOUT)
     if jax_distributed.runs_service():
-        time.sleep(1)  # JAX aborts processes with a stack trace if the service ends before they do
+        time.sleep(1)  # JAX aborts the other processes with a stack trace if the service ends before they do
 
 
 def _print_error(message: str, code: int) -> None:
@@ -259,7 +261,7 @@ def _print_error(message: str, code: int) -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    """Exit without the cleanup of Python, JAX and Orbax, which waits for the other processes."""
+    """Exit without the cleanup of Python, JAX and Orbax, because it would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
