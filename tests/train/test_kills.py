@@ -93,7 +93,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(command, kills):
         if trains := moments.random() < 0.75:
             while process.poll() is None and written(output / "config.yaml") == before:
                 time.sleep(0.005)
-        moment = moments.uniform(0, stepping * 2 / kills if trains else starting)
+        moment = moments.uniform(0, stepping / kills if trains else starting)
         try:
             code = process.wait(moment)
         except subprocess.TimeoutExpired:
