@@ -164,8 +164,8 @@ def abstract_mesh(**sizes):
         (lambda: check_split(12, 32760, abstract_mesh(fsdp=2, sequence=16)),
          "mesh.sequence=16 does not divide the 32760 tokens of a clip; use one of 1, 2, 4, 8"),
         (lambda: check_batch(6, abstract_mesh(data=2, fsdp=4, tensor=2)),
-         "train.batch_size=6: expected a multiple of mesh.data=2 x mesh.fsdp=4; use 8, or split less by data and fsdp "
-         "and more by sequence or tensor"),
+         "train.batch_size=6: expected a multiple of mesh.data=2 x mesh.fsdp=4; use 8, or smaller mesh.data or "
+         "mesh.fsdp and larger mesh.sequence or mesh.tensor"),
     ],
 )  # fmt: skip
 def test_sizes_that_a_mesh_cannot_split_are_refused(check, message):

@@ -94,7 +94,7 @@ def barrier(name: str) -> None:
 
 
 def stop_requested(step: int) -> str | None:
-    """Return the name of the signal because of which the run must save and stop at `step`; None if it continues.
+    """Return the name of the signal that requires the run to save and stop at `step`, or None to continue.
 
     Any process may receive the signal. All processes agree on the step to stop at, so each of them must call this after
     every step, inside `interrupts.postponed`. Once a name has been returned, a second signal ends the process at once.
@@ -115,7 +115,7 @@ def stop_requested(step: int) -> str | None:
 
 
 def _initialize() -> bool:
-    """Connect to the other processes; return False if the run is a single process."""
+    """Connect to the other processes; return False if the run is not distributed."""
     arguments = initialize_arguments(os.environ)
     if arguments is None:
         return False
@@ -124,7 +124,8 @@ def _initialize() -> bool:
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=BARRIER_TIMEOUT + 60,  # later than the timer: JAX would abort with a stack trace
+            # Our timer must fire first: at its own timeout, JAX aborts with a stack trace.
+            initialization_timeout=BARRIER_TIMEOUT + 60,
             heartbeat_timeout_seconds=15,  # how soon JAX ends the others if one is killed
             shutdown_timeout_seconds=10,
         )
@@ -136,7 +137,7 @@ def _initialize() -> bool:
 
 
 def initialize_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the arguments of `jax.distributed.initialize`, or None if the run is a single process.
+    """Return the arguments of `jax.distributed.initialize`, or None if the run is not distributed.
 
     Raises:
         InputError: one of the three JAX variables is missing or invalid, or the port is in use.
@@ -230,7 +231,7 @@ class _Watchdog:
 def _fail(error: BaseException) -> NoReturn:
     """End all processes. Only the first error is printed, because it causes all the others."""
     message, code = errors.describe(error) or ("".join(traceback.format_exception(error)), 1)
-    # `put` fails if another process failed first, or if the service in process 0 is gone; then there is no first code.
+    # `put` fails if another process failed first, or if the service in process 0 is gone. The latter leaves no code.
     first_code = None if jax_distributed.put(_ERROR, str(code)) else _first_error_code()
     if first_code is None:
         _print_error(message, code)

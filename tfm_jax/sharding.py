@@ -106,7 +106,8 @@ def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
         above = -(-batch_size // parts) * parts
         raise InputError(
             f"train.batch_size={batch_size}: expected a multiple of mesh.data={mesh.shape['data']} x mesh.fsdp="
-            f"{mesh.shape['fsdp']}; use {above}, or split less by data and fsdp and more by sequence or tensor"
+            f"{mesh.shape['fsdp']}; use {above}, or smaller mesh.data or mesh.fsdp and larger mesh.sequence or "
+            "mesh.tensor"
         )
 
 

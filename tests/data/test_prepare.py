@@ -88,7 +88,7 @@ def test_outputs_are_checked_before_the_model_is_loaded(clips, monkeypatch):
         (Path(""), "expected the path of a folder"),
         (Path("/"), "expected the path of a folder"),
         (clips, "already exists and is not empty"),
-        (clips / "0.mp4", "a file; expected a directory"),
+        (clips / "0.mp4", "is a file; expected a directory"),
     ):
         with pytest.raises(InputError, match=f"data.path={path}: {message}"):
             prepare(prepare_run(clips, path))

@@ -269,7 +269,9 @@ def test_data_of_an_earlier_version(dataset):
     with pytest.raises(InputError, match=r"fingerprints.txt: contains 6 lines for 7 clips; prepare the data again"):
         open_records(dataset)
     file.unlink()
-    with pytest.raises(InputError, match=r"contains no fingerprints.txt, as in earlier versions; prepare the data"):
+    with pytest.raises(
+        InputError, match=r"contains no fingerprints.txt, perhaps because an earlier version wrote it; prepare the data"
+    ):
         open_records(dataset)
 
 

@@ -125,8 +125,8 @@ CLIPS = [
     *video("with sound only", sound_only(MP4), "no video stream"),
     *video("turned by an odd angle", matrix(MP4, 2, 1, -1, 2), "turns by multiples of 90 degrees"),
     *video("with a zero display matrix", matrix(MP4, 0, 0, 0, 0)),
-    row("prepare_data", "clips too short", "--clip.frames=9", words=("0000.mp4: 5 frames", "9 frames")),
-    row("evaluate", "clips too short", "--frames=9", words=("0000.mp4: 5 frames", "9 frames")),
+    row("prepare_data", "clips too short", "--clip.frames=9", words=("0000.mp4: has 5 frames", "9 frames")),
+    row("evaluate", "clips too short", "--frames=9", words=("0000.mp4: has 5 frames", "9 frames")),
     row("evaluate", "no such folder", "$tmp/none", words=("$tmp/none", "no such folder")),
     row("evaluate", "an empty folder name", "", words="expected"),
     row(

@@ -90,7 +90,7 @@ MODELS = [
         "the settings of another model",
         "--model.dim=5120",
         "--model.heads=40",
-        words=("transformer/config.json", "dim 96", "model.dim=5120"),
+        words=("transformer/config.json", "dim 96; expected 5120, the configured model.dim"),
     ),
     *settings(
         "transformer",

@@ -287,7 +287,7 @@ def test_bad_input(folders, tmp_path, capsys):
     refused(r"real: no such folder", samples, tmp_path / "real", "--frames=9")
     refused(r": 0 mp4 files; expected at least 2", tmp_path, real)
     refused(r"samples: 3 mp4 files; expected at least 4", samples, samples, "--frames=9")
-    refused(r"000.mp4: 9 frames, .* expected enough for 17 frames", samples, real)
+    refused(r"000.mp4: has 9 frames .* expected enough for 17 frames", samples, real)
     refused(r"two.txt: 2 captions; expected 3, one per mp4 file", samples, real, f"--prompts={tmp_path}/two.txt")
     refused(r"latin.txt: byte 3 is not UTF-8; expected UTF-8 text", samples, real, f"--prompts={tmp_path}/latin.txt")
     refused(r"none.txt: .*No such file", samples, real, f"--prompts={tmp_path}/none.txt")

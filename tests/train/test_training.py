@@ -159,8 +159,16 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(options,
 def test_folders_that_cannot_be_the_folder_of_a_run(options):
     for path, output, data in (
         ("", "--train.output=: expected a path", "--data.path=: expected a path"),
-        (".", "train.output=.: expected the path of a folder", ".: no .* expected a folder that tfm-prepare wrote"),
-        ("/", "train.output=/: expected the path of a folder", "/: no .* expected a folder that tfm-prepare wrote"),
+        (
+            ".",
+            "train.output=.: expected the path of a folder",
+            ".: contains no .* a folder that tfm-prepare wrote",
+        ),
+        (
+            "/",
+            "train.output=/: expected the path of a folder",
+            "/: contains no .* a folder that tfm-prepare wrote",
+        ),
     ):
         with pytest.raises(InputError, match=f"^{output}"):
             start([*options, f"--train.output={path}"])

@@ -62,7 +62,7 @@ class ValueIfOmitted(NamedTuple):
 
 
 class _Given(str):
-    """A text from the command line, as opposed to a default."""
+    """A string from the command line, as opposed to a default."""
 
 
 class _Default(NamedTuple):
@@ -75,11 +75,11 @@ class _Default(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine(Generic[T]):
-    """A command line that is well-formed, but whose values are texts that have not been checked."""
+    """A command line that is well-formed, but whose values are unchecked strings."""
 
     options_type: type[T]
     given: Mapping[str, Any]
-    """Option -> its text, its list of texts, or True for a flag. Only options on the command line are included."""
+    """Option -> its string, its list of strings, or True for a flag. Only options on the command line are included."""
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -151,7 +151,9 @@ def _text_dataclass(options_type: Any, values: Mapping[str, Any], from_file: boo
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             copy = _text_dataclass(hint, values.get(name, {}), True)
-            fields.append((name, Annotated[copy, tyro.conf.arg(name="")] if name == "run" else copy))
+            label = {"name": ""} if name == "run" else {}
+            # Without a help text, tyro would search the source code for one, which takes most of the time of parsing.
+            fields.append((name, Annotated[copy, tyro.conf.arg(help="", **label)]))
         elif hint is bool:
             fields.append((name, Annotated[bool, tyro.conf.arg(help=info.description)], info.default))
         elif info.is_required() and not from_file:
@@ -164,8 +166,8 @@ def _text_dataclass(options_type: Any, values: Mapping[str, Any], from_file: boo
 
 
 def _text_type(hint: Any, about: str | None, default: _Default | None = None) -> Any:
-    """Return the type with which tyro keeps an option as a text, or as a list of texts if a positional argument takes
-    several."""
+    """Return a type that makes tyro keep the value of an option as a string, or as a list of strings for a positional
+    argument that takes several values."""
     bare_hint, notes = _unwrap(hint)
     several = _POSITIONAL in notes and get_origin(bare_hint) is tuple
     if_omitted = next((note.text for note in notes if isinstance(note, ValueIfOmitted)), None)

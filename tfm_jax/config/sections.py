@@ -156,7 +156,7 @@ class OptimizerConfig:
     lora_b_factor: Annotated[float, Field(gt=0)] = 1.0
     """Learning rate of the B factors, relative to that of the A factors (LoRA+)."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """Maximum global norm of the gradient, which is clipped to it; null disables clipping."""
+    """Maximum global norm of the gradient; a larger gradient is scaled down to it. null disables clipping."""
 
 
 @section
@@ -179,22 +179,23 @@ class TrainConfig:
     log_every: Positive = 1
     """Number of steps between the lines printed on the console; metrics.jsonl records every step."""
     remat: Remat = "full"
-    """Selects which activations of each block are saved for the backward pass; the others are recomputed. full saves
-    only the input of the block, attention also saves the outputs of attention, attention_offload saves these outputs in
-    host memory, and none saves everything. Saving fewer activations needs less memory but takes longer."""
+    """Selects which activations of each block are saved for the backward pass; the others are recomputed. "full": only
+    the input of the block is saved. "attention": the outputs of attention, too. "attention_offload": the same, with
+    these outputs in host memory. "none": nothing is recomputed. Saving fewer needs less memory but takes longer."""
 
 
 @section
 class MeshConfig:
     data: Annotated[int, Field(ge=-1)] = -1
-    """Number of devices that split only the batch; -1 uses all remaining devices."""
+    """Number of devices over which only the batch is split; -1 uses all remaining devices."""
     fsdp: Positive = 1
-    """Number of devices that split the batch and the weights."""
+    """Number of devices over which the batch and the weights are split."""
     sequence: Positive = 1
-    """Number of devices that split the tokens of a clip, and the weights beyond mesh.fsdp; must divide the number of
-    tokens."""
+    """Number of devices over which the tokens of a clip are split, and the weights in addition to mesh.fsdp. It must
+    divide the number of tokens."""
     tensor: Positive = 1
-    """Number of devices that split the heads and the feed-forward channels; must divide the number of heads."""
+    """Number of devices over which the heads and the feed-forward channels are split. It must divide the number of
+    heads."""
 
     def __post_init__(self) -> None:
         _require(self.data != 0, "data", self.data, "1 or more, or -1 for all remaining devices")

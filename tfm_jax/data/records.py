@@ -158,7 +158,7 @@ class RecordWriter:
 
 
 class Records:
-    """Random access to prepared clips by `records[i]`, with `len(records)`. Returned by `open_records`."""
+    """Random access to prepared clips: supports `records[i]` and `len(records)`. Returned by `open_records`."""
 
     def __init__(self, folder: Path, source: Any, fingerprints: Sequence[str], metadata: dict[str, Any]):
         self.folder = folder
@@ -208,7 +208,9 @@ def open_records(folder: Path) -> Records:
     if not (folder / INFO).is_file():
         raise InputError(f"{folder}: contains no {INFO}; {expected}")
     if not (folder / FINGERPRINTS).is_file():
-        raise InputError(f"{folder}: contains no {FINGERPRINTS}, as in earlier versions; prepare the data again")
+        raise InputError(
+            f"{folder}: contains no {FINGERPRINTS}, perhaps because an earlier version wrote it; prepare the data again"
+        )
     try:
         builder: Any = tfds.builder_from_directory(folder)
         features = builder.info.features

@@ -194,7 +194,7 @@ def read_lora(path: Path) -> Lora:
 
     Raises:
         InputError: the file is not safetensors, or it has a key that does not belong to a Wan2.1-T2V LoRA (such as
-            those of layers that only I2V has), a factor without its counterpart, unequal ranks or alphas, `lora_unet_`
+            that of a layer that only I2V has), a factor without its counterpart, unequal ranks or alphas, `lora_unet_`
             keys without `.alpha`, or a value that is not finite.
     """
     tensors = open_safetensors(path)

@@ -18,8 +18,8 @@ from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.sharding import make_mesh
 
 SPLASH_SCORE_PRODUCTS = 3
-"""Number of matrix products of the size of the attention scores that the backward kernels of splash attention (bfloat16
-on TPUs) recompute. Other attention kernels recompute one."""
+"""How many matrix products with the size of the attention scores splash attention (bfloat16 on TPUs) recomputes in its
+backward pass. Other attention kernels recompute one."""
 
 MARGIN = 0.05
 """Fraction of the memory that a plan should leave free, because a run also holds prefetched batches and loses memory to
@@ -36,7 +36,7 @@ _TOO_LARGE = (
 class Plan:
     """A program compiled for a mesh. Sizes are in bytes per device.
 
-    The fields whose default is None are None if the program does not fit.
+    The fields whose default is None stay None if the compiler rejects the program because it does not fit.
     """
 
     program: str
@@ -263,5 +263,9 @@ def _sent(plan: Plan, device: str) -> str:
     if plan.collectives is None:
         return "unknown"
     parts = [f"{kind} {gib(traffic.bytes)} ({traffic.times})" for kind, traffic in plan.collectives.items()]
-    uncounted = f"; {plan.uncounted_loops} in loops of unknown trip count, counted once" if plan.uncounted_loops else ""
+    uncounted = (
+        f"; {plan.uncounted_loops} collectives are in loops of unknown trip count and count once"
+        if plan.uncounted_loops
+        else ""
+    )
     return f"{gib(plan.bytes_sent)} per {device}: {', '.join(parts) or 'nothing'}{uncounted}"

@@ -193,7 +193,7 @@ def _check_widths(records: Records, model: WanTransformer, run: TrainRun) -> Non
 
 
 def _config_dict(run: TrainRun) -> dict[str, dict[str, Any]]:
-    """Return the configuration to save as dictionaries, without `data.source`, which training does not read."""
+    """Return the configuration that is saved: nested dictionaries, without `data.source`, which training ignores."""
     values = configs.plain(run)
     del values["data"]["source"]
     return values

@@ -41,7 +41,8 @@ class ClipMetrics(NamedTuple):
 def measure_clip(clip: Pixels, caption: str | None, fps: float | int) -> ClipMetrics:
     """Measure one clip.
 
-    Without a caption of this world, the objects found count as expected (at least one), and bouncing as their law.
+    Without a caption of this world, the objects that are found are taken to be the expected ones (at least one is
+    expected), and their law is taken to be bouncing.
     """
     spec = ClipSpec(len(clip), clip.shape[1:3], fps)
     law, objects = (read_caption(caption) if caption else None) or ("bouncing", ())
@@ -84,7 +85,7 @@ def _match(found: Sequence[Track], objects: Sequence[SceneObject]) -> list[Track
 
 
 def moves_in_direction(centres: Float[np.ndarray, "t 2"], law: str, direction: str) -> bool:
-    """Whether an object starts in the direction that its caption gives or, if there is none, stands still.
+    """Whether an object moves in the direction that its caption gives or, if it gives none, stands still.
 
     Uniform motion, orbits and, under gravity, horizontal motion are judged over the whole clip. Bouncing and colliding
     objects are judged over the first quarter of the clip, before the contact.
