@@ -151,9 +151,8 @@ def _text_dataclass(options_type: Any, values: Mapping[str, Any], from_file: boo
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             copy = _text_dataclass(hint, values.get(name, {}), True)
-            label = {"name": ""} if name == "run" else {}
             # Without a help text, tyro would search the source code for one, which takes most of the time of parsing.
-            fields.append((name, Annotated[copy, tyro.conf.arg(help="", **label)]))
+            fields.append((name, Annotated[copy, tyro.conf.arg(name="" if name == "run" else None, help="")]))
         elif hint is bool:
             fields.append((name, Annotated[bool, tyro.conf.arg(help=info.description)], info.default))
         elif info.is_required() and not from_file:
