@@ -31,7 +31,7 @@ PROMPTS = [
     "a red disc moves right, fast, on a black ground",
     "a yellow square moves down and left, slowly, on a navy ground",
     "a blue triangle stands still, on a grey ground",
-    "a white disc moves up, fast, on a shaded ground",
+    "a white disc moves up, fast, on a grey ground",
 ]
 
 

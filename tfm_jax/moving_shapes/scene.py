@@ -19,13 +19,7 @@ COLOURS = {
     "purple": (206, 60, 214),
     "white": (236, 236, 236),
 }
-BACKGROUNDS = {
-    "black": ((14, 14, 16), (14, 14, 16)),
-    "grey": ((50, 50, 54), (50, 50, 54)),
-    "navy": ((16, 22, 56), (16, 22, 56)),
-    "shaded": ((60, 54, 58), (12, 12, 14)),
-}
-"""Name -> the colours of the top row and of the bottom row; the rows in between are interpolated linearly."""
+BACKGROUNDS = {"black": (14, 14, 16), "grey": (50, 50, 54), "navy": (16, 22, 56)}
 
 DIRECTIONS = {
     "right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1),
@@ -56,10 +50,13 @@ FIXED_COUNTS = {"collision": 2, "gravity": 1}
 
 # --- Geometry and physics --------------------------------------------------------------------------------------------
 
-RADIUS = 0.14
+RADIUS = 0.16
 """Half the size of a shape, in units. The centre of a shape stays at least this far from the edges of the picture."""
-GRAVITY = 3.0
-"""In units per second squared: a fall from the ceiling to the floor takes 0.7 seconds."""
+EDGE = 1 / 32
+"""Width of the soft edge of a shape, in units: 2 pixels in clips of the default size. With a soft edge, a small
+autoencoder can represent positions between pixels."""
+GRAVITY = 2.0
+"""In units per second squared: a fall from the ceiling to the floor takes 0.8 seconds."""
 DROP_HEIGHTS = (0.5, 1.0)
 """Range of the height from which an object falls, as a fraction of the space between floor and ceiling."""
 ORBIT_RADII = (0.20, 0.34)

@@ -7,7 +7,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage
 
 from tfm_jax.moving_shapes.evaluation import thresholds
-from tfm_jax.moving_shapes.rendering import paint_background
 from tfm_jax.moving_shapes.scene import BACKGROUNDS, COLOURS, RADIUS
 
 WINDOW = 5
@@ -52,7 +51,7 @@ def segment(clip: Pixels) -> dict[str, Float[np.ndarray, "t y x"]]:
     background = _find_background(clip)
     light = clip - background
     around = ndimage.uniform_filter(light, WINDOW, axes=(1, 2))
-    rays = np.array(list(COLOURS.values()), np.float32)[:, None] - background[:, 0]  # one ray per colour and row
+    rays = np.array(list(COLOURS.values()), np.float32) - background
     shares, likeness = _project(light, rays)
     solid = (shares > thresholds.SOLID) & _is_closest(likeness, thresholds.SOLID_LIKENESS)
     solid &= _is_closest(_project(around, rays)[1], thresholds.SOLID_LIKENESS)
@@ -64,19 +63,19 @@ def segment(clip: Pixels) -> dict[str, Float[np.ndarray, "t y x"]]:
     return {list(COLOURS)[colour]: weight for colour, weight in zip(present, weights, strict=True)}
 
 
-def _find_background(clip: Pixels) -> Float[np.ndarray, "y 1 3"]:
+def _find_background(clip: Pixels) -> Float[np.ndarray, "3"]:
     """Return the background with the smallest median difference; objects never cover half of the picture."""
-    backgrounds = [paint_background(name, clip.shape[1]).astype(np.float32) for name in BACKGROUNDS]
+    backgrounds = list(np.array(list(BACKGROUNDS.values()), np.float32))
     return min(backgrounds, key=lambda background: float(np.median(abs(clip - background).sum(-1))))
 
 
 def _project(
-    light: Float[np.ndarray, "t y x 3"], rays: Float[np.ndarray, "k y 3"]
+    light: Float[np.ndarray, "t y x 3"], rays: Float[np.ndarray, "k 3"]
 ) -> tuple[Float[np.ndarray, "k t y x"], Float[np.ndarray, "k t y x"]]:
     """Return the ratio of brightness between each pixel and each ray, and the cosine of the angle between them."""
-    along = np.einsum("tyxc,kyc->ktyx", light, rays)
-    lengths = np.linalg.norm(rays, axis=-1)[:, None, :, None]
-    return (light @ LUMA) / (rays @ LUMA)[:, None, :, None], along / lengths / np.linalg.norm(light, axis=-1).clip(1e-3)
+    along = np.einsum("tyxc,kc->ktyx", light, rays)
+    lengths, brightness = (each[:, None, None, None] for each in (np.linalg.norm(rays, axis=-1), rays @ LUMA))
+    return (light @ LUMA) / brightness, along / lengths / np.linalg.norm(light, axis=-1).clip(1e-3)
 
 
 def _is_closest(likeness: Float[np.ndarray, "k t y x"], least: float) -> Bool[np.ndarray, "k t y x"]:

@@ -6,7 +6,7 @@ a fifth of a step on video.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +21,15 @@ from tqdm import tqdm
 
 from tfm_jax import video
 from tfm_jax.arrays import Scalar, Video
+from tfm_jax.moving_shapes.pretraining.fitting import Batch, Stage, fit
 from tfm_jax.moving_shapes.pretraining.network import initialise, make_optimizer
-from tfm_jax.train.metrics import Metrics
+from tfm_jax.moving_shapes.pretraining.scenes import VAE_LAWS, Clips, Purpose, draw_clips, draw_scene
 from tfm_jax.wan.components import VAE
 from tfm_jax.wan.vae import VaeConfig, WanVae, run_in_chunks
 from tfm_jax.wan.vae_layers import Cache, Chunk, Output
 
-Clips = UInt8[np.ndarray, "n t y x 3"]
+NUM_NORMALISED = 256
+"""Number of clips whose latents give the mean and deviation."""
 
 
 class Phase(NamedTuple):
@@ -48,50 +50,61 @@ class VaeRecipe(NamedTuple):
     """Peak value. After a short warm-up, the learning rate follows half a cosine to zero, over all phases."""
     vector_lr_factor: float = 0.2
     """Learning rate of norms and biases, relative to that of the kernels."""
-    kl_weight: float = 3e-5
+    kl_weight: float = 3e-4
     """Weight of the divergence from a standard normal distribution. The divergence is in nats per latent value."""
 
 
-def train_vae(clips: Clips, config: VaeConfig, recipe: VaeRecipe, seed: int, log: Path) -> WanVae:
-    """Train an autoencoder on clips, and store the mean and deviation of their latents in the configuration.
+class VaeState(NamedTuple):
+    """What changes during the training."""
 
-    Args:
-        log: JSON Lines file for the metrics of every step.
+    weights: Any
+    moments: Any
+
+
+def train_vae(config: VaeConfig, recipe: VaeRecipe, seed: int, output: Path) -> WanVae:
+    """Train an autoencoder, and store the mean and deviation of the latents of its clips in the configuration.
+
+    The log, `vae.jsonl`, and the checkpoints are written into `output`.
     """
     vae = initialise(VAE, config, seed)
     graph, weights = nnx.split(vae)
     steps = sum(phase.steps for phase in recipe.phases)
     optimizer = make_optimizer(recipe.learning_rate, recipe.vector_lr_factor, steps)
-    step_fn = jax.jit(partial(_step, graph, optimizer, recipe.kl_weight), donate_argnums=(0, 1))
-    moments = optimizer.init(weights)
-    with Metrics(log, 0, steps, 1, log_every=50) as metrics:
-        for number, (batch, chosen) in enumerate(_windows(clips, recipe.phases, seed)):
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            weights, moments, report = step_fn(weights, moments, jnp.asarray(batch), key)
-            metrics.add(number + 1, report, chosen)
-        metrics.flush()
-    return _normalise(nnx.merge(graph, weights), clips)
+    key = jax.random.key(seed)
+
+    def batch_of(number: int) -> Batch:
+        return Batch((_draw_windows(recipe, number, seed), jax.random.fold_in(key, number)), [])
+
+    step_fn = jax.jit(partial(_step, graph, optimizer, recipe.kl_weight), donate_argnums=0)
+    stage = Stage("vae", output, f"{config}, {recipe}, seed {seed}", recipe.phases[-1].batch, log_every=50)
+    state = fit(stage, step_fn, VaeState(weights, optimizer.init(weights)), batch_of, steps)
+    clips, _ = draw_clips(Purpose.NORMALISATION, seed, NUM_NORMALISED, VAE_LAWS)
+    return _normalise(nnx.merge(graph, state.weights), clips)
 
 
-def _windows(clips: Clips, phases: Sequence[Phase], seed: int) -> Iterator[tuple[UInt8[np.ndarray, "b t y x 3"], Any]]:
-    """Yield, for every step, a batch of random windows and the indices of their clips."""
-    rng = np.random.default_rng(seed)
-    for phase in phases:
-        for _ in range(phase.steps):
-            chosen = rng.integers(len(clips), size=phase.batch)
-            places = np.subtract(clips.shape[1:4], (phase.frames, phase.side, phase.side)) + 1
-            corners = rng.integers(places.astype(np.int64), size=(phase.batch, 3))
-            yield np.stack([
-                clips[n, t : t + phase.frames, y : y + phase.side, x : x + phase.side]
-                for n, (t, y, x) in zip(chosen, corners, strict=True)
-            ]), chosen.tolist()  # fmt: skip
+def _draw_windows(recipe: VaeRecipe, number: int, seed: int) -> UInt8[np.ndarray, "b t y x 3"]:
+    """Draw new scenes for step `number`, and a random window of each."""
+    phase = _phase_of(recipe.phases, number)
+    windows = []
+    for row in range(phase.batch):
+        pixels = draw_scene(Purpose.VAE, seed, number, row, laws=VAE_LAWS).pixels
+        corner = np.random.default_rng((seed, number, row))
+        t, y, x = corner.integers(np.subtract(pixels.shape[:3], (phase.frames, phase.side, phase.side)) + 1)
+        windows.append(pixels[t : t + phase.frames, y : y + phase.side, x : x + phase.side])
+    return np.stack(windows)
+
+
+def _phase_of(phases: Sequence[Phase], number: int) -> Phase:
+    """Return the phase of step `number`."""
+    ends = np.cumsum([phase.steps for phase in phases])
+    return phases[int(np.searchsorted(ends, number, side="right"))]
 
 
 def _step(
-    graph: nnx.GraphDef, optimizer: Any, kl_weight: float, weights: nnx.State, moments: Any,
-    batch: UInt8[Array, "b t y x 3"], key: jax.Array,
-) -> tuple[nnx.State, Any, dict[str, Scalar]]:  # fmt: skip
-    pixels = batch.astype(jnp.float32) / 127.5 - 1
+    graph: nnx.GraphDef, optimizer: Any, kl_weight: float, state: VaeState,
+    batch: tuple[UInt8[Array, "b t y x 3"], jax.Array],
+) -> tuple[VaeState, dict[str, Scalar]]:  # fmt: skip
+    pixels, key = batch[0].astype(jnp.float32) / 127.5 - 1, batch[1]
 
     def loss_of(weights: nnx.State) -> tuple[Scalar, dict[str, Scalar]]:
         vae: WanVae = nnx.merge(graph, weights)
@@ -101,9 +114,9 @@ def _step(
         nats = jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance) / 2
         return error + kl_weight * nats, {"psnr": 10 * jnp.log10(4 / error), "nats": nats}
 
-    (loss, terms), gradient = jax.value_and_grad(loss_of, has_aux=True)(weights)
-    updates, moments = optimizer.update(gradient, moments, weights)
-    return optax.apply_updates(weights, updates), moments, {"loss": loss, **terms}  # pyright: ignore[reportReturnType]
+    (loss, terms), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.weights)
+    updates, moments = optimizer.update(gradient, state.moments, state.weights)
+    return VaeState(optax.apply_updates(state.weights, updates), moments), {"loss": loss, **terms}
 
 
 def _posterior(vae: WanVae, pixels: Video) -> Float[Array, "b f h w two_z"]:
@@ -126,25 +139,30 @@ def _reconstruct(vae: WanVae, latents: Float[Array, "b f h w z"]) -> Video:
     return run_in_chunks(step, latents, frames_in=1, frames_out=vae.config.time_stride, unroll=True)
 
 
-def _normalise(vae: WanVae, clips: Clips, count: int = 256) -> WanVae:
-    """Set the statistics with which the latents of the first `count` clips have mean 0 and standard deviation 1."""
-    values = _means(vae, clips[:count]).reshape(-1, vae.config.z_dim).astype(np.float64)
-    mean, std = (tuple(round(float(v), 4) for v in numbers) for numbers in (values.mean(0), values.std(0)))
-    vae.config = dataclasses.replace(vae.config, latents_mean=mean, latents_std=std)
+def _normalise(vae: WanVae, clips: Clips) -> WanVae:
+    """Set the mean and standard deviation of the latents of the clips, as if they were drawn from their posterior.
+
+    The deviation of the posterior means alone would be tiny in a channel that carries no information, and dividing by
+    it would blow up what is left in that channel.
+    """
+    mean, log_variance = np.split(_encode(vae, clips).reshape(-1, 2 * vae.config.z_dim).astype(np.float64), 2, axis=-1)
+    std = np.sqrt(mean.var(0) + np.exp(log_variance).mean(0))
+    statistics = (tuple(round(float(value), 4) for value in values) for values in (mean.mean(0), std))
+    vae.config = dataclasses.replace(vae.config, **dict(zip(("latents_mean", "latents_std"), statistics, strict=True)))
     return vae
 
 
 def encode_clips(vae: WanVae, clips: Clips) -> Float[np.ndarray, "n f h w z"]:
     """Return normalised latents, like `vae.encode`; for many short clips on a CPU, this function is faster."""
-    return (_means(vae, clips) - np.array(vae.config.latents_mean, np.float32)) / np.array(
-        vae.config.latents_std, np.float32
-    )
+    mean, _ = np.split(_encode(vae, clips), 2, axis=-1)
+    return (mean - np.array(vae.config.latents_mean, np.float32)) / np.array(vae.config.latents_std, np.float32)
 
 
-def _means(vae: WanVae, clips: Clips, batch: int = 8) -> Float[np.ndarray, "n f h w z"]:
-    means = jax.jit(lambda vae, pixels: jnp.split(_posterior(vae, pixels / 127.5 - 1), 2, axis=-1)[0])
+def _encode(vae: WanVae, clips: Clips, batch: int = 8) -> Float[np.ndarray, "n f h w two_z"]:
+    """Return the mean and log-variance of the unnormalised latents."""
+    encode = jax.jit(lambda vae, pixels: _posterior(vae, pixels / 127.5 - 1))
     starts = tqdm(range(0, len(clips), batch), desc="encoding", unit="batch")
-    return np.concatenate([np.asarray(means(vae, clips[n : n + batch].astype(np.float32))) for n in starts])
+    return np.concatenate([np.asarray(encode(vae, clips[n : n + batch].astype(np.float32))) for n in starts])
 
 
 def psnr(vae: WanVae, clips: Clips) -> float:

@@ -19,8 +19,8 @@ SEED = 2000
 """Seed of the clips that provide the captions and the reference, far from the seeds of the training clips."""
 
 
-def evaluate_model(model: Path, config: TransformerConfig, laws: tuple[str, ...], output: Path, count: int) -> str:
-    """Sample one video for each of `count` captions with a single object, and measure the videos.
+def evaluate_model(model: Path, config: TransformerConfig, output: Path, count: int) -> str:
+    """Sample one video for each of `count` captions of a single moving object, and measure the videos.
 
     The videos replace `output`/samples, and the real clips for the comparison replace `output`/clips/reference.
 
@@ -31,7 +31,7 @@ def evaluate_model(model: Path, config: TransformerConfig, laws: tuple[str, ...]
     clips, prompts, samples = output / "clips" / "reference", output / "prompts.txt", output / "samples"
     for folder in (clips, samples):
         shutil.rmtree(folder, ignore_errors=True)
-    write_clips(clips, 2 * count, spec.frames, spec.size, spec.fps, seed=SEED, laws=laws, num_objects=(1,))
+    write_clips(clips, 2 * count, spec.frames, spec.size, spec.fps, seed=SEED, laws=("uniform",), num_objects=(1,))
     write_prompts(prompts, [row.prompt for row in read_metadata(clips)][:count])
     sample(
         SampleRun(

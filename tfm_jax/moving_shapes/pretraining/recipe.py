@@ -9,17 +9,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jaxtyping import Float
 
-from tfm_jax import video
-from tfm_jax.data.metadata import read_metadata
 from tfm_jax.errors import InputError
-from tfm_jax.moving_shapes.pretraining.autoencoder import Clips, Phase, VaeRecipe, encode_clips, psnr, train_vae
+from tfm_jax.files import replacing
+from tfm_jax.moving_shapes.pretraining.autoencoder import Phase, VaeRecipe, encode_clips, psnr, train_vae
 from tfm_jax.moving_shapes.pretraining.base import BaseRecipe, CaptionTokens, train_base
 from tfm_jax.moving_shapes.pretraining.quality import evaluate_model
-from tfm_jax.moving_shapes.scene import LAWS, ClipSpec
+from tfm_jax.moving_shapes.pretraining.scenes import BASE_LAWS, VAE_LAWS, Purpose, draw_clips
 from tfm_jax.moving_shapes.tokenizer import write_tokenizer
-from tfm_jax.moving_shapes.world import has_clips, write_clips
 from tfm_jax.wan import load_vae
 from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE
 from tfm_jax.wan.saving import save, save_model
@@ -29,30 +27,27 @@ from tfm_jax.wan.tokenizer import Tokenizer
 from tfm_jax.wan.transformer import TransformerConfig
 from tfm_jax.wan.vae import VaeConfig
 
-BASE_LAWS = ("uniform", "uniform", "uniform", "still")
-"""Laws that the transformer learns, drawn with equal probability, so that three quarters of the clips show motion. The
-other laws are left to fine-tuning."""
-NUM_OBJECTS = (1, 1, 1, 2)
-"""Numbers of objects, drawn with equal probability unless the law fixes the number: a quarter of the clips have two."""
+LATENTS_FILE = "latents.npz"
+NUM_CAPTIONS = 2000
+"""Number of captions of all laws from which the tokenizer is built, besides those of the transformer's clips. They
+contain the words for motions that fine-tuning teaches."""
 
 
 class Recipe(NamedTuple):
     """The sizes and training settings of the three networks, and the numbers of clips."""
 
-    vae: VaeConfig = VaeConfig(base_dim=8)
+    vae: VaeConfig = VaeConfig(base_dim=8, dim_mult=(1, 3, 6, 8), num_res_blocks=1)
     transformer: TransformerConfig = TransformerConfig(dim=128, ffn_dim=512, heads=4, layers=8, text_dim=64)
     text_encoder: TextEncoderConfig = TextEncoderConfig(
         vocab_size=256, dim=64, heads=4, head_dim=16, ffn_dim=128, layers=2
     )
-    vae_clips: int = 1500
-    """Number of clips for the autoencoder. They cover all laws of motion, also those of later fine-tuning."""
-    base_clips: int = 4000
+    base_clips: int = 12000
     """Number of clips for the transformer; their laws are BASE_LAWS."""
     held_out: int = 64
-    """Number of clips on which the reconstruction is measured; their speeds occur in neither of the two sets above."""
-    samples: int = 48
+    """Number of clips on which the reconstruction is measured; their speeds occur in no clip of the training."""
+    samples: int = 96
     """Number of captions for which the finished model samples videos."""
-    train_vae: VaeRecipe = VaeRecipe((Phase(1000, 1, 32, 16), Phase(1400, 5, 32, 8), Phase(700, 17, 32, 4)))
+    train_vae: VaeRecipe = VaeRecipe((Phase(600, 1, 32, 16), Phase(1300, 5, 32, 8), Phase(700, 17, 32, 4)))
     train_base: BaseRecipe = BaseRecipe(5000)
 
     def shortened(self, share: float) -> "Recipe":
@@ -63,7 +58,6 @@ class Recipe(NamedTuple):
 
         phases = tuple(phase._replace(steps=part(phase.steps, 2)) for phase in self.train_vae.phases)
         return self._replace(
-            vae_clips=part(self.vae_clips, 4),
             base_clips=part(self.base_clips, 4),
             held_out=part(self.held_out, 2),
             samples=part(self.samples, 2),
@@ -73,31 +67,36 @@ class Recipe(NamedTuple):
 
 
 def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
-    """Write clips, the logs of both stages, the model and samples into `output`, and print the model's quality.
+    """Write the logs and checkpoints of both stages, the model and samples into `output`, and print its quality.
 
-    Stages whose results exist are skipped.
+    A stage whose result exists is skipped. A stage that was interrupted continues from its last checkpoint, and its
+    result is the same as without the interruption.
 
     Raises:
-        InputError: all results exist already.
+        InputError: all results exist already, or a checkpoint was written with other settings.
+        StoppedEarly: a signal stopped the training; the same command continues it.
     """
     model = output / "model"
     if (output / "samples").exists():
         raise InputError(f"{output}: already complete; expected a new folder, or one in which some results are missing")
     output.mkdir(parents=True, exist_ok=True)
-    _make_clips(output, recipe, seed)
     if not (output / "vae").exists():
-        clips, _ = read_clips(output / "clips" / "all")
-        vae = train_vae(clips, recipe.vae, recipe.train_vae, seed, output / "vae.jsonl")
-        save(source_from_module(vae, VAE), output, "diffusers", jnp.float32)
+        save(
+            source_from_module(train_vae(recipe.vae, recipe.train_vae, seed, output), VAE),
+            output,
+            "diffusers",
+            jnp.float32,
+        )
     vae = load_vae(output)
-    quality = psnr(vae, read_clips(output / "clips" / "held_out")[0])
+    quality = psnr(vae, draw_clips(Purpose.HELD_OUT, seed, recipe.held_out, VAE_LAWS, held_out=True)[0])
     print(f"autoencoder: {quality:.2f} dB on clips at held-out speeds", flush=True)
     if not model.exists():
-        clips, captions = read_clips(output / "clips" / "base")
-        write_tokenizer(output / "tokenizer", _all_captions(output), recipe.text_encoder.vocab_size)
+        latents, captions = _base_clips(output, recipe, seed)
+        _, others = draw_clips(Purpose.TOKENIZER, seed, NUM_CAPTIONS, VAE_LAWS)
+        write_tokenizer(output / "tokenizer", [*captions, *others], recipe.text_encoder.vocab_size)
         transformer, text_encoder = train_base(
-            encode_clips(vae, clips), _tokenise(output, captions), (recipe.transformer, recipe.text_encoder),
-            recipe.train_base, seed, output / "base.jsonl",
+            latents, _tokenise(output, captions), (recipe.transformer, recipe.text_encoder), recipe.train_base, seed,
+            output,
         )  # fmt: skip
         networks = (
             source_from_module(transformer, TRANSFORMER),
@@ -105,35 +104,19 @@ def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
             source_from_module(text_encoder, TEXT_ENCODER),
         )
         save_model(list(networks), output / "tokenizer", model, "diffusers", jnp.bfloat16)
-    print(evaluate_model(model, recipe.transformer, BASE_LAWS, output, recipe.samples), flush=True)
+    print(evaluate_model(model, recipe.transformer, output, recipe.samples), flush=True)
 
 
-def _make_clips(output: Path, recipe: Recipe, seed: int) -> None:
-    folders = {
-        "all": (recipe.vae_clips, tuple(LAWS), False),
-        "base": (recipe.base_clips, BASE_LAWS, False),
-        "held_out": (recipe.held_out, tuple(LAWS), True),
-    }
-    for number, (name, (count, laws, held_out)) in enumerate(folders.items()):
-        folder = output / "clips" / name
-        if not has_clips(folder):
-            print(f"making {count} clips in {folder}", flush=True)
-            write_clips(folder, count, seed=3 * seed + number, laws=laws, num_objects=NUM_OBJECTS, held_out=held_out)
-
-
-def read_clips(folder: Path) -> tuple[Clips, list[str]]:
-    """Return the pixels and the captions of all clips of a folder."""
-    spec, rows = ClipSpec(), read_metadata(folder)
-    pixels = [
-        video.read_clip(row.path, spec.frames, *spec.size, spec.fps)
-        for row in tqdm(rows, desc=f"reading {folder.name}", unit="clip")
-    ]
-    return np.stack(pixels), [row.prompt for row in rows]
-
-
-def _all_captions(output: Path) -> list[str]:
-    """Return captions of all laws, so that the tokenizer also knows the words for motions that fine-tuning teaches."""
-    return [row.prompt for name in ("all", "base") for row in read_metadata(output / "clips" / name)]
+def _base_clips(output: Path, recipe: Recipe, seed: int) -> tuple[Float[np.ndarray, "n f h w c"], list[str]]:
+    """Return the latents and captions of the clips for the transformer, from a file that is made if it is missing."""
+    file = output / LATENTS_FILE
+    if not file.exists():
+        clips, captions = draw_clips(Purpose.BASE, seed, recipe.base_clips, BASE_LAWS)
+        latents = encode_clips(load_vae(output), clips)
+        with replacing(file) as scratch, open(scratch, "wb") as stream:
+            np.savez(stream, latents=latents, captions=np.array(captions))
+    with np.load(file) as arrays:
+        return arrays["latents"], arrays["captions"].tolist()
 
 
 def _tokenise(output: Path, captions: Sequence[str]) -> CaptionTokens:
