@@ -41,7 +41,7 @@ TINY = Recipe(
     held_out=2,
     samples=2,
     train_vae=VaeRecipe((Phase(2, 1, 32, 4), Phase(2, 5, 32, 2))),
-    train_base=BaseRecipe(steps=4, batch=4, unpadded_fraction=0.5),
+    train_base=BaseRecipe(steps=4, batch=4, padded_every=2),
 )
 
 

@@ -32,8 +32,9 @@ class BaseRecipe(NamedTuple):
     """Peak value. After a short warm-up, the learning rate follows half a cosine to zero."""
     vector_lr_factor: float = 0.5
     """Learning rate of norms, biases and embeddings, relative to that of the kernels."""
-    unpadded_fraction: float = 0.85
-    """Fraction of the steps, from the start, that do not pad the text to 512 tokens; such steps take half the time."""
+    padded_every: int = 8
+    """Every how many steps the text is padded to 512 tokens, as in sampling. Such a step takes more than twice the
+    time, and a network that has learned to ignore padding needs few of them."""
     caption_dropout: float = 0.1
     """Fraction of the captions that are replaced by the empty caption, so that guidance works."""
     shift: float = 3.0
@@ -94,7 +95,7 @@ def train_base(
         clips = rng.integers(len(latents), size=recipe.batch)
         rows = np.where(rng.random(recipe.batch) < recipe.caption_dropout, len(captions.ids) - 1, clips)
         mask = captions.mask[rows]
-        if number >= recipe.unpadded_fraction * recipe.steps:
+        if number % recipe.padded_every == 0:
             mask = np.pad(mask, ((0, 0), (0, TEXT_LENGTH - mask.shape[1])))
         clean, ids, mask = jnp.asarray(latents[clips]), jnp.asarray(captions.ids[rows]), jnp.asarray(mask)
         return Batch(BaseBatch(clean, ids, mask, jax.random.fold_in(key, number)), clips.tolist())

@@ -41,14 +41,14 @@ class Recipe(NamedTuple):
     text_encoder: TextEncoderConfig = TextEncoderConfig(
         vocab_size=256, dim=64, heads=4, head_dim=16, ffn_dim=128, layers=2
     )
-    base_clips: int = 12000
+    base_clips: int = 8000
     """Number of clips for the transformer; their laws are BASE_LAWS."""
     held_out: int = 64
     """Number of clips on which the reconstruction is measured; their speeds occur in no clip of the training."""
     samples: int = 96
     """Number of captions for which the finished model samples videos."""
     train_vae: VaeRecipe = VaeRecipe((Phase(600, 1, 32, 16), Phase(1300, 5, 32, 8), Phase(700, 17, 32, 4)))
-    train_base: BaseRecipe = BaseRecipe(5000)
+    train_base: BaseRecipe = BaseRecipe(6000)
 
     def shortened(self, share: float) -> "Recipe":
         """Return the recipe with the fraction `share` of its clips and steps."""
