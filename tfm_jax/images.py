@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tfm_jax.errors import InputError
 
@@ -46,9 +46,11 @@ def read_image(path: Path, max_pixels: int) -> Image.Image:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{path}: has far too many pixels; {too_large}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: is not an image; expected a JPEG, PNG or WebP file") from None
     except Exception as error:  # on damaged files, Pillow raises exceptions of many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: is damaged or not an image ({reason}); expected an intact image") from error
+        raise InputError(f"{path}: is damaged ({reason}); expected an intact image") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -67,10 +69,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _opaque(image: Image.Image, path: Path) -> Image.Image:
     if image.has_transparency_data:
-        if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-            raise InputError(
-                f"{path}: has transparent pixels; expected an opaque picture: put it on a background first"
-            )
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise InputError(f"{path}: has transparent pixels; expected an opaque picture; put it on a background")
     return image.convert("RGB")
 
 

@@ -4,6 +4,8 @@ We open every file ourselves and give the decoder a stream and the container for
 playlist with the suffix `.mp4` therefore cannot make the decoder open another file.
 """
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -164,9 +166,25 @@ def _cut(label: str, width: int, font: Any) -> str:
     return f"{text}..."
 
 
+class _Seekable:
+    """An open file for PyAV, which prints a traceback if `seek` raises: a damaged file may lead before its start."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.read, self.tell = file.read, file.tell
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):
+            return -errno.EINVAL
+
+
 def _open(file: BinaryIO, demuxer: str) -> InputContainer:
     # Opening decodes a frame if the header is incomplete, so the limit is needed here too.
-    return av.open(file, "r", format=demuxer, metadata_errors="ignore", options={"max_pixels": str(MAX_FRAME_PIXELS)})
+    return av.open(
+        _Seekable(file), "r", format=demuxer, metadata_errors="ignore", options={"max_pixels": str(MAX_FRAME_PIXELS)}
+    )
 
 
 def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
@@ -226,7 +244,7 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
     if shown is None:
         raise InputError(f"{path}: no frame could be decoded; expected a video")
     end = moment + (lasts or gap)
-    while pending and pending[-1] + CLOCK_TOLERANCE < end:
+    while pending and (pending[-1] + CLOCK_TOLERANCE < end or pending[-1] <= moment):  # how long may be unknown
         yield shown
         pending.pop()
     if pending:
