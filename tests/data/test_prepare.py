@@ -54,7 +54,10 @@ def test_bad_clips_are_rejected_and_the_others_are_kept(clips, capsys):
     assert f"{clips}/2.mp4: is damaged or not a video" in rejected[0]["reason"]
     assert "expected enough for 5 frames" in rejected[1]["reason"]
     said = capsys.readouterr().err
-    assert f"{clips}: 5 clips, 5 frames of 16 x 16 pixels at 16 frames a second; model weights; 1 x cpu" in said
+    assert (
+        f"{clips}/metadata.csv (CSV): 5 clips, 5 frames of 16 x 16 pixels at 16 frames a second; model weights; 1 x cpu"
+        in said
+    )
     assert f"rejected: {clips}/2.mp4: is damaged" in said
     assert len(tfds.builder_from_directory(run.data.path).as_data_source(split="train")) == 3
 

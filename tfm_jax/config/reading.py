@@ -135,7 +135,7 @@ def _check_names(values: dict[str, Any], file: str) -> None:
             full = f"{name}.{field}"
             if full not in _fields(Config):
                 raise InputError(f"{file}: unknown field {full}; {_nearest(full, Config)}")
-            if isinstance(value, bool):
+            if isinstance(value, bool) and get_type_hints(sections[name])[field] is not bool:
                 raise InputError(
                     f"{file}: {full}={str(value).lower()}: booleans are not accepted here; put text in quotes"
                 )
@@ -167,6 +167,8 @@ _EXPECTED = {
     "less_than": "expected less than {lt:g}",
     "less_than_equal": "expected at most {le:g}",
     "finite_number": "expected a finite number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
     "int_parsing": "expected a whole number",
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
