@@ -96,7 +96,7 @@ def draw_report(demo: Path) -> None:
     for number in range(NUM_SHOWN):
         for source, folder in folders.items():
             file = video.find_clips(folder)[number]
-            clips.append(video.read_clip(file, clip.frames, clip.height, clip.width, clip.fps))
+            clips.append(video.read_clip(file, clip.frames, clip.height, clip.width, clip.rate))
             labels.append(f"{number:03d} {source}")
     axes["samples"].imshow(video.contact_sheet(clips, labels, columns=9, cell=96))
     axes["samples"].set(title="samples from the same noise, and a real clip with this caption", xticks=[], yticks=[])

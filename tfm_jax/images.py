@@ -6,14 +6,16 @@ We open every file ourselves and allow three formats only, whatever the suffix s
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from tfm_jax.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+Resize = Literal["bicubic", "bilinear"]
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -75,14 +77,40 @@ def _opaque(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def scale_and_crop(image: Image.Image, height: int, width: int, aspect: Fraction) -> UInt8[np.ndarray, "y x 3"]:
-    """Crop an RGB picture around its centre to the new aspect ratio, and scale it smoothly.
+def read_size(path: Path) -> tuple[int, int]:
+    """Return the height and width of an image as displayed, from its header.
+
+    Raises:
+        InputError: the file is not an image.
+    """
+    try:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:  # on damaged files, Pillow raises exceptions of many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: is damaged or not an image ({reason}); expected an intact image") from error
+
+
+def scale_and_crop(
+    image: Image.Image, height: int, width: int, aspect: Fraction, resize: Resize = "bicubic"
+) -> UInt8[np.ndarray, "y x 3"]:
+    """Crop an RGB picture around its centre to the new aspect ratio, and scale it with antialiasing.
 
     Args:
         aspect: width of a stored pixel as displayed, divided by its height.
+        resize: bilinear gives the pixels of the official code (crop_and_resize in diffsynth/trainers/utils.py), which
+            scales the whole picture to a whole number of pixels, and then crops a whole number of pixels.
     """
     scale = max(width / (image.width * aspect), height / image.height)
-    left = max(0, (image.width - width / (scale * aspect)) / 2)
-    top = max(0, (image.height - height / scale) / 2)
-    box = (float(left), float(top), float(image.width - left), float(image.height - top))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+    if resize == "bicubic":
+        left = max(0, (image.width - width / (scale * aspect)) / 2)
+        top = max(0, (image.height - height / scale) / 2)
+        right, bottom = image.width - left, image.height - top
+    else:
+        columns, rows = round(image.width * aspect * scale), round(image.height * scale)  # of the scaled picture
+        x, y = Fraction(image.width, columns), Fraction(image.height, rows)  # stored pixels per new pixel
+        left, top = round((columns - width) / 2) * x, round((rows - height) / 2) * y
+        right, bottom = left + width * x, top + height * y
+    box = (float(left), float(top), float(right), float(bottom))
+    return np.asarray(image.resize((width, height), Image.Resampling[resize.upper()], box=box))

@@ -4,13 +4,15 @@ We open every file ourselves and give the decoder a stream and the container for
 playlist with the suffix `.mp4` therefore cannot make the decoder open another file.
 """
 
+import contextlib
 import errno
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import av
 import numpy as np
@@ -23,6 +25,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tfm_jax import images
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
+
+Rate = float | int | Literal["native"]
+"""Frames per second; native means the frames of a video as they are."""
+
+Resize = images.Resize
 
 CONTAINERS = {
     ".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska",
@@ -65,23 +72,66 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int
         InputError: the file does not exist, is not a video or image, is damaged, is too short for `frames`, or has
             frames of more than `MAX_FRAME_PIXELS` pixels.
     """
+    [clip] = read_windows(path, [0], frames, height, width, fps)
+    return clip
+
+
+def read_windows(
+    path: Path, starts: Sequence[int], frames: int, height: int, width: int, fps: Rate, resize: Resize = "bicubic"
+) -> Iterator[UInt8[np.ndarray, "t y x 3"]]:
+    """Read clips that begin at the given frames of a video, which is decoded once.
+
+    The frames of a video are those shown at 0, 1 / fps, 2 / fps, ... seconds or, if `fps` is native, all of them. They
+    are counted from 0.
+
+    Args:
+        starts: in ascending order; the clips do not overlap.
+        frames: number of frames of each clip.
+
+    Raises:
+        InputError: see `read_clip`. The clips before a damaged place have been yielded.
+    """
+    check_type(path)
+    if is_image(path):
+        yield _read_image(path, starts[-1] + frames, height, width, resize)
+        return
+    numbers = [start + number for start in starts for number in range(frames)]
+    with open_video(path) as (container, stream):
+        decoded = container.decode(stream)
+        if CONTAINERS[path.suffix.lower()] in DECODING_TIMES_ONLY:
+            decoded = _with_times(decoded)
+        if fps == "native":
+            shown = _frames_numbered(numbers, decoded, path)
+        else:
+            shown = _frames_at([number / Fraction(fps) for number in numbers], decoded, path)
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        fitted = (_fit(frame, height, width, aspect, resize, path) for frame in shown)
+        for _ in starts:
+            yield np.stack(list(itertools.islice(fitted, frames)))
+
+
+def check_type(path: Path) -> None:
+    """Raise InputError if there is no such file, or if it is not a video or image by its name."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a video or image")
-    suffix = path.suffix.lower()
-    if suffix in images.SUFFIXES:
-        return _read_image(path, frames, height, width)
-    if suffix not in CONTAINERS:
+    if path.suffix.lower() not in (*CONTAINERS, *images.SUFFIXES):
         raise InputError(f"{path}: unknown file type; expected one of {', '.join((*CONTAINERS, *images.SUFFIXES))}")
-    times = [i / Fraction(fps) for i in range(frames)]
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in images.SUFFIXES
+
+
+@contextlib.contextmanager
+def open_video(path: Path, **options: str) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """Open a video, and yield the container and its first video stream.
+
+    Raises:
+        InputError: the file is not a video, or is damaged. FFmpeg's errors in the block have the same effect.
+    """
     try:
-        with path.open("rb") as file, _open(file, CONTAINERS[suffix]) as container:
-            stream = _video_stream(container, path)
-            decoded = container.decode(stream)
-            if CONTAINERS[suffix] in DECODING_TIMES_ONLY:
-                decoded = _with_times(decoded)
-            shown = _frames_at(times, decoded, path)
-            aspect = stream.sample_aspect_ratio or Fraction(1)
-            return np.stack([_fit(frame, height, width, aspect, path) for frame in shown])
+        with path.open("rb") as file, _open(file, CONTAINERS[path.suffix.lower()], options) as container:
+            yield container, _video_stream(container, path)
     except (FFmpegError, OSError) as error:
         raise InputError(f"{path}: is damaged or not a video ({error.strerror}); expected an intact video") from error
 
@@ -180,11 +230,10 @@ class _Seekable:
             return -errno.EINVAL
 
 
-def _open(file: BinaryIO, demuxer: str) -> InputContainer:
+def _open(file: BinaryIO, demuxer: str, options: dict[str, str]) -> InputContainer:
     # Opening decodes a frame if the header is incomplete, so the limit is needed here too.
-    return av.open(
-        _Seekable(file), "r", format=demuxer, metadata_errors="ignore", options={"max_pixels": str(MAX_FRAME_PIXELS)}
-    )
+    limit = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    return av.open(_Seekable(file), "r", format=demuxer, metadata_errors="ignore", options=limit | options)
 
 
 def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
@@ -203,10 +252,10 @@ def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
     return stream
 
 
-def _read_image(path: Path, frames: int, height: int, width: int) -> UInt8[np.ndarray, "t y x 3"]:
+def _read_image(path: Path, frames: int, height: int, width: int, resize: Resize) -> UInt8[np.ndarray, "t y x 3"]:
     if frames != 1:
         raise InputError(f"{path}: is an image, which has one frame; expected {frames}")
-    return images.scale_and_crop(images.read_image(path, MAX_FRAME_PIXELS), height, width, Fraction(1))[None]
+    return images.scale_and_crop(images.read_image(path, MAX_FRAME_PIXELS), height, width, Fraction(1), resize)[None]
 
 
 def _with_times(decoded: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
@@ -222,24 +271,45 @@ def _with_times(decoded: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         yield frame
 
 
+def _intact(decoded: Iterator[av.VideoFrame], path: Path) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """Yield every frame with its time, in seconds after the first frame. Refuse damaged frames and a wrong order."""
+    first = last = None
+    for number, frame in enumerate(decoded):
+        if frame.is_corrupt or frame.pts is None or frame.time_base is None:
+            raise InputError(f"{path}: frame {number} is damaged; expected an intact video")
+        stamp = frame.pts * frame.time_base
+        if first is None or last is None:
+            first = last = stamp
+        if stamp < last:
+            raise InputError(f"{path}: frame {number} is shown before frame {number - 1}; expected frames in order")
+        last = stamp
+        yield stamp - first, frame
+
+
+def _frames_numbered(numbers: Sequence[int], decoded: Iterator[av.VideoFrame], path: Path) -> Iterator[av.VideoFrame]:
+    """Yield the frames with these numbers, which ascend. Stop decoding after the last one."""
+    pending, count = list(reversed(numbers)), 0
+    for count, (_, frame) in enumerate(_intact(decoded, path), 1):
+        if pending[-1] == count - 1:
+            yield frame
+            pending.pop()
+        if not pending:
+            return
+    raise InputError(f"{path}: has {count} frames; expected at least {numbers[-1] + 1}")
+
+
 def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path: Path) -> Iterator[av.VideoFrame]:
     """Yield the frame shown at each time, in seconds after the first frame. Stop decoding after the last time."""
     pending = list(reversed(times))
-    shown, first, count = None, None, 0
+    shown, count = None, 0
     moment = gap = lasts = Fraction(0)
-    for frame in decoded:
-        if frame.is_corrupt or frame.pts is None or frame.time_base is None:
-            raise InputError(f"{path}: frame {count} is damaged; expected an intact video")
-        stamp, lasts = frame.pts * frame.time_base, frame.duration * frame.time_base
-        first = stamp if first is None else first
-        gap, moment = stamp - first - moment, stamp - first
-        if gap < 0:
-            raise InputError(f"{path}: frame {count} is shown before frame {count - 1}; expected frames in order")
-        while shown is not None and pending and pending[-1] + CLOCK_TOLERANCE < moment:
+    for time, frame in _intact(decoded, path):
+        while shown is not None and pending and pending[-1] + CLOCK_TOLERANCE < time:
             yield shown
             pending.pop()
         if not pending:
             return
+        gap, moment, lasts = time - moment, time, frame.duration * frame.time_base
         shown, count = frame, count + 1
     if shown is None:
         raise InputError(f"{path}: no frame could be decoded; expected a video")
@@ -252,14 +322,16 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
         raise InputError(f"{path}: has {count} frames and lasts {float(end):.2f} s; expected enough for {wanted}")
 
 
-def _fit(frame: av.VideoFrame, height: int, width: int, aspect: Fraction, path: Path) -> UInt8[np.ndarray, "y x 3"]:
+def _fit(
+    frame: av.VideoFrame, height: int, width: int, aspect: Fraction, resize: Resize, path: Path
+) -> UInt8[np.ndarray, "y x 3"]:
     """Return the upright pixels of a frame, cropped around its centre to the new aspect ratio and scaled smoothly."""
     turn = _orientation(frame, path)
     swapped = turn[0, 0] == 0
     if swapped:
         height, width = width, height
     image = Image.fromarray(frame.to_ndarray(format="rgb24", interpolation=TO_RGB))
-    pixels = images.scale_and_crop(image, height, width, aspect)
+    pixels = images.scale_and_crop(image, height, width, aspect, resize)
     step_x, step_y = turn.sum(0)
     return (pixels.swapaxes(0, 1) if swapped else pixels)[::step_y, ::step_x]
 

@@ -97,7 +97,7 @@ def read_spec(options: Options) -> ClipSpec:
     values = {}
     for name, (least, most) in LIMITS.items():
         given = getattr(options, name)
-        values[name] = getattr(clip, name) if given is None else given
+        values[name] = getattr(clip, "rate" if name == "fps" else name) if given is None else given
         if not least <= values[name] <= most:
             field = f"{options.config}: clip.{name}" if given is None else f"--{name}"
             raise InputError(f"{field}={values[name]}: expected {least} to {most}")

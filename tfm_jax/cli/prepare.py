@@ -1,5 +1,6 @@
 """Encode clips and their prompts once, before training.
 
+    tfm-prepare --config wan2.1_t2v_1.3b --data.source=clips/ --data.path=latents/ --dry-run
     tfm-prepare --config wan2.1_t2v_1.3b --data.source=clips/ --data.path=latents/
 
 data.source lists the clips and their prompts: a folder with metadata.csv, metadata.json or metadata.jsonl; such a file;
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from tfm_jax.cli import command
 from tfm_jax.config import section
+from tfm_jax.data.dry_run import dry_run
 from tfm_jax.data.prepare import PrepareRun, prepare
 from tfm_jax.data.records import REJECTED
 
@@ -20,11 +22,18 @@ from tfm_jax.data.records import REJECTED
 class Options:
     config: Path
     """YAML file, or the name of a shipped configuration such as wan_tiny."""
+    dry_run: bool = False
+    """Read only the headers of the videos, say what would be encoded and what would be left out, and write a table with
+    a line for each video beside data.path."""
     run: PrepareRun
 
 
 def execute(argv: Sequence[str]) -> None:
-    run = command.parse(Options, argv, "tfm-prepare", __doc__).options().run
+    options = command.parse(Options, argv, "tfm-prepare", __doc__).options()
+    run = options.run
+    if options.dry_run:
+        dry_run(run)
+        return
     written, rejected = prepare(run)
     clips = f"{written} clip{'s' if written > 1 else ''}"
     if rejected:

@@ -20,7 +20,8 @@ from tfm_jax.moving_shapes.study.report import write_report
 from tfm_jax.moving_shapes.study.runs import Size, Study, StudyRun, run_study
 
 SET_BY_STUDY = ("train.output", "train.steps", "train.seed", "sampling.output", "sampling.prompts", "sampling.lora",
-                "sampling.seed", "objective.kind", "data.source", "data.absolute_paths", "data.path")  # fmt: skip
+                "sampling.seed", "objective.kind", "data.source", "data.absolute_paths", "data.seed",
+                "data.path")  # fmt: skip
 """Fields of the configuration that the command line must not set."""
 
 FULL = Size()

@@ -21,11 +21,12 @@ from tfm_jax.config.sections import (
     Seed,
     TrainConfig,
     TrainingSections,
+    latent_size,
     section,
 )
 
 __all__ = [
     "ClipConfig", "Config", "DataConfig", "LoraConfig", "MeshConfig", "ModelConfig", "NonEmptyPath", "ObjectiveConfig",
     "OptimizerConfig", "Positive", "Remat", "SamplingConfig", "Seed", "TrainConfig", "TrainingSections", "dump",
-    "from_plain", "load", "plain", "section",
+    "from_plain", "latent_size", "load", "plain", "section",
 ]  # fmt: skip

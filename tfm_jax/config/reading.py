@@ -186,7 +186,7 @@ _EXPECTED = {
 
 def _first_problem(error: pydantic.ValidationError, file: str, origin: Mapping[str, str]) -> str:
     """Describe the first problem in one line: the file or option, the field, its value, and what was expected."""
-    problem = error.errors()[0]
+    problem, *others = error.errors()
     name = ".".join(part for part in problem["loc"][:2] if isinstance(part, str))  # numbers are indices into a list
     context = problem.get("ctx", {})
     if problem["type"] == "missing":
@@ -195,10 +195,16 @@ def _first_problem(error: pydantic.ValidationError, file: str, origin: Mapping[s
         field, _, expected = str(context["error"]).partition(": ")
         name, given = f"{name}.{field.partition('=')[0]}", f"{name}.{field}"
     else:
-        known = _EXPECTED.get(problem["type"])
-        expected = known.format(**context) if known else problem["msg"]
+        # A value of several possible types has one problem for each; the last part of its place is the type.
+        alternatives = [other for other in others if len(other["loc"]) > 2 and other["loc"][:-1] == problem["loc"][:-1]]
+        expected = " or ".join([_expected(problem), *(_expected(o).removeprefix("expected ") for o in alternatives)])
         given = f"{name}={shown(problem['input'])}"
     return f"{origin[name]}: {expected}" if name in origin else f"{file}: {given}: {expected}"
+
+
+def _expected(problem: Mapping[str, Any]) -> str:
+    known = _EXPECTED.get(problem["type"])
+    return known.format(**problem.get("ctx", {})) if known else problem["msg"]
 
 
 def shown(value: Any) -> str:

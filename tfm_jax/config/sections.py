@@ -10,6 +10,7 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from tfm_jax.arrays import Dtype
+from tfm_jax.errors import InputError
 
 T = TypeVar("T")
 
@@ -46,12 +47,22 @@ def _name_model(path: Path) -> str:
     return str(WAN_TINY if path == _find_model(WAN_TINY) else path)
 
 
+def _list_of_buckets(value: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except pydantic.ValidationError:
+        example = "[[81, 480, 832], [81, 832, 480]]"
+        raise PydanticCustomError("buckets", f"expected a list of [frames, height, width], such as {example}") from None
+
+
+Buckets = Annotated[tuple[tuple[int, ...], ...], pydantic.WrapValidator(_list_of_buckets)]
 NonEmptyPath = Annotated[Path, pydantic.BeforeValidator(_not_empty)]
 ModelPath = Annotated[NonEmptyPath, pydantic.AfterValidator(_find_model), pydantic.PlainSerializer(_name_model)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rate = Annotated[float, Field(gt=0)] | Literal["native"]
 Remat = Literal["full", "attention", "attention_offload", "none"]
 
 
@@ -85,18 +96,56 @@ class ClipConfig:
     """Height in pixels: a multiple of 16."""
     width: Positive
     """Width in pixels: a multiple of 16."""
-    fps: Annotated[float, Field(gt=0)] = 16.0
-    """Frames per second with which clips are read and samples are written."""
+    buckets: Buckets = ()
+    """Other sizes of training clips: a list of [frames, height, width]. Each clip gets the size with the nearest aspect
+    ratio; of these, the one with the most frames that the video has. [] gives all clips frames x height x width."""
+    max_pixels: Annotated[int, Field(ge=1024)] | None = None
+    """Instead of clip.buckets: the largest height x width of training clips, for which sizes with the usual aspect
+    ratios from 1:2 to 2:1 are chosen."""
+    fps: Rate = 16.0
+    """Frames per second with which clips are read and samples are written. native reads the frames of each video as
+    they are, at the video's own rate; sampling needs a number."""
+    part: Literal["start", "centre", "random", "windows"] = "start"
+    """Part of a video that becomes a training clip. random: depends on data.seed and the name of the video only.
+    windows: as many clips as fit, one after the other, all with the prompt of the video."""
+    short: Literal["skip", "cut", "refuse"] = "skip"
+    """What to do with a video that has too few frames. skip: leave it out. cut: use the first 4 n + 1 frames. refuse:
+    stop before anything is encoded."""
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    """How frames are scaled, with antialiasing. bilinear: as in the official code, which also rounds the size and the
+    crop to whole pixels."""
 
     def __post_init__(self) -> None:
         _require((self.frames - 1) % 4 == 0, "frames", self.frames, "4 n + 1, such as 81")
         _require(self.height % 16 == 0, "height", self.height, "a multiple of 16")
         _require(self.width % 16 == 0, "width", self.width, "a multiple of 16")
+        for bucket in self.buckets:
+            fits = len(bucket) == 3 and min(bucket) > 0 and bucket[0] % 4 == 1 and not any(n % 16 for n in bucket[1:])
+            expected = "[frames, height, width]: 4 n + 1 frames, and multiples of 16, such as [81, 480, 832]"
+            _require(fits, "buckets", list(bucket), expected)
+        unambiguous = not self.buckets or self.max_pixels is None
+        _require(unambiguous, "max_pixels", self.max_pixels, "null, because clip.buckets are given")
+
+    @property
+    def rate(self) -> float:
+        """Frames per second, for programs that write videos.
+
+        Raises:
+            InputError: `fps` is native, which says nothing about the videos that a model makes.
+        """
+        if self.fps == "native":
+            raise InputError("clip.fps=native: only videos have a rate of their own; expected a number, such as 16")
+        return self.fps
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
-        """Frames, height and width of the latents; the strides of the autoencoder are 4, 8 and 8."""
-        return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+        """Frames, height and width of the latents."""
+        return latent_size(self.frames, self.height, self.width)
+
+
+def latent_size(frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """Return the frames, height and width of the latents of a clip; the strides of the autoencoder are 4, 8 and 8."""
+    return (frames - 1) // 4 + 1, height // 8, width // 8
 
 
 @section
@@ -106,6 +155,8 @@ class DataConfig:
     prompt; such a file; a folder of pairs such as a.mp4 and a.txt; or ShareGPT4Video's annotations."""
     absolute_paths: bool = False
     """Whether the list may contain absolute paths, which may point anywhere."""
+    seed: Seed = 0
+    """Seed of the parts that tfm-prepare chooses with clip.part=random."""
     path: NonEmptyPath
     """Folder of the latents and text embeddings, which tfm-prepare writes and tfm-train reads."""
 

@@ -31,6 +31,8 @@ LOCK = "lock"
 """The lock file in the unfinished folder, held by the run that writes to the folder."""
 SPLIT = "train"
 FIELDS = {"latents", "text", "prompt", "video"}
+STORED = np.dtype(np.float32)
+"""Data type of the stored latents and text embeddings."""
 SHARD_BYTES = 2**30
 
 
@@ -238,8 +240,8 @@ def open_records(folder: Path) -> Records:
 def _features(latents_shape: tuple[int, ...], text_dim: int) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(
         {
-            "latents": tfds.features.Tensor(shape=latents_shape, dtype=np.float32, encoding="bytes"),
-            "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float32, encoding="bytes"),
+            "latents": tfds.features.Tensor(shape=latents_shape, dtype=STORED, encoding="bytes"),
+            "text": tfds.features.Tensor(shape=(None, text_dim), dtype=STORED, encoding="bytes"),
             "prompt": tfds.features.Text(),
             "video": tfds.features.Text(),
         }

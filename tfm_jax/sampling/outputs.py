@@ -141,7 +141,7 @@ class Samples:
         """Write the contact sheet. All frames are read from the videos, so interruptions do not change the sheet."""
         clip = self.run.clip
         clips = (
-            video.read_clip(self.video(number), clip.frames, clip.height, clip.width, clip.fps)
+            video.read_clip(self.video(number), clip.frames, clip.height, clip.width, clip.rate)
             for number in range(len(self.prompts))
         )
         with files.replacing(self.contact_sheet) as scratch:

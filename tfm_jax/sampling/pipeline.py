@@ -189,7 +189,7 @@ def _write(samples: Samples, missing: set[int], vae: WanVae, latents: dict[int, 
         except InputError as error:
             first_error = first_error or error
         else:
-            video.write_clip(samples.video(number), video.to_uint8(pixels), samples.run.clip.fps)
+            video.write_clip(samples.video(number), video.to_uint8(pixels), samples.run.clip.rate)
     if first_error:
         raise first_error
 

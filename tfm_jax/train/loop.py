@@ -195,7 +195,7 @@ def _check_widths(records: Records, model: WanTransformer, run: TrainRun) -> Non
 def _config_dict(run: TrainRun) -> dict[str, dict[str, Any]]:
     """Return the configuration that is saved: nested dictionaries, without the fields that only tfm-prepare uses."""
     values = configs.plain(run)
-    for name in ("source", "absolute_paths"):
+    for name in ("source", "absolute_paths", "seed"):
         del values["data"][name]
     return values
 

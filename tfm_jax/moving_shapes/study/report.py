@@ -73,7 +73,7 @@ with the ordinary programs. For `{arm}` with seed 0, for example, the commands a
     tfm-sample --config {folder}/samples/config.yaml \\
         --sampling.lora=runs/again/lora.safetensors --sampling.output=runs/again/samples
     tfm-evaluate runs/again/samples --reference={output}/reference --prompts={output}/prompts.txt \\
-        --frames={clip.frames} --height={clip.height} --width={clip.width} --fps={clip.fps:g}"""
+        --frames={clip.frames} --height={clip.height} --width={clip.width} --fps={clip.rate:g}"""
 
 
 def _protocol(found: Findings) -> str:
@@ -237,7 +237,7 @@ def _pictures(found: Findings, pictures: Path) -> str:
         for arm in (protocol.BASE, *found.arms):
             files[arm] = study.folder(arm, 0, found.steps_of(arm)) / "samples" / f"{number:03d}.mp4"
         shown = {
-            name: video.read_clip(file, clip.frames, clip.height, clip.width, clip.fps)
+            name: video.read_clip(file, clip.frames, clip.height, clip.width, clip.rate)
             for name, file in files.items()
             if file.exists()  # an arm that diverged has no samples
         }

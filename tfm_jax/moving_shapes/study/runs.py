@@ -84,7 +84,7 @@ class Study(NamedTuple):
     @property
     def spec(self) -> ClipSpec:
         clip = self.run.clip
-        return ClipSpec(clip.frames, (clip.height, clip.width), clip.fps)
+        return ClipSpec(clip.frames, (clip.height, clip.width), clip.rate)
 
     def objective(self, arm: str) -> ObjectiveConfig:
         return dataclasses.replace(self.run.objective, **protocol.ARMS[arm].objective)
@@ -139,8 +139,8 @@ def check(study: Study) -> None:
         if law not in LAWS:
             raise InputError(f"--laws={law}: expected one of {', '.join(LAWS)}")
     find_base(study.run.model)
-    if study.run.clip.frames < 5:
-        raise InputError(f"clip.frames={study.run.clip.frames}: expected at least 5, which give two latent frames")
+    if study.spec.frames < 5:
+        raise InputError(f"clip.frames={study.spec.frames}: expected at least 5, which give two latent frames")
 
 
 def settings(study: Study) -> Record:
@@ -249,7 +249,7 @@ def _measure_autoencoder(study: Study, held_out: HeldOut, reference: ClipSet) ->
     folder.mkdir()
     for number, record in enumerate(held_out.numbers):
         pixels = vae.decode(jnp.asarray(held_out.records[record].latents)[None])
-        video.write_clip(folder / f"{number:03d}.mp4", video.to_uint8(np.asarray(pixels)[0]), study.run.clip.fps)
+        video.write_clip(folder / f"{number:03d}.mp4", video.to_uint8(np.asarray(pixels)[0]), study.spec.fps)
     rows, compared = _measure(study, folder, held_out, reference)
     return {"compared": compared, **{side: column(rows, side) for side in ("generated", "reference", "floor")}}
 

@@ -1,0 +1,141 @@
+"""What the header of a video or image says, which is read without decoding the video."""
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import av
+import numpy as np
+
+from tfm_jax import images
+from tfm_jax.errors import InputError
+from tfm_jax.video import CLOCK_TOLERANCE, CONTAINERS, Rate, check_type, is_image, open_video
+
+MAX_SECONDS = 100_000
+"""Longer videos do not occur; damaged headers may claim any length."""
+
+
+class Header(NamedTuple):
+    """What a file claims to contain. The pixels may tell otherwise."""
+
+    frames: int
+    """An image has one."""
+    fps: Fraction | None
+    """Frames per second, on average; None for an image."""
+    seconds: Fraction
+    """How long the video lasts, from its first frame on; 0 for an image."""
+    height: int
+    """Height and width as displayed: upright, with square pixels."""
+    width: int
+
+    def frames_at(self, rate: Rate) -> int:
+        """Return the number of frames that can be read at a rate."""
+        if rate == "native" or self.fps is None:
+            return self.frames
+        return max(0, math.ceil((self.seconds - CLOCK_TOLERANCE) * Fraction(rate)))
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a video or image.
+
+    Raises:
+        InputError: the file does not exist or is not a video or image, or its header does not say how long the video
+            is.
+    """
+    check_type(path)
+    if is_image(path):
+        return Header(1, None, Fraction(0), *images.read_size(path))
+    # Otherwise FFmpeg decodes the first frames while it opens the file, which takes a hundred times as long.
+    with open_video(path, skip_frame="all") as (container, stream):
+        fps = stream.average_rate or stream.base_rate
+        if CONTAINERS[path.suffix.lower()] == "mov":
+            start, turned = Fraction(0), _is_turned(path)
+        else:
+            start, turned = _first_frame(container, stream)
+        if stream.duration is not None and stream.time_base is not None:
+            end = stream.duration * stream.time_base
+        else:
+            end = Fraction(container.duration or 0, av.time_base)
+        seconds = end - start
+        if not fps or not 0 < seconds <= MAX_SECONDS:
+            found = f"the header says {float(seconds):g} s at {float(fps or 0):g} frames a second"
+            raise InputError(f"{path}: {found}; expected how long the video lasts")
+        context = stream.codec_context
+        aspect = stream.sample_aspect_ratio or context.sample_aspect_ratio or 1
+        height, width = context.height, max(1, round(context.width * aspect))
+        if turned:
+            height, width = width, height
+        return Header(stream.frames or round(seconds * fps), fps, seconds, height, width)
+
+
+def _first_frame(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[Fraction, bool]:
+    """Return when the first frame is shown, in seconds, and whether it is turned by a quarter.
+
+    PyAV does not tell how Matroska turns pictures unless a frame is decoded.
+    """
+    frame = next(container.decode(stream), None)
+    if frame is None:
+        return Fraction(0), False
+    start = frame.pts * frame.time_base if frame.pts is not None and frame.time_base is not None else Fraction(0)
+    try:
+        return start, frame.rotation % 180 != 0
+    except ValueError:  # PyAV does not know every type of side data; reading the clip reports it
+        return start, False
+
+
+# --- The boxes of mp4 files ------------------------------------------------------------------------------------------
+
+MOVIE_MATRIX, TRACK_MATRIX = {0: 36, 1: 48}, {0: 40, 1: 52}
+"""Version of an mvhd or tkhd box -> place of the display matrix in its content (ISO/IEC 14496-12, 8.2.2 and 8.3.2)."""
+
+
+def _is_turned(path: Path) -> bool:
+    """Return whether the first video of an mp4 or mov file is displayed with its stored axes exchanged."""
+    with path.open("rb") as file:
+        whole = 0, path.stat().st_size
+        turn = np.eye(2)
+        for track in _find(file, whole, b"moov", b"trak"):
+            if any(_read(file, start + 8, 4) == b"vide" for start, _ in _find(file, track, b"mdia", b"hdlr")):
+                for start, _ in _find(file, track, b"tkhd"):
+                    turn = _matrix(file, start, TRACK_MATRIX)
+                break
+        for start, _ in _find(file, whole, b"moov", b"mvhd"):  # the movie as a whole may be turned, too
+            turn = turn @ _matrix(file, start, MOVIE_MATRIX)
+    return bool(abs(turn[0, 1]) > abs(turn[0, 0]))
+
+
+def _find(file: BinaryIO, place: tuple[int, int], *kinds: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where the content of each box of a kind starts and ends. `kinds` is the path to the boxes, from `place`."""
+    start, end = place
+    while start + 8 <= end:
+        size, kind = struct.unpack(">I4s", _read(file, start, 8))
+        content = start + 8
+        if size == 1:  # a large box
+            [size] = struct.unpack(">Q", _read(file, content, 8))
+            content += 8
+        after = end if size == 0 else min(end, start + size)
+        if after < content:
+            return
+        if kind == kinds[0]:
+            if len(kinds) > 1:
+                yield from _find(file, (content, after), *kinds[1:])
+            else:
+                yield content, after
+        start = after
+
+
+def _matrix(file: BinaryIO, start: int, places: Mapping[int, int]) -> np.ndarray:
+    """Return the directions in which the stored axes are displayed, up to a factor."""
+    place = places.get(_read(file, start, 1)[0])
+    if place is None:
+        return np.eye(2)
+    return np.array(struct.unpack(">9i", _read(file, start + place, 36)), float).reshape(3, 3)[:2, :2]
+
+
+def _read(file: BinaryIO, start: int, count: int) -> bytes:
+    """Read bytes, with zeros in the place of those behind the end of the file."""
+    file.seek(start)
+    return file.read(count).ljust(count, b"\0")
