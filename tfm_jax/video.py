@@ -309,7 +309,7 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
             pending.pop()
         if not pending:
             return
-        gap, moment, lasts = time - moment, time, frame.duration * frame.time_base
+        gap, moment, lasts = time - moment, time, frame.duration * (frame.time_base or 0)
         shown, count = frame, count + 1
     if shown is None:
         raise InputError(f"{path}: no frame could be decoded; expected a video")

@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
+from av.container import InputContainer
 
 from tfm_jax import images
 from tfm_jax.errors import InputError
@@ -71,7 +72,7 @@ def read_header(path: Path) -> Header:
         return Header(stream.frames or round(seconds * fps), fps, seconds, height, width)
 
 
-def _first_frame(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[Fraction, bool]:
+def _first_frame(container: InputContainer, stream: av.VideoStream) -> tuple[Fraction, bool]:
     """Return when the first frame is shown, in seconds, and whether it is turned by a quarter.
 
     PyAV does not tell how Matroska turns pictures unless a frame is decoded.
@@ -104,11 +105,13 @@ def _is_turned(path: Path) -> bool:
                 break
         for start, _ in _find(file, whole, b"moov", b"mvhd"):  # the movie as a whole may be turned, too
             turn = turn @ _matrix(file, start, MOVIE_MATRIX)
-    return bool(abs(turn[0, 1]) > abs(turn[0, 0]))
+    across, along = abs(turn[0]).tolist()
+    return along > across
 
 
 def _find(file: BinaryIO, place: tuple[int, int], *kinds: bytes) -> Iterator[tuple[int, int]]:
     """Yield where the content of each box of a kind starts and ends. `kinds` is the path to the boxes, from `place`."""
+    kind_wanted, inner = kinds[0], kinds[1:]
     start, end = place
     while start + 8 <= end:
         size, kind = struct.unpack(">I4s", _read(file, start, 8))
@@ -119,20 +122,19 @@ def _find(file: BinaryIO, place: tuple[int, int], *kinds: bytes) -> Iterator[tup
         after = end if size == 0 else min(end, start + size)
         if after < content:
             return
-        if kind == kinds[0]:
-            if len(kinds) > 1:
-                yield from _find(file, (content, after), *kinds[1:])
-            else:
-                yield content, after
+        if kind == kind_wanted and inner:
+            yield from _find(file, (content, after), *inner)
+        elif kind == kind_wanted:
+            yield content, after
         start = after
 
 
 def _matrix(file: BinaryIO, start: int, places: Mapping[int, int]) -> np.ndarray:
     """Return the directions in which the stored axes are displayed, up to a factor."""
-    place = places.get(_read(file, start, 1)[0])
+    place = places.get(int.from_bytes(_read(file, start, 1)))
     if place is None:
         return np.eye(2)
-    return np.array(struct.unpack(">9i", _read(file, start + place, 36)), float).reshape(3, 3)[:2, :2]
+    return np.frombuffer(_read(file, start + place, 36), ">i4").reshape(3, 3)[:2, :2].astype(float)
 
 
 def _read(file: BinaryIO, start: int, count: int) -> bytes:

@@ -1,6 +1,7 @@
 """The sections of a configuration. Each section checks its values, and the docstrings of fields appear in the help."""
 
 import dataclasses
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
@@ -47,7 +48,7 @@ def _name_model(path: Path) -> str:
     return str(WAN_TINY if path == _find_model(WAN_TINY) else path)
 
 
-def _list_of_buckets(value: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
+def _list_of_buckets(value: Any, check: Callable[[Any], Any]) -> Any:
     try:
         return check(value)
     except pydantic.ValidationError:
@@ -104,7 +105,7 @@ class ClipConfig:
     ratios from 1:2 to 2:1 are chosen."""
     fps: Rate = 16.0
     """Frames per second with which clips are read and samples are written. native reads the frames of each video as
-    they are, at the video's own rate; sampling needs a number."""
+    they are, at the video's own rate; samples need a number."""
     part: Literal["start", "centre", "random", "windows"] = "start"
     """Part of a video that becomes a training clip. random: depends on data.seed and the name of the video only.
     windows: as many clips as fit, one after the other, all with the prompt of the video."""

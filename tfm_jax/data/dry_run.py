@@ -1,13 +1,14 @@
 """The dry run of tfm-prepare: what it would encode, how much space that takes, and what it would leave out."""
 
 import csv
+import functools
 import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tfm_jax import config as configs
 from tfm_jax.arrays import TEXT_LENGTH
@@ -73,10 +74,11 @@ def _describe(surveyed: Sequence[Surveyed], run: PrepareRun) -> Iterator[str]:
     """Yield the lines of the summary."""
     text_dim = _text_dim(run.model)
     totals = {str(bucket): _total(bucket, of, text_dim) for bucket, of in used_buckets(surveyed).items()}
-    whole = _Total(*map(sum, zip(*totals.values(), strict=True))) if totals else _Total()
+    whole = functools.reduce(_Total.plus, totals.values(), _Total())
     yield from _table(totals | {"all": whole})
     yield ""
-    yield from _counts("frame rates", Counter("image" if h.fps is None else _rate(h.fps) for _, h, _ in surveyed if h))
+    rates = [header.fps for _, header, _ in surveyed if header]
+    yield from _counts("frames per second", Counter("image" if fps is None else _rate(fps) for fps in rates))
     rejected = [chosen for _, _, chosen in surveyed if isinstance(chosen, Rejected)]
     if rejected:
         title = f"{len(rejected):,} of {len(surveyed):,} files are left out"
@@ -105,6 +107,10 @@ class _Total(NamedTuple):
     """Bytes."""
     text: int = 0
     """Bytes, if all prompts have the greatest length."""
+
+    def plus(self, other: "_Total") -> "_Total":
+        sums: list[Any] = [a + b for a, b in zip(self, other, strict=True)]
+        return _Total(*sums)
 
 
 def _total(bucket: Bucket, surveyed: Sequence[Surveyed], text_dim: int) -> _Total:
