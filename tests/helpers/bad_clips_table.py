@@ -114,7 +114,9 @@ LISTS = [
     listed("with a bad object", "metadata.json", f"[{GOOD}, 5]", "index 1", "expected an object"),
     listed("with a wrong type", "metadata.json", '[{"video": 5, "prompt": ""}]', "index 0", "video=5: expected a text"),
     listed("that is cut off", "metadata.jsonl", f"{GOOD}\n{GOOD[:20]}", ":2", "not JSON", "expected JSON"),
-    listed("with a repeated key", "metadata.jsonl", GOOD.replace("prompt", "video"), ":1", "a key more than once"),
+    listed(
+        "with a repeated key", "metadata.jsonl", GOOD.replace("prompt", "video"), ":1", "key 'video' is given twice"
+    ),
     listed("that is nested", "metadata.jsonl", DEEP, ":1", "nested too deeply"),
     listed("that is not UTF-8", "metadata.jsonl", b"\xff\n", ":1", "byte 0", "UTF-8"),
     listed("that repeats a row", "metadata.jsonl", f"{GOOD}\n{GOOD}", ":2", "of line 1"),
