@@ -81,7 +81,11 @@ BAD_OBJECTS = {
     "null": ('{"video": "a.mp4", "prompt": null}', r"prompt=None: expected a text"),
     "a list of videos": ('{"video": ["a.mp4"], "prompt": "x"}', r"video=\['a.mp4'\]: expected a text"),
     "a number": ('{"video": "a.mp4", "prompt": 5}', r"prompt=5: expected a text"),
-    "a key twice": ('{"video": "a.mp4", "prompt": "x", "video": "a.mp4"}', r"gives a key more than once"),
+    "an object twice inside": ('{"video": {"a": 1, "a": 1}, "prompt": "x"}', r"video={'a': ..., 'a': ...}: expected a text"),
+    "a key twice": (
+        '{"video": "a.mp4", "prompt": "x", "video": "a.mp4"}',
+        r"key 'video' is given twice; expected an object",
+    ),
     "too long a prompt": (json.dumps({**A, "prompt": "x" * 140_000}), r"prompt has 140,000 characters; .* 131,072"),
     "half a surrogate": (r'{"video": "a.mp4", "prompt": "\ud83d"}', r"prompt contains '\\ud83d', which is not Unicode"),
     "half in a name": (r'{"video": "\ud83d.mp4", "prompt": ""}', r"video contains '\\ud83d', which is not Unicode"),
@@ -147,7 +151,7 @@ def test_jsonl_is_read_line_by_line(folder, monkeypatch):
 
 
 BAD_FILES = {
-    "an object": (json.dumps(A), r"is a JSON dict; expected a list of objects"),
+    "an object": (json.dumps(A), r"is JSON, but no list; expected a list of objects"),
     "two lists": ("[][]", r"not JSON \(Extra data, column 3\)"),
     "lines": (lines(A, B), r"not JSON \(Extra data, line 2 column 1\)"),
     "cut off": (json.dumps([A, B])[:-9], r"not JSON"),
@@ -317,7 +321,7 @@ def test_absolute_paths(folder):
     write(
         folder,
         "metadata.csv",
-        f"Unnamed: 0,video,prompt\n0,{outside},far\n1,{folder}/../outside.mp4,way\n2,a.mp4,near\n",
+        f",Unnamed: 0,video,prompt\n0,0,{outside},far\n1,1,{folder}/../outside.mp4,way\n2,2,a.mp4,near\n",
     )
     refused(folder, rf"2 bad rows; line 2: video='{outside}': is an absolute path; .*\(tfm-prepare accepts it")
     assert read(folder, absolute_paths=True) == [

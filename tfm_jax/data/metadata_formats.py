@@ -106,7 +106,7 @@ def read_json(file: Path) -> Iterator[Row]:
     except BadRow as problem:
         raise InputError(f"{file}: {problem}") from None
     if not isinstance(values, list):
-        raise InputError(f"{file}: is a JSON {type(values).__name__}; expected a list of objects, [{{...}}, ...]")
+        raise InputError(f"{file}: is JSON, but no list; expected a list of objects, [{{...}}, ...]")
     for index, value in enumerate(values):
         yield Origin("index", index), _attempt(_json_fields, value)
 
@@ -168,19 +168,28 @@ def _attempt(read: Callable[..., Fields], *args: Any) -> Fields | BadRow:
         return problem
 
 
-class _Repeated(dict[str, Any]):
-    """A JSON object that contains a key more than once."""
+class _Repeated(NamedTuple):
+    """Stands for a JSON object that gives a key more than once."""
+
+    key: str
+
+    def __repr__(self) -> str:
+        return f"{{{self.key!r}: ..., {self.key!r}: ...}}"
+
+
+def _collect(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Repeated:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            return _Repeated(key)
+        values[key] = value
+    return values
 
 
 def _parse(content: bytes) -> Any:
     """Parse JSON. An object that repeats a key becomes `_Repeated`, so that the rows around it can still be read."""
-
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        return values if len(values) == len(pairs) else _Repeated(values)
-
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=collect)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_collect)
     except UnicodeDecodeError as error:
         raise BadRow(f"byte {error.start} is not UTF-8; expected UTF-8 text") from None
     except RecursionError:
@@ -211,7 +220,7 @@ def _sharegpt4video_fields(values: Any) -> Fields:
 
 def _check_object(values: Any, expected: str) -> None:
     if isinstance(values, _Repeated):
-        raise BadRow(f"an object gives a key more than once; expected {expected}, each once")
+        raise BadRow(f"key {short_repr(values.key)} is given twice; expected {expected}")
     if not isinstance(values, dict):
         raise BadRow(f"{short_repr(values)} is no object; expected {expected}")
 
