@@ -188,6 +188,10 @@ def refusal(file, *options, kind=Config) -> str:
     return message
 
 
+BUCKETS = "a list of [frames, height, width], such as [[81, 480, 832], [81, 832, 480]]"
+BUCKET = "[frames, height, width]: 4 n + 1 frames, and multiples of 16, such as [81, 480, 832]"
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -214,7 +218,19 @@ def refusal(file, *options, kind=Config) -> str:
         ("--clip.frames=16", "expected 4 n + 1, such as 81"),
         ("--clip.height=40", "expected a multiple of 16"),
         ("--clip.width=1", "expected a multiple of 16"),
-        ("--clip.fps=0", "expected more than 0"),
+        ("--clip.fps=0", "expected more than 0 or 'native'"),
+        ("--clip.fps=fast", "expected a number or 'native'"),
+        ("--clip.part=end", "expected 'start', 'centre', 'random' or 'windows'"),
+        ("--clip.short=pad", "expected 'skip', 'cut' or 'refuse'"),
+        ("--clip.resize=nearest", "expected 'bicubic' or 'bilinear'"),
+        ("--clip.max_pixels=100", "expected at least 1024"),
+        ("--clip.buckets=81", f"expected {BUCKETS}"),
+        ("--clip.buckets=[81, 480, 832]", f"expected {BUCKETS}"),
+        ("--clip.buckets=[[81, 480, wide]]", f"expected {BUCKETS}"),
+        ("--clip.buckets=[[81, 480, 832], [81, 480]]", f"expected {BUCKET}"),
+        ("--clip.buckets=[[80, 480, 832]]", f"expected {BUCKET}"),
+        ("--clip.buckets=[[81, 480, 840]]", f"expected {BUCKET}"),
+        ("--clip.buckets=[[81, 0, 832]]", f"expected {BUCKET}"),
         ("--objective.low=1", "expected less than high=1.0"),
         ("--objective.high=1.5", "expected at most 1"),
         ("--objective.kind=mse", "expected 'tfm', 'fm', 'fm_direction', 'tfm_mse' or 'fm_warp'"),
@@ -244,6 +260,22 @@ def test_truth_values(file):
     file.write_text(TEXT)
     expected = "--data.absolute_paths=maybe: expected true or false"
     assert refusal(file, "--data.absolute_paths=maybe") == expected
+
+
+def test_sizes_of_clips(file):
+    assert read(file).clip.buckets == ()
+    assert read(file, "--clip.buckets=[[81, 480, 832], [17, 64, 48]]").clip.buckets == ((81, 480, 832), (17, 64, 48))
+    file.write_text(TEXT.replace("width: 48", "width: 48, buckets: [[81, 480, 832], [80, 64, 48]]"))
+    assert refusal(file) == f"{file}: clip.buckets=[80, 64, 48]: expected {BUCKET}"
+    file.write_text(TEXT.replace("width: 48", "width: 48, buckets: [[81, 480, 832]], max_pixels: 9999"))
+    assert refusal(file) == f"{file}: clip.max_pixels=9999: expected null, because clip.buckets are given"
+
+
+def test_the_rate_of_samples(file):
+    assert read(file, "--clip.fps=24").clip.rate == 24
+    clip = read(file, "--clip.fps=native").clip
+    with pytest.raises(InputError, match=r"clip.fps=native: .*expected a number, such as 16"):
+        _ = clip.rate
 
 
 def test_the_same_mistakes_in_the_file(file):

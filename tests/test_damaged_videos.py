@@ -12,6 +12,7 @@ from helpers.clips import FPS, display_matrix, encode, grey_clip, smooth_clip, w
 from tfm_jax import video
 from tfm_jax.errors import InputError
 from tfm_jax.video import read_clip, write_clip
+from tfm_jax.video_headers import MAX_SECONDS, read_header
 
 
 def refused(path: Path, match: str, frames: int = 17) -> None:
@@ -204,7 +205,7 @@ def damage(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def check_damaged_files(folder: Path, stride: int, damages: int) -> None:
-    """Damaged files give pixels of the right shape or an InputError of one line."""
+    """Damaged files give a header and pixels of the right shape, or an InputError of one line."""
     rng = np.random.default_rng(0)
     for name, container in (("a.mp4", "mp4"), ("a.mkv", "matroska"), ("a.mov", "mov")):
         path = encode(folder / name, smooth_clip(3, 32, 48), container=container, rotation=90)
@@ -212,6 +213,10 @@ def check_damaged_files(folder: Path, stride: int, damages: int) -> None:
         cut = [content[:length] for length in range(0, len(content), stride)]
         for data in cut + [damage(content, rng) for _ in range(damages)]:
             path.write_bytes(data)
+            try:
+                assert 0 <= read_header(path).frames_at(FPS) <= FPS * MAX_SECONDS
+            except InputError as error:
+                messages.append(str(error))
             try:
                 pixels = read_clip(path, 3, 48, 32, FPS)
             except InputError as error:

@@ -2,20 +2,25 @@
 
 import struct
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.clips import FPS, psnr, smooth_clip
 from PIL import Image
 
-from tfm_jax import video
+from tfm_jax import images, video
 from tfm_jax.errors import InputError
 from tfm_jax.video import read_clip
 
 PIXELS = smooth_clip(1)[0]
 PICTURE = Image.fromarray(PIXELS)
 GREY = np.asarray(PICTURE.convert("L"))
+
+
+SIZES = [(48, 80), (64, 96), (100, 40), (31, 33), (130, 200)]
 
 
 def read(path: Path) -> np.ndarray:
@@ -198,3 +203,31 @@ def test_damaged(tmp_path, suffix):
             noticed.append(str(error))
     assert all(message.startswith(f"{path}: ") and "\n" not in message for message in noticed)
     assert suffix != "png" or len(noticed) > 95
+
+
+# --- Scaling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (90, 61), (135, 240)])
+def test_bilinear_gives_the_pixels_of_the_official_code(rows, columns, height, width):
+    """There, the whole picture is scaled to a rounded size by torchvision, which uses Pillow for pictures of Pillow,
+    and its middle is cut out. torch's antialiased interpolation differs in rounding only."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (rows, columns, 3), np.uint8))
+    found = images.scale_and_crop(picture, height, width, Fraction(1), "bilinear").astype(int)
+    scale = max(width / columns, height / rows)
+    size = round(rows * scale), round(columns * scale)
+    top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+    whole = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    assert abs(found - whole[top : top + height, left : left + width]).max() <= 1
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    smooth = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    assert abs(found - smooth[top : top + height, left : left + width]).max() <= 1.5
+
+
+def test_bilinear_without_antialiasing_would_differ():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (135, 240, 3), np.uint8))
+    found = images.scale_and_crop(picture, 27, 48, Fraction(1), "bilinear").astype(int)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    sharp = torch.nn.functional.interpolate(pixels, (27, 48), mode="bilinear")[0].permute(1, 2, 0).numpy()
+    assert abs(found - sharp).max() > 50

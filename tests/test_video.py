@@ -13,8 +13,9 @@ import pytest
 from helpers.clips import FPS, SIZES, display_matrix, encode, grey_clip, psnr, smooth_clip, which
 from PIL import Image
 
+from tfm_jax import video
 from tfm_jax.errors import InputError
-from tfm_jax.video import contact_sheet, from_uint8, read_clip, to_uint8, write_clip
+from tfm_jax.video import contact_sheet, from_uint8, read_clip, read_windows, to_uint8, write_clip
 
 
 def test_mp4_round_trip(tmp_path):
@@ -245,6 +246,41 @@ def test_other_pixel_formats(tmp_path, pix_fmt):
 def test_odd_size_is_read(tmp_path):
     path = encode(tmp_path / "a.mp4", smooth_clip(3, 63, 97), pix_fmt="yuv444p")
     assert read_clip(path, 3, 64, 96, FPS).shape == (3, 64, 96, 3)
+
+
+# --- Windows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suffix", "container"), [("mp4", "mp4"), ("mkv", "matroska"), ("avi", "avi")])
+@pytest.mark.parametrize("fps", [FPS, "native"])
+def test_windows_are_read_in_one_pass(tmp_path, suffix, container, fps, monkeypatch):
+    path = encode(tmp_path / f"a.{suffix}", grey_clip(40), container=container)
+    opened = []
+    original = video._video_stream
+    monkeypatch.setattr(video, "_video_stream", lambda *args: (opened.append(1), original(*args))[1])
+    found = [which(clip) for clip in read_windows(path, [3, 8, 35], 5, 64, 64, fps)]
+    assert found == [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [35, 36, 37, 38, 39]]
+    assert len(opened) == 1
+
+
+def test_windows_at_another_rate(tmp_path):
+    path = encode(tmp_path / "a.mp4", grey_clip(17))  # 16 frames a second
+    assert [which(clip) for clip in read_windows(path, [1, 4], 3, 64, 64, 8)] == [[2, 4, 6], [8, 10, 12]]
+
+
+def test_native_frames_do_not_depend_on_their_times(tmp_path):
+    path = encode(tmp_path / "a.mp4", grey_clip(6), stamps=[0, 0.1, 0.6, 0.7, 1.5, 1.6])
+    assert [which(clip) for clip in read_windows(path, [0, 4], 2, 64, 64, "native")] == [[0, 1], [4, 5]]
+
+
+def test_a_window_beyond_the_end(tmp_path):
+    path = encode(tmp_path / "a.mp4", grey_clip(9))
+    clips = read_windows(path, [0, 5], 5, 64, 64, "native")
+    assert which(next(clips)) == [0, 1, 2, 3, 4]
+    with pytest.raises(InputError, match=r"a.mp4: has 9 frames; expected at least 10"):
+        next(clips)
+    with pytest.raises(InputError, match=r"9 frames and lasts 0.56 s; expected enough for 10 frames, the last one at"):
+        list(read_windows(path, [0, 5], 5, 64, 64, FPS))
 
 
 # --- Values and pictures ---------------------------------------------------------------------------------------------

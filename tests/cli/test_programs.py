@@ -69,6 +69,17 @@ def test_prepared_data_and_run(world):
     assert again == load(TrainRun, world / "config.yaml")
 
 
+def test_a_dry_run_encodes_nothing(call, world, tmp_path):
+    """It needs no weights either."""
+    options = [*config(world), f"--data.path={tmp_path}/new", f"--model.path={tmp_path}/none", "--dry-run"]
+    outcome = call("prepare_data", *options, "--clip.frames=1", "--clip.part=windows")
+    assert outcome.code == 0, outcome.err
+    assert "to encode: 1 seconds of video, in 20 calls of the autoencoder" in outcome.out
+    assert f"{tmp_path}/new.report.csv: a line for each of the 4 files" in outcome.out
+    assert [path.name for path in tmp_path.iterdir()] == ["new.report.csv"]
+    assert (tmp_path / "new.report.csv").read_text().splitlines()[1].startswith("0000.mp4,5,16,0.31")
+
+
 def test_the_configuration_of_a_run_serves_sampling(call, world, tmp_path):
     options = [f"--sampling.prompts={world}/prompts.txt", f"--sampling.output={tmp_path}/new", "--sampling.steps=2"]
     outcome = call("sample", "--config", str(world / "run" / "config.yaml"), *options)

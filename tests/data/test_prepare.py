@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers.clips import smooth_clip
 from helpers.records import make_records
 from PIL import Image
 
 from tfm_jax import video
 from tfm_jax.config import ClipConfig, DataConfig, ModelConfig
 from tfm_jax.data import prepare as prepare_module
+from tfm_jax.data import survey as survey_module
 from tfm_jax.data.prepare import Prepared, PrepareRun, prepare
 from tfm_jax.data.records import Record, open_records
 from tfm_jax.errors import InputError
+from tfm_jax.video_headers import read_header
 
 
 @pytest.fixture
@@ -149,3 +152,81 @@ def test_an_encoder_that_gives_infinity_is_an_error_not_a_rejected_clip(clips, m
     with pytest.raises(InputError, match=r"0.mp4: the latents or the text embedding are not finite"):
         prepare(prepare_run(clips))
     assert [path.name for path in clips.parent.iterdir()] == ["clips"]
+
+
+# --- Parts and sizes -------------------------------------------------------------------------------------------------
+
+
+def with_clip(run: PrepareRun, **fields) -> PrepareRun:
+    return dataclasses.replace(run, clip=dataclasses.replace(run.clip, **fields))
+
+
+def test_windows_become_records_with_the_prompt_of_the_video(clips):
+    video.write_clip(clips / "1.mp4", np.random.default_rng(1).integers(0, 255, (16, 16, 16, 3), np.uint8), 16)
+    run = with_clip(prepare_run(clips), part="windows")
+    assert prepare(run) == (7, 0)
+    records = open_records(run.data.path)
+    names = ["0.mp4", "1.mp4", "1.mp4#t=0.312", "1.mp4#t=0.625", "2.mp4", "3.mp4", "4.mp4"]
+    assert [record.video for record in records] == names
+    assert [record.prompt for record in records][1:4] == ["prompt 1"] * 3
+    assert len({record.latents.tobytes() for record in records}) == 7
+
+
+def test_windows_before_a_damaged_place_are_kept(clips):
+    video.write_clip(clips / "1.mp4", smooth_clip(40), 16)
+    content = (clips / "1.mp4").read_bytes()
+    (clips / "1.mp4").write_bytes(content[: int(0.8 * len(content))])
+    run = with_clip(prepare_run(clips), part="windows")
+    written, rejected = prepare(run)
+    assert 5 < written < 4 + 8
+    assert rejected == 1
+    assert "1.mp4: is damaged" in (run.data.path / "rejected.jsonl").read_text()
+
+
+def test_a_header_that_promises_too_much(clips, monkeypatch):
+    """The clip is rejected when it is read."""
+    video.write_clip(clips / "1.mp4", np.zeros((3, 16, 16, 3), np.uint8), 16)
+    lie = read_header(clips / "0.mp4")
+    monkeypatch.setattr(survey_module, "read_header", lambda path: lie)
+    run = prepare_run(clips)
+    assert prepare(run) == (4, 1)
+    assert "1.mp4: has 3 frames" in (run.data.path / "rejected.jsonl").read_text()
+
+
+def test_native_frames(clips):
+    for n in range(5):
+        video.write_clip(clips / f"{n}.mp4", smooth_clip(5), 30)
+    assert prepare(with_clip(prepare_run(clips), fps="native")) == (5, 0)
+
+
+def test_a_short_video_is_refused_before_the_model_is_loaded(clips, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_encoder", lambda model: pytest.fail("loaded"))
+    video.write_clip(clips / "4.mp4", np.zeros((3, 16, 16, 3), np.uint8), 16)
+    message = r"clip.short=refuse: 1 of 5 clips are too short; the first one: .*/4.mp4: has 3 frames and lasts 0.19 s"
+    with pytest.raises(InputError, match=message):
+        prepare(with_clip(prepare_run(clips), short="refuse"))
+    assert [path.name for path in clips.parent.iterdir()] == ["clips"]
+
+
+def test_clips_of_several_sizes_are_refused_before_the_model_is_loaded(clips, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_encoder", lambda model: pytest.fail("loaded"))
+    video.write_clip(clips / "4.mp4", np.zeros((3, 16, 16, 3), np.uint8), 16)
+    message = r"latents: the clips have 2 sizes \(5 x 16 x 16, 1 x 16 x 16\); expected one"
+    with pytest.raises(InputError, match=message):
+        prepare(with_clip(prepare_run(clips), short="cut"))
+    assert [path.name for path in clips.parent.iterdir()] == ["clips"]
+
+
+def test_one_bucket(clips, monkeypatch):
+    shapes = []
+    encoder = prepare_module._encoder
+
+    def looking(model):
+        encode = encoder(model)
+        return lambda row, pixels: (shapes.append(pixels.shape), encode(row, pixels))[1]
+
+    monkeypatch.setattr(prepare_module, "_encoder", looking)
+    run = with_clip(prepare_run(clips), buckets=((5, 32, 64), (1, 48, 48), (5, 64, 32)), resize="bilinear")
+    assert prepare(run) == (5, 0)
+    assert shapes == [(1, 48, 48, 3)] * 5
+    assert open_records(run.data.path).metadata["buckets"] == [[5, 32, 64], [1, 48, 48], [5, 64, 32]]

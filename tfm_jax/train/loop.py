@@ -171,9 +171,9 @@ def _prepare(run: TrainRun) -> _Setup:
 def _check_clip_settings(records: Records, run: TrainRun) -> None:
     """Raise InputError unless the clips were prepared with the clip settings of the configuration."""
     for name, value in _config_dict(run)["clip"].items():
-        prepared = records.metadata.get(name)
-        if prepared is None:
+        if name not in records.metadata:
             raise InputError(f"{run.data.path}: the metadata lacks clip.{name}; prepare the data again")
+        prepared = records.metadata[name]
         if prepared != value:
             raise InputError(
                 f"clip.{name}={value}: data.path={run.data.path} was prepared with {prepared}; expected the same value"
