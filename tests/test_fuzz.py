@@ -35,6 +35,7 @@ from tfm_jax.lora.files import read_lora
 from tfm_jax.prompts import read_prompts
 from tfm_jax.sampling.outputs import SampleRun
 from tfm_jax.train.loop import TrainRun
+from tfm_jax.video_headers import MAX_SECONDS, read_header
 from tfm_jax.wan import load_tokenizer
 from tfm_jax.wan.components import COMPONENTS, VAE, abstract_parameters
 from tfm_jax.wan.pth import open_pth
@@ -298,6 +299,8 @@ def clip(data: st.DataObject, folder: Path) -> None:
     kind = data.draw(st.sampled_from(list(CODECS)))
     sound = sound_clip(folder, kind)
     file = fresh(folder / f"clip.{kind}", data.draw(damaged_bytes(sound) | damaged_bytes(sound, 600)))
+    header = refused(partial(read_header, file))
+    assert header is None or 0 <= header.frames_at(16) <= 16 * MAX_SECONDS
     found = refused(lambda: video.read_clip(file, 5, 16, 16, 16))
     assert found is None or found.shape == (5, 16, 16, 3)
 
@@ -312,6 +315,8 @@ def image(data: st.DataObject, folder: Path) -> None:
         Image.fromarray(pixels).save(original, exif=exif)
     sound = original.read_bytes()
     file = fresh(folder / f"image.{kind}", data.draw(damaged_bytes(sound) | damaged_bytes(sound, 100)))
+    header = refused(partial(read_header, file))
+    assert header is None or header.frames == 1
     found = refused(lambda: video.read_clip(file, 1, 16, 16, 16))
     assert found is None or found.shape == (1, 16, 16, 3)
 
@@ -389,5 +394,6 @@ def test_a_clip_cut_at_every_length(tmp_path, kind):
     stride = 1 if kind in ("mp4", "mkv") else 7
     for length in range(0, len(sound), stride):
         file = fresh(tmp_path / f"clip.{kind}", sound[:length])
+        refused(partial(read_header, file))
         found = refused(partial(video.read_clip, file, 5, 16, 16, 16))
         assert found is None or found.shape == (5, 16, 16, 3), length

@@ -17,6 +17,7 @@ from tfm_jax.errors import InputError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 Resize = Literal["bicubic", "bilinear"]
 FORMATS = ("JPEG", "PNG", "WEBP")
+NO_IMAGE = "is not an image; expected a JPEG, PNG or WebP file"
 
 
 def read_image(path: Path, max_pixels: int) -> Image.Image:
@@ -49,7 +50,7 @@ def read_image(path: Path, max_pixels: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{path}: has far too many pixels; {too_large}") from None
     except UnidentifiedImageError:
-        raise InputError(f"{path}: is not an image; expected a JPEG, PNG or WebP file") from None
+        raise InputError(f"{path}: {NO_IMAGE}") from None
     except Exception as error:  # on damaged files, Pillow raises exceptions of many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: is damaged ({reason}); expected an intact image") from error
@@ -78,18 +79,20 @@ def _opaque(image: Image.Image, path: Path) -> Image.Image:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Return the height and width of an image as displayed, from its header.
+    """Return the height and width of an image as displayed, from its header. Threads may do so at the same time.
 
     Raises:
-        InputError: the file is not an image.
+        InputError: the file is not an image, or its header is damaged.
     """
     try:
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: {NO_IMAGE}") from None
     except Exception as error:  # on damaged files, Pillow raises exceptions of many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: is damaged or not an image ({reason}); expected an intact image") from error
+        raise InputError(f"{path}: is damaged ({reason}); expected an intact image") from error
 
 
 def scale_and_crop(

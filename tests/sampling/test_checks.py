@@ -72,7 +72,7 @@ def test_the_work_is_announced(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "_make", lambda *_: (_ for _ in ()).throw(InputError("enough")))
     with pytest.raises(InputError, match="enough"):
         sample(run_of(model, tmp_path / "out"))
-    expected = f"3 prompts, 2 steps each; {model} (4 blocks of width 96, float32); devices: "
+    expected = f"3 prompts, 2 steps each, 16 frames a second; {model} (4 blocks of width 96, float32); devices: "
     assert capsys.readouterr().err.startswith(expected)
 
 

@@ -101,10 +101,9 @@ def sample(run: SampleRun) -> None:
     mesh = make_mesh(run.mesh)
     check_split(run.model.heads, math.prod(token_grid(run.clip.latent_size)), mesh)
     prompts = _read_prompts(settings.prompts)
-    console.log(
-        f"{len(prompts)} prompts, {settings.steps} steps each; {run.model.path} ({run.model.layers} blocks of width "
-        f"{run.model.dim}, {run.model.dtype}); devices: {mesh.size} x {mesh.devices.flat[0].device_kind}"
-    )
+    work = f"{len(prompts)} prompts, {settings.steps} steps each, {run.clip.rate:g} frames a second"
+    model = f"{run.model.path} ({run.model.layers} blocks of width {run.model.dim}, {run.model.dtype})"
+    console.log(f"{work}; {model}; devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
     lora = read_lora(settings.lora) if settings.lora else None
     samples = Samples(
         run=run, prompts=prompts, weights=fingerprint_weights(check_model(run.model)),
