@@ -314,7 +314,7 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
     if shown is None:
         raise InputError(f"{path}: no frame could be decoded; expected a video")
     end = moment + (lasts or gap)
-    while pending and (pending[-1] + CLOCK_TOLERANCE < end or pending[-1] <= moment):  # how long may be unknown
+    while pending and (pending[-1] + CLOCK_TOLERANCE < end or pending[-1] <= moment):  # the duration may be unknown
         yield shown
         pending.pop()
     if pending:

@@ -81,7 +81,10 @@ BAD_OBJECTS = {
     "null": ('{"video": "a.mp4", "prompt": null}', r"prompt=None: expected a text"),
     "a list of videos": ('{"video": ["a.mp4"], "prompt": "x"}', r"video=\['a.mp4'\]: expected a text"),
     "a number": ('{"video": "a.mp4", "prompt": 5}', r"prompt=5: expected a text"),
-    "an object twice inside": ('{"video": {"a": 1, "a": 1}, "prompt": "x"}', r"video={'a': ..., 'a': ...}: expected a text"),
+    "an object twice inside": (
+        '{"video": {"a": 1, "a": 1}, "prompt": "x"}',
+        r"video={'a': ..., 'a': ...}: expected a text",
+    ),
     "a key twice": (
         '{"video": "a.mp4", "prompt": "x", "video": "a.mp4"}',
         r"key 'video' is given twice; expected an object",

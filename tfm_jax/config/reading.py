@@ -136,9 +136,7 @@ def _check_names(values: dict[str, Any], file: str) -> None:
             if full not in _fields(Config):
                 raise InputError(f"{file}: unknown field {full}; {_nearest(full, Config)}")
             if isinstance(value, bool) and get_type_hints(sections[name])[field] is not bool:
-                raise InputError(
-                    f"{file}: {full}={str(value).lower()}: booleans are not accepted here; put text in quotes"
-                )
+                raise InputError(f"{file}: {full}={shown(value)}: booleans are not accepted here; put text in quotes")
 
 
 NEAR = 0.72
@@ -211,5 +209,7 @@ def shown(value: Any) -> str:
     """Format a value as in the file and on the command line, cut to at most 100 characters."""
     if value is None:
         return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     text = f"[{', '.join(map(shown, value))}]" if isinstance(value, list | tuple) else " ".join(str(value).split())
     return text if len(text) <= 100 else f"{text[:97]}..."
