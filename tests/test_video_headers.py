@@ -1,9 +1,10 @@
 """What headers say about videos and images, compared with what reading them gives."""
 
+import struct
 from fractions import Fraction
 
 import pytest
-from helpers.clips import FPS, display_matrix, encode, grey_clip, smooth_clip
+from helpers.clips import FPS, display_matrix, encode, grey_clip, smooth_clip, which
 from PIL import Image
 
 from tfm_jax.errors import InputError
@@ -12,7 +13,7 @@ from tfm_jax.video_headers import Header, read_header
 
 CONTAINERS = [
     ("mp4", "mp4", "libx264"), ("mov", "mov", "libx264"), ("mkv", "matroska", "libx264"), ("webm", "webm", "libvpx"),
-    ("avi", "avi", "mpeg4"), ("flv", "flv", "flv"), ("wmv", "asf", "wmv2"),
+    ("avi", "avi", "mpeg4"), ("avi", "avi", "libx264"), ("flv", "flv", "flv"), ("wmv", "asf", "wmv2"),
 ]  # fmt: skip
 
 
@@ -34,6 +35,28 @@ def test_the_header_promises_what_can_be_read(tmp_path, suffix, container, codec
 def test_rate_and_length(tmp_path):
     assert read_header(encode(tmp_path / "b.mp4", grey_clip(1))).frames == 1
     assert read_header(encode(tmp_path / "a.mp4", grey_clip(20))) == Header(20, Fraction(16), Fraction(20, 16), 64, 64)
+
+
+def test_an_edit_list_that_hides_frames(tmp_path):
+    """A trimmed video may still contain what was cut off."""
+    path = encode(tmp_path / "a.mp4", grey_clip(40))
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") + 12  # of the only entry: its duration in milliseconds, and where it starts
+    start = int.from_bytes(content[place + 4 : place + 8])
+    content[place : place + 8] = struct.pack(">II", 1000, start + 8 * 1024)
+    path.write_bytes(content)
+    header = read_header(path)
+    assert (header.frames, header.frames_at(FPS)) == (16, 16)
+    [clip] = read_windows(path, [0], 16, 64, 64, "native")
+    assert which(clip) == list(range(8, 24))
+
+
+@pytest.mark.parametrize(("suffix", "container", "codec"), [("webm", "webm", "libvpx"), ("mkv", "matroska", "libx264")])
+def test_a_recording_whose_header_has_no_length(tmp_path, suffix, container, codec):
+    """Browsers write such files."""
+    path = encode(tmp_path / f"a.{suffix}", grey_clip(40), container=container, codec=codec, options={"live": "1"})
+    header = read_header(path)
+    assert (header.frames, header.frames_at(FPS)) == (40, 40)
 
 
 def test_a_clip_that_starts_late(tmp_path):

@@ -13,7 +13,7 @@ from av.container import InputContainer
 
 from tfm_jax import images
 from tfm_jax.errors import InputError
-from tfm_jax.video import CLOCK_TOLERANCE, CONTAINERS, Rate, check_type, is_image, open_video
+from tfm_jax.video import CLOCK_TOLERANCE, CONTAINERS, DECODING_TIMES_ONLY, Rate, check_type, is_image, open_video
 
 MAX_SECONDS = 100_000
 """Longer videos do not occur; damaged headers may claim any length."""
@@ -52,15 +52,14 @@ def read_header(path: Path) -> Header:
     # Otherwise FFmpeg decodes the first frames while it opens the file, which takes a hundred times as long.
     with open_video(path, skip_frame="all") as (container, stream):
         fps = stream.average_rate or stream.base_rate
-        if CONTAINERS[path.suffix.lower()] == "mov":
+        demuxer = CONTAINERS[path.suffix.lower()]
+        if demuxer == "mov":
             start, turned = Fraction(0), _is_turned(path)
         else:
             start, turned = _first_frame(container, stream)
-        if stream.duration is not None and stream.time_base is not None:
-            end = stream.duration * stream.time_base
-        else:
-            end = Fraction(container.duration or 0, av.time_base)
-        seconds = end - start
+        if demuxer in DECODING_TIMES_ONLY:
+            start = Fraction(0)
+        seconds = _end(container, stream) - start
         if not fps or not 0 < seconds <= MAX_SECONDS:
             found = f"the header says {float(seconds):g} s at {float(fps or 0):g} frames a second"
             raise InputError(f"{path}: {found}; expected how long the video lasts")
@@ -69,7 +68,8 @@ def read_header(path: Path) -> Header:
         height, width = context.height, max(1, round(context.width * aspect))
         if turned:
             height, width = width, height
-        return Header(stream.frames or round(seconds * fps), fps, seconds, height, width)
+        lasting = round(seconds * fps)  # less than the number of frames in the file, if an edit list hides some
+        return Header(min(stream.frames or lasting, lasting), fps, seconds, height, width)
 
 
 def _first_frame(container: InputContainer, stream: av.VideoStream) -> tuple[Fraction, bool]:
@@ -85,6 +85,20 @@ def _first_frame(container: InputContainer, stream: av.VideoStream) -> tuple[Fra
         return start, frame.rotation % 180 != 0
     except ValueError:  # PyAV does not know every type of side data; reading the clip reports it
         return start, False
+
+
+def _end(container: InputContainer, stream: av.VideoStream) -> Fraction:
+    """Return when the video ends, in seconds. If the header does not say so, read all packets, but decode none."""
+    if stream.duration is not None and stream.time_base is not None:
+        return stream.duration * stream.time_base
+    if container.duration is not None:
+        return Fraction(container.duration, av.time_base)
+    ends = [
+        (packet.pts + (packet.duration or 0)) * packet.time_base
+        for packet in container.demux(stream)
+        if packet.pts is not None and packet.time_base is not None
+    ]
+    return max(ends, default=Fraction(0))
 
 
 # --- The boxes of mp4 files ------------------------------------------------------------------------------------------

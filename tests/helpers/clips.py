@@ -45,10 +45,11 @@ def encode(
     container: str = "mp4",
     pix_fmt: str = "yuv420p",
     aspect: Fraction | None = None,
+    options: dict[str, str] | None = None,
     b_frames: int = 0,
 ) -> Path:
     """Write a file with properties that `write_clip` never gives a file; `stamps` are in seconds."""
-    with av.open(path, "w", format=container) as output:
+    with av.open(path, "w", format=container, options=options) as output:
         stream = output.add_stream(codec, rate=FPS)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pix_fmt
         if codec != "libx264":  # the default of the old codecs blurs everything

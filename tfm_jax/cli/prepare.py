@@ -23,8 +23,7 @@ class Options:
     config: Path
     """YAML file, or the name of a shipped configuration such as wan_tiny."""
     dry_run: bool = False
-    """Read only the headers of the videos, say what would be encoded and what would be left out, and write a table with
-    a line for each video beside data.path."""
+    """Encode nothing. Read the headers of all files, and report what would be encoded and what would be left out."""
     run: PrepareRun
 
 

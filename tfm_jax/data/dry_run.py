@@ -86,7 +86,8 @@ def _describe(surveyed: Sequence[Surveyed], run: PrepareRun) -> Iterator[str]:
     yield ""
     yield f"to encode: {float(whole.used):,.0f} seconds of video, in {whole.clips:,} calls of the autoencoder"
     yield "time: unknown before the first clip is encoded; tfm-prepare shows the time left while it runs"
-    parent = next(path for path in run.data.path.absolute().parents if path.exists())
+    output = run.data.path.absolute()
+    parent = next(path for path in (output, *output.parents) if path.exists())
     needed, free = whole.latents + whole.text, shutil.disk_usage(parent).free
     yield f"disk: at most {_size(needed)}; {_size(free)} are free{'' if needed < free else ', which is too little'}"
     try:

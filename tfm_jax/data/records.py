@@ -45,7 +45,8 @@ class Record(NamedTuple):
     """Embedding of the prompt, one row per token, without padding."""
     prompt: str
     video: str
-    """Path of the video or image as written in the list of clips."""
+    """Path of the video or image as written in the list of clips. `#t=` and the seconds before the clip follow, if the
+    clip does not begin at the start of the video."""
 
 
 class RecordWriter:
