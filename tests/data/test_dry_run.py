@@ -74,7 +74,7 @@ def test_the_summary(clips, capsys):
     assert f"disk: at most {(23 * per_frame + 5 * text) / 1e6:.1f} MB; " in said.out
     assert "5 16" in lines
     assert "1 image" in lines
-    assert "3 of 7 files are left out:" in lines
+    assert "3 of 7 files, 0 seconds, are left out:" in lines
     assert "2 too short" in lines
     assert "to encode: 5 seconds of video, in 5 calls of the autoencoder" in lines
     assert "the clips have 3 sizes" in said.out

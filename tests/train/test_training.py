@@ -12,7 +12,7 @@ from helpers.training_runs import CLIP, CONFIG, assert_same, saved, start, write
 from helpers.wan_reference import reference_transformer
 
 from tfm_jax.checkpoint import Checkpoints
-from tfm_jax.config import OptimizerConfig
+from tfm_jax.config import ClipConfig, OptimizerConfig
 from tfm_jax.data.batches import Batches
 from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly, Terminated
 from tfm_jax.files import lock
@@ -179,12 +179,16 @@ def test_folders_that_cannot_be_the_folder_of_a_run(options):
 def test_clips_prepared_with_other_settings_are_refused(options):
     with pytest.raises(InputError, match=r"clip.frames=81: data.path=.* was prepared with 9; expected the same"):
         start([*options, "--clip.frames=81"])
+    with pytest.raises(
+        InputError, match=r"clip.buckets=\[\[9, 32, 32\]\]: data.path=.* was prepared with \[\]; expected"
+    ):
+        start([*options, "--clip.buckets=[[9, 32, 32]]"])
 
 
 def test_the_saved_configuration_can_be_used_for_sampling(options, two_steps, tmp_path):
     file = ["--config", str(two_steps / "config.yaml")]
     sampling = configured(SampleRun, [*file, f"--sampling.output={tmp_path}"])
-    assert dataclasses.asdict(sampling.clip) == CLIP
+    assert sampling.clip == ClipConfig(**CLIP)
     run = configured(TrainRun, [*options, f"--train.output={two_steps}", "--train.steps=2"])
     assert configured(TrainRun, file) == run
     assert "source" not in (two_steps / "config.yaml").read_text()

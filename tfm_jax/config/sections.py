@@ -110,7 +110,7 @@ class ClipConfig:
     """Part of a video that becomes a training clip. random: depends on data.seed and the name of the video only.
     windows: as many clips as fit, one after the other, all with the prompt of the video."""
     short: Literal["skip", "cut", "refuse"] = "skip"
-    """What to do with a video that has too few frames. skip: leave it out. cut: use the first 4 n + 1 frames. refuse:
+    """What to do with a video that has too few frames. skip: leave it out. cut: use fewer frames, 4 n + 1. refuse:
     stop before anything is encoded."""
     resize: Literal["bicubic", "bilinear"] = "bicubic"
     """How frames are scaled, with antialiasing. bilinear: as in the official code, which also rounds the size and the

@@ -79,10 +79,11 @@ def _describe(surveyed: Sequence[Surveyed], run: PrepareRun) -> Iterator[str]:
     yield ""
     rates = [header.fps for _, header, _ in surveyed if header]
     yield from _counts("frames per second", Counter("image" if fps is None else _rate(fps) for fps in rates))
-    rejected = [chosen for _, _, chosen in surveyed if isinstance(chosen, Rejected)]
+    rejected = [(header, chosen) for _, header, chosen in surveyed if isinstance(chosen, Rejected)]
     if rejected:
-        title = f"{len(rejected):,} of {len(surveyed):,} files are left out"
-        yield from _counts(title, Counter("too short" if chosen.too_short else chosen.reason for chosen in rejected))
+        lost = sum((header.seconds for header, _ in rejected if header), Fraction(0))
+        title = f"{len(rejected):,} of {len(surveyed):,} files, {float(lost):,.0f} seconds, are left out"
+        yield from _counts(title, Counter("too short" if chosen.too_short else chosen.reason for _, chosen in rejected))
     yield ""
     yield f"to encode: {float(whole.used):,.0f} seconds of video, in {whole.clips:,} calls of the autoencoder"
     yield "time: unknown before the first clip is encoded; tfm-prepare shows the time left while it runs"

@@ -18,6 +18,7 @@ from tfm_jax import config as configs
 from tfm_jax import files, interrupts, processes
 from tfm_jax.checkpoint import Arrays, Checkpoints, fingerprints, flatten, unflatten
 from tfm_jax.config import section
+from tfm_jax.config.reading import shown
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import Records, open_records
 from tfm_jax.errors import CompilerError, InputError, NonFiniteLoss, StoppedEarly, Terminated
@@ -169,15 +170,18 @@ def _prepare(run: TrainRun) -> _Setup:
 
 
 def _check_clip_settings(records: Records, run: TrainRun) -> None:
-    """Raise InputError unless the clips were prepared with the clip settings of the configuration."""
-    for name, value in _config_dict(run)["clip"].items():
-        if name not in records.metadata:
-            raise InputError(f"{run.data.path}: the metadata lacks clip.{name}; prepare the data again")
-        prepared = records.metadata[name]
-        if prepared != value:
-            raise InputError(
-                f"clip.{name}={value}: data.path={run.data.path} was prepared with {prepared}; expected the same value"
-            )
+    """Raise InputError unless the clips were prepared with the clip settings of the configuration.
+
+    Fields that did not exist yet when the clips were prepared have their defaults.
+    """
+    names = [field.name for field in dataclasses.fields(run.clip)]
+    stored = {name: records.metadata[name] for name in names if name in records.metadata}
+    prepared = configs.from_plain(configs.ClipConfig, stored, f"{run.data.path}: metadata")
+    for name in names:
+        value, before = getattr(run.clip, name), getattr(prepared, name)
+        if value != before:
+            found = f"clip.{name}={shown(value)}: data.path={run.data.path} was prepared with {shown(before)}"
+            raise InputError(f"{found}; expected the same value")
 
 
 def _check_widths(records: Records, model: WanTransformer, run: TrainRun) -> None:
