@@ -76,7 +76,7 @@ def format_intervals(tables: Tables, intervals: Intervals) -> str:
             continue
         if DIFFERENCE in found:
             values.append(values[1] - values[0] if np.isfinite(values).all() else np.nan)
-        cells = (format_estimate(value, interval) for value, interval in zip(values, found.values(), strict=True))
+        cells = (_format_estimate(value, interval) for value, interval in zip(values, found.values(), strict=True))
         lines.append([TITLES[metric], *cells])
     width = max(len(cell) for line in lines for cell in line[1:]) + 2
     return "\n".join(f"{title:46}" + "".join(f"{cell:>{width}}" for cell in cells) for title, *cells in lines)
@@ -87,10 +87,10 @@ def _interval_columns(tables: Tables, intervals: Intervals) -> list[str]:
     return [*tables, " less ".join(reversed([*tables]))] if paired else list(tables)
 
 
-def format_estimate(value: float | None, interval: Interval, digits: int = 3) -> str:
+def _format_estimate(value: float, interval: Interval) -> str:
     """Format a value and its interval, such as "-2.1 [-2.9, -1.4]"."""
-    low, high = (format_number(end, digits) for end in interval)
-    return f"{format_number(value, digits)} [{low}, {high}]"
+    number, low, high = (format_number(each, digits=2) for each in (value, *interval))
+    return f"{number} [{low}, {high}]"
 
 
 def to_json(tables: Tables, counts: ClipCounts, intervals: Intervals) -> str:
