@@ -67,9 +67,6 @@ RULE = (
     "better if it is better on every deciding metric and worse on none of the metrics that must not get worse."
 )
 
-CONFIDENCE = 0.95
-"""Confidence level of every interval. A difference is detected if its interval excludes zero."""
-RESAMPLES = 10_000
 COST_TOLERANCE = 0.05
 """Costs per step count as equal if they differ by less than this fraction, or if the interval of their ratio contains
 1. An arm with a different cost is trained a second time, for as many steps as fit into the baseline's time."""

@@ -8,6 +8,7 @@ from tfm_jax import video
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.files import replacing
 from tfm_jax.markdown import table
+from tfm_jax.moving_shapes.bootstrap import CONFIDENCE
 from tfm_jax.moving_shapes.evaluation.set_metrics import TITLES
 from tfm_jax.moving_shapes.numbers import format_number
 from tfm_jax.moving_shapes.study import protocol
@@ -139,7 +140,7 @@ def _differences(found: Findings, pictures: Path) -> str:
     others = [protocol.BASE, *(arm for arm in found.arms if arm != protocol.BASELINE)]
     parts = [
         f"## Differences from `{protocol.BASELINE}`\n\nArm less `{protocol.BASELINE}`, paired by seed: mean and "
-        f"{protocol.CONFIDENCE:.0%} bootstrap interval over {found.study.size.seeds} seeds. "
+        f"{CONFIDENCE:.0%} bootstrap interval over {found.study.size.seeds} seeds. "
         "A difference is in bold if its interval excludes 0."
     ]
     for metrics in (GUARDED, protocol.SECONDARY):

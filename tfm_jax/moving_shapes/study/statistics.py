@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tfm_jax.moving_shapes.study import protocol
+from tfm_jax.moving_shapes.bootstrap import TAILS, bootstrap_interval
 
 Numbers = Float[np.ndarray, "n"]
 
@@ -27,12 +27,9 @@ class Estimate(NamedTuple):
 
 
 def bootstrap(values: Sequence[float] | Numbers, statistic: Callable[..., np.ndarray] = np.mean) -> Estimate:
-    """Estimate the mean, or another statistic that takes `axis`, by a percentile bootstrap with a fixed random seed."""
+    """Estimate the mean, or another statistic that takes `axis`, with its bootstrap interval."""
     array = np.asarray(values, np.float64)
-    draws = np.random.default_rng(0).integers(len(array), size=(protocol.RESAMPLES, len(array)))
-    tail = (1 - protocol.CONFIDENCE) / 2
-    low, high = np.quantile(statistic(array[draws], axis=1), (tail, 1 - tail))
-    return Estimate(float(statistic(array, axis=0)), float(low), float(high), tuple(array.tolist()))
+    return Estimate(float(statistic(array, axis=0)), *bootstrap_interval(array, statistic), tuple(array.tolist()))
 
 
 def paired_difference(one: dict[int, float | None], other: dict[int, float | None]) -> Estimate | None:
@@ -57,8 +54,7 @@ def interval_coverage(count: int, trials: int = 2000) -> float:
     draws = rng.integers(count, size=(1000, count))  # the trials share the resamples, but their numbers are independent
     weights = np.stack([np.bincount(draw, minlength=count) for draw in draws]) / count
     means = rng.normal(size=(trials, count)) @ weights.T
-    tail = (1 - protocol.CONFIDENCE) / 2
-    low, high = np.quantile(means, (tail, 1 - tail), axis=1)
+    low, high = np.quantile(means, TAILS, axis=1)
     return float(((low <= 0) & (high >= 0)).mean())
 
 
