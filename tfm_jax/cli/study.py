@@ -14,6 +14,9 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from tfm_jax.cli import command
 from tfm_jax.config import NonEmptyPath, section
@@ -54,7 +57,7 @@ class Options:
     """Number of training seeds; they are 0, 1, ..."""
     lengths: tuple[int, ...] = FULL.lengths
     """Numbers of training steps after which to measure."""
-    learning_rate: float = FULL.learning_rate
+    learning_rate: Annotated[float, Field(gt=0)] = FULL.learning_rate
     """Learning rate of all arms."""
     batch_size: int = FULL.batch_size
     """Number of clips per step."""

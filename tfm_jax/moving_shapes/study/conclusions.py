@@ -128,8 +128,8 @@ def _chance(found: Findings) -> str:
     detected, expected = sum(e.excludes_zero for e in measured), (1 - protocol.CONFIDENCE) * len(measured)
     return (
         f"The comparisons of the other arms with {FM} are exploratory: they suggest explanations and establish "
-        f"nothing. On the deciding metrics, {detected} of their {len(measured)} intervals exclude 0; chance alone would "
-        f"give about {expected:.1f}."
+        f"nothing. On the deciding metrics, {detected} of their {len(measured)} intervals exclude 0; chance alone "
+        f"would give about {expected:.1f}."
     )
 
 

@@ -57,7 +57,8 @@ def _draw_lengths(found: Findings, file: Path) -> None:
     for row, law in zip(axes, laws, strict=True):
         for axis, metric in zip(row, metrics, strict=True):
             _draw_length_panel(axis, found, law, metric)
-    axes[0, 0].legend(fontsize=8)
+    if axes[0, 0].get_legend_handles_labels()[1]:
+        axes[0, 0].legend(fontsize=8)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 

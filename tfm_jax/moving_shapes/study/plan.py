@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tfm_jax import config as configs
 from tfm_jax.config import ObjectiveConfig, section
+from tfm_jax.config.reading import shown
 from tfm_jax.errors import InputError
 from tfm_jax.moving_shapes.scene import LAWS, ClipSpec
 from tfm_jax.moving_shapes.study import protocol
@@ -141,9 +142,9 @@ def check(study: Study) -> None:
         if getattr(size, name) < number:
             raise InputError(f"--{name}={getattr(size, name)}: expected at least {number}")
     if not size.lengths or size.lengths[0] < 1 or sorted(set(size.lengths)) != list(size.lengths):
-        raise InputError(f"--lengths={list(size.lengths)}: expected growing numbers of steps, such as [100, 300]")
+        raise InputError(f"--lengths={shown(size.lengths)}: expected growing numbers of steps, such as [100, 300]")
     if not size.laws or len(set(size.laws)) < len(size.laws):
-        raise InputError(f"--laws={list(size.laws)}: expected different laws of motion, such as [gravity, orbit]")
+        raise InputError(f"--laws={shown(size.laws)}: expected different laws of motion, such as [gravity, orbit]")
     for law in size.laws:
         if law not in LAWS:
             raise InputError(f"--laws={law}: expected one of {', '.join(LAWS)}")

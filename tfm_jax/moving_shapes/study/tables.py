@@ -189,8 +189,8 @@ the network."""
         "A larger ratio says that the network predicts frames in their true order better than permuted ones, by a "
         "larger factor: it relies more on how frames follow each other. It does not say that its videos move better, "
         "and it does not separate motion from other traits of the order; the first latent frame, for example, stands "
-        f"for one picture and each other one for four. Training on TFM's path and loss also changes the loss on ordered clips, "
-        f"which {FM} minimises, and a larger denominator makes the ratio smaller."
+        "for one picture and each other one for four. Training on TFM's path and loss also changes the loss on ordered "
+        f"clips, which {FM} minimises, and a larger denominator makes the ratio smaller."
     )
     return "\n\n".join(part for part in parts if part)
 
