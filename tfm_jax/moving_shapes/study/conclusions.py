@@ -68,7 +68,7 @@ def _summary(verdicts: dict[Cell, Verdict]) -> str:
     if kinds == {"undetected"}:
         return (
             f"The study cannot tell {TFM} from {FM}: a reader may conclude neither that {TFM} helps nor that it "
-            "makes no difference, only that the difference is not large."
+            "makes no difference."
         )
     better, worse = (sum(kind == wanted for kind in verdicts.values()) for wanted in ("better", "worse"))
     if better:
@@ -103,8 +103,11 @@ def _finetuning(found: Findings, law: str) -> str:
     cell = Cell(law, found.last)
     signs = [sign(found.difference(cell, protocol.BASELINE, protocol.BASE, m), m) for m in protocol.PRIMARY]
     start = f"On *{law}*, fine-tuning with {FM} for {found.last} steps"
+    done = found.records(cell, protocol.BASELINE).keys() & found.records(cell, protocol.BASE).keys()
+    if len(done) < found.study.size.seeds:
+        return f"{start} has not been compared with the base model with all seeds yet."
     if None in signs:
-        return f"{start} cannot be compared with the base model yet."
+        return f"{start} cannot be compared with the base model, because a metric has no finite number in some run."
     if all(s == 1 for s in signs):
         return f"{start} gives a better model than the base on both deciding metrics: the arms compare useful training."
     return (

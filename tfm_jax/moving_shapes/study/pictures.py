@@ -64,9 +64,8 @@ def _draw_lengths(found: Findings, file: Path) -> None:
 
 
 def _draw_length_panel(axis: Axes, found: Findings, law: str, metric: str) -> None:
-    for arm in found.study.arms(law):
-        if arm in protocol.FIRST_LAW_ONLY:
-            continue  # too many lines to tell apart
+    main = [arm for arm in found.study.arms(law) if arm not in protocol.FIRST_LAW_ONLY]  # more lines are hard to read
+    for shift, arm in enumerate(main):
         by_length = {
             steps: [v for v in found.by_seed(Cell(law, steps), arm, metric).values() if v is not None]
             for steps in found.study.size.lengths
@@ -74,7 +73,8 @@ def _draw_length_panel(axis: Axes, found: Findings, law: str, metric: str) -> No
         known = {steps: values for steps, values in by_length.items() if values}
         if known:
             means, spreads = ([float(of(v)) for v in known.values()] for of in (np.mean, np.std))
-            axis.errorbar(list(known), means, spreads, marker="o", capsize=3, label=arm)
+            shifted = [steps * 1.03**shift for steps in known]  # so that the bars of arms do not hide each other
+            axis.errorbar(shifted, means, spreads, marker="o", capsize=3, label=arm)
     levels = {
         "--": found.mean(Cell(law, found.last), protocol.BASE, metric),
         ":": found.results.one("real", law=law).get("generated", {}).get(metric),
