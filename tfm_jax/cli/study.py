@@ -23,7 +23,7 @@ from tfm_jax.config import NonEmptyPath, section
 from tfm_jax.errors import InputError
 from tfm_jax.files import check_output_directory
 from tfm_jax.moving_shapes.study.findings import Findings
-from tfm_jax.moving_shapes.study.pilot import pilot_table
+from tfm_jax.moving_shapes.study.pilot import pilot_section
 from tfm_jax.moving_shapes.study.plan import Size, Study, StudyRun, check, pilot_settings, settings
 from tfm_jax.moving_shapes.study.report import write_report
 from tfm_jax.moving_shapes.study.results import Results
@@ -46,7 +46,7 @@ class Options:
     docs: NonEmptyPath = Path("docs")
     """Folder to write study.md to, and study/ with results.jsonl, pilot.jsonl and the pictures."""
     pilot: bool = False
-    """Run the pilot instead of the study, and print its table. The lengths and learning rates are its own."""
+    """Run the pilot instead of the study, and print what it shows. The lengths and learning rates are its own."""
     report: bool = False
     """Only write study.md, from the results so far."""
     arms: tuple[str, ...] = FULL.arms
@@ -85,7 +85,7 @@ def execute(argv: Sequence[str]) -> None:
     study = make_study(options)
     if options.pilot:
         results = run_pilot(study)
-        print(pilot_table(study, results))
+        print(pilot_section(study, results))
         print(f"done: see {study.pilot_results}")
         return
     check(study)

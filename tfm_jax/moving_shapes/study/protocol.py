@@ -134,5 +134,5 @@ SIGMAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Noise levels at which the sensitivity to the order of frames is measured, after the longest training."""
 SENSITIVITY_LOSS = ObjectiveConfig(kind="fm")
 """The loss with which the sensitivity to the order of frames is measured, whatever the arm was trained with."""
-SENSITIVITY_CLIPS = 64
+SENSITIVITY_CLIPS = 32
 """Maximum number of held-out clips on which the sensitivity is measured."""

@@ -47,7 +47,7 @@ def run_study(study: Study) -> Results:
             worlds = {law: make_world(study, law) for law in study.size.laws}
             results.reload()
             if not results.one("power"):
-                results.add("power", differences=foresee(study, pilot))
+                _state_power(study, pilot, results)
             for law, world in worlds.items():
                 if not results.one("real", law=law):
                     results.add("real", law=law, **measure_autoencoder(study, law, world))
@@ -78,6 +78,17 @@ def _stops_early(runs: list[Run], results: Results) -> Iterator[None]:
         raise StoppedEarly(
             f"stopped: {done} of {len(runs)} runs are done; to continue, run the same command again"
         ) from None
+
+
+def _state_power(study: Study, pilot: Results, results: Results) -> None:
+    """Record and print the smallest detectable differences, before the first run."""
+    differences = foresee(study, pilot)
+    results.add("power", differences=differences)
+    if not differences:
+        print(f"note: {pilot.file} has no runs of these lengths, so no smallest detectable difference can be stated")
+    for each in differences:
+        where = f"{each['law']}, {each['steps']} steps, {each['metric']}"
+        print(f"{where}: the smallest detectable difference is {each['smallest']:.3g}", flush=True)
 
 
 def _costs(study: Study, world: World) -> dict[str, list[float]]:

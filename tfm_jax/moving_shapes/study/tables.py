@@ -58,9 +58,10 @@ def _foreseen(found: Findings, stated: bool) -> str:
     return (
         "The smallest detectable difference was computed from the pilot before the first run: it is the true "
         f"difference that {found.study.size.seeds} seeds detect with a probability of {protocol.POWER:.0%}. It takes "
-        f"the spread of the differences to be that between two runs of {FM} with different seeds. Arms that share a "
-        "seed also share prompts and noise, so the true spread may be smaller; the half width of the interval shows "
-        "the spread that was found."
+        f"the spread of the differences to be that between two runs of {FM} with different seeds, pooled over the "
+        "learning rates of the pilot. This is rough, because the pilot has few seeds; and arms that share a seed also "
+        "share prompts and noise, so the true spread may be smaller. The half width of the interval shows the spread "
+        "that was found."
     )
 
 
