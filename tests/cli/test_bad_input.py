@@ -13,7 +13,7 @@ from helpers.breaking import Place
 from helpers.tiny_world import without_arithmetic, write_world
 
 from tfm_jax.moving_shapes.pretraining import recipe
-from tfm_jax.moving_shapes.study import runs
+from tfm_jax.moving_shapes.study import clips
 from tfm_jax.train import loop
 from tfm_jax.wan.transformer import WanTransformer
 from tfm_jax.wan.vae import WanVae
@@ -43,7 +43,7 @@ def no_work(monkeypatch):
     monkeypatch.setattr(loop, "_compile", started)
     for network, method in ((WanTransformer, "__call__"), (WanVae, "encode"), (WanVae, "decode")):
         monkeypatch.setattr(network, method, started)
-    for module in (recipe, runs):
+    for module in (recipe, clips):
         monkeypatch.setattr(module, "write_clips", started)
 
 
