@@ -234,6 +234,18 @@ def test_values_that_cannot_be(file, option, message):
     assert refusal(file, option) == f"{option}: {message}"
 
 
+def test_truth_values(file):
+    """In a file and on the command line; elsewhere a field that is true is a mistake."""
+    assert not read(file).data.absolute_paths
+    for text in ("true", "false"):
+        assert read(file, f"--data.absolute_paths={text}").data.absolute_paths is (text == "true")
+        file.write_text(TEXT.replace("path: latents", f"path: latents, absolute_paths: {text}"))
+        assert read(file).data.absolute_paths is (text == "true")
+    file.write_text(TEXT)
+    expected = "--data.absolute_paths=maybe: expected true or false"
+    assert refusal(file, "--data.absolute_paths=maybe") == expected
+
+
 def test_the_same_mistakes_in_the_file(file):
     file.write_text(TEXT.replace("steps: 200", "steps: -5"))
     assert refusal(file) == f"{file}: train.steps=-5: expected at least 1"

@@ -56,14 +56,14 @@ def test_missing_file_and_unknown_type(tmp_path):
     refused(tmp_path / "none.mp4", "no such file")
     (tmp_path / "folder.mp4").mkdir()
     refused(tmp_path / "folder.mp4", "no such file")
-    (tmp_path / "a.avi").write_bytes(b"RIFF")
-    refused(tmp_path / "a.avi", r"unknown file type; expected one of \.mp4")
+    (tmp_path / "a.gif").write_bytes(b"GIF89a")
+    refused(tmp_path / "a.gif", r"unknown file type; expected one of \.mp4")
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"hello\n", b"#EXTM3U\n#EXTINF:1\nfile:///etc/passwd\n", b"ffconcat version 1.0"]
 )
-@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "wmv", "flv"])
 def test_not_a_video(tmp_path, content, suffix):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
@@ -89,6 +89,27 @@ def test_truncated(tmp_path, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     refused(path, "expected")
+
+
+@pytest.mark.parametrize(("suffix", "container", "codec"), [("avi", "avi", "mpeg4"), ("wmv", "asf", "wmv2")])
+def test_old_containers_cut(tmp_path, suffix, container, codec):
+    cut_everywhere(encode(tmp_path / f"a.{suffix}", smooth_clip(), container=container, codec=codec), 500)
+
+
+def test_flv_cut(tmp_path, capfd):
+    """The demuxer looks for the duration at the end and follows what it finds there, even before the file's start."""
+    cut_everywhere(encode(tmp_path / "a.flv", smooth_clip(), container="flv", codec="flv"), 499)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def cut_everywhere(path: Path, stride: int) -> None:
+    """Cut a file of 17 frames at many places in its first half, where frames are missing."""
+    content = path.read_bytes()
+    for length in range(0, len(content) // 2, stride):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match="expected") as caught:
+            read_clip(path, 17, 64, 96, FPS)
+        assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_damaged_data(tmp_path):

@@ -10,17 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.clips import encode
 from helpers.configured import configured
-from helpers.fuzzing import JUNK, TEXT, damaged_bytes, damaged_json, damaged_text
+from helpers.fuzzing import DEEP, JUNK, TEXT, damaged_bytes, damaged_json, damaged_text
 from helpers.paths import ROOT, WAN_TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import save
 
 from tfm_jax import config, video
@@ -74,6 +75,30 @@ def metadata(data: st.DataObject, folder: Path) -> None:
     fresh(folder / "metadata.csv", content)
     for row in refused(partial(read_metadata, folder)) or []:
         assert row.path.resolve().is_relative_to(folder.resolve())
+
+
+def metadata_lists(data: st.DataObject, folder: Path) -> None:
+    """JSON, JSONL, ShareGPT4Video and pairs. What is accepted is a file that exists and text that can be stored."""
+    fresh(folder / "0.mp4", "")
+    row = {"video": "0.mp4", "prompt": "a disc"}
+    caption = {"idx": "-1", "content": "a disc"}
+    annotation = {"video_path": "0.mp4", "video_id": "0", "captions": [{**caption, "idx": "0"}, caption]}
+    kind = data.draw(st.sampled_from(["list.json", "list.jsonl", "sharegpt4video_40k.jsonl", "0.txt"]))
+    if kind == "list.json":
+        damaged = damaged_json([row, {**row, "prompt": "猫"}])
+    else:
+        some = damaged_json(annotation if kind.startswith("share") else row)
+        damaged = st.lists(some | TEXT | st.sampled_from(["\r", "\ufeff", DEEP]), max_size=4).map("\n".join)
+    content = data.draw(damaged | damaged.flatmap(lambda text: damaged_bytes(text.encode("utf-8", "replace"))))
+    for name in ("0.txt", "sharegpt4video_40k.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    file = fresh(folder / kind, content)
+    anywhere = data.draw(st.booleans())
+    source = folder if kind == "0.txt" else file
+    for clip in refused(partial(read_metadata, source, anywhere)) or []:
+        assert clip.path.is_file()
+        assert clip.path.resolve().is_relative_to(folder.resolve()) or (anywhere and clip.video.startswith("/"))
+        assert f"{clip.video}{clip.prompt}".encode()
 
 
 def prompts(data: st.DataObject, folder: Path) -> None:
@@ -253,28 +278,42 @@ def tokenizer(data: st.DataObject, folder: Path) -> None:
 # --- Clips, prepared data and checkpoints ----------------------------------------------------------------------------
 
 
+CODECS = {"mp4": "", "mkv": "matroska libx264", "avi": "avi mpeg4", "wmv": "asf wmv2", "flv": "flv flv"}
+"""File suffix -> container and codec; `write_clip` writes mp4 files."""
+
+
+def sound_clip(folder: Path, suffix: str) -> bytes:
+    """Return a valid video of 5 frames of 16 x 16 pixels."""
+    file = folder / f"sound.{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    if not file.exists() and suffix == "mp4":
+        video.write_clip(file, pixels, 16)
+    elif not file.exists():
+        container, codec = CODECS[suffix].split()
+        encode(file, pixels, container=container, codec=codec)
+    return file.read_bytes()
+
+
 def clip(data: st.DataObject, folder: Path) -> None:
-    kind = data.draw(st.sampled_from(["mp4", "mkv"]))
-    original = folder / f"sound.{kind}"
-    if not original.exists():
-        write_clip(original, np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8))
-    sound = original.read_bytes()
+    kind = data.draw(st.sampled_from(list(CODECS)))
+    sound = sound_clip(folder, kind)
     file = fresh(folder / f"clip.{kind}", data.draw(damaged_bytes(sound) | damaged_bytes(sound, 600)))
     found = refused(lambda: video.read_clip(file, 5, 16, 16, 16))
     assert found is None or found.shape == (5, 16, 16, 3)
 
 
-def write_clip(file: Path, pixels: np.ndarray) -> None:
-    """Write pixels in the container that the suffix names."""
-    mp4 = file.with_suffix(".mp4")
-    video.write_clip(mp4, pixels, 16)
-    if file != mp4:
-        with av.open(mp4) as source, av.open(file, "w", format="matroska") as target:
-            stream = target.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    target.mux(packet)
+def image(data: st.DataObject, folder: Path) -> None:
+    kind = data.draw(st.sampled_from(["png", "jpg", "webp"]))
+    original = folder / f"sound.{kind}"
+    if not original.exists():
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(original, exif=exif)
+    sound = original.read_bytes()
+    file = fresh(folder / f"image.{kind}", data.draw(damaged_bytes(sound) | damaged_bytes(sound, 100)))
+    found = refused(lambda: video.read_clip(file, 1, 16, 16, 16))
+    assert found is None or found.shape == (1, 16, 16, 3)
 
 
 def records(data: st.DataObject, folder: Path) -> None:
@@ -320,9 +359,9 @@ def checkpoint(data: st.DataObject, folder: Path) -> None:
 
 
 QUICK: dict[Fuzz, int] = {
-    metadata: 400, prompts: 100, configuration_text: 200, configuration_values: 150, arguments: 200,
-    lora_bytes: 200, lora_header: 300, lora_tensors: 200, lora_metadata: 200, index: 150, pth: 200,
-    architecture: 200, tokenizer: 100, clip: 500, records: 60, checkpoint: 60,
+    metadata: 400, metadata_lists: 400, prompts: 100, configuration_text: 200, configuration_values: 150,
+    arguments: 200, lora_bytes: 200, lora_header: 300, lora_tensors: 200, lora_metadata: 200, index: 150, pth: 200,
+    architecture: 200, tokenizer: 100, clip: 800, image: 300, records: 60, checkpoint: 60,
 }  # fmt: skip
 """Function -> number of cases in `make test`."""
 
@@ -344,11 +383,11 @@ def test_many_cases(target: Fuzz, tmp_path):
     fuzz(target, tmp_path, 15 * QUICK[target])
 
 
-def test_a_clip_cut_at_every_length(tmp_path):
-    for kind in ("mp4", "mkv"):
-        write_clip(tmp_path / f"sound.{kind}", np.zeros((5, 16, 16, 3), np.uint8))
-        sound = (tmp_path / f"sound.{kind}").read_bytes()
-        for length in range(len(sound)):
-            file = fresh(tmp_path / f"clip.{kind}", sound[:length])
-            found = refused(partial(video.read_clip, file, 5, 16, 16, 16))
-            assert found is None or found.shape == (5, 16, 16, 3), (kind, length)
+@pytest.mark.parametrize("kind", CODECS)
+def test_a_clip_cut_at_every_length(tmp_path, kind):
+    sound = sound_clip(tmp_path, kind)
+    stride = 1 if kind in ("mp4", "mkv") else 7
+    for length in range(0, len(sound), stride):
+        file = fresh(tmp_path / f"clip.{kind}", sound[:length])
+        found = refused(partial(video.read_clip, file, 5, 16, 16, 16))
+        assert found is None or found.shape == (5, 16, 16, 3), length

@@ -126,6 +126,26 @@ def test_other_containers(tmp_path, suffix, container, codec):
     assert which(read_clip(path, 33, 64, 64, FPS)) == list(range(33))
 
 
+@pytest.mark.parametrize("frames", [33, 2, 1])
+@pytest.mark.parametrize(
+    ("suffix", "container", "codec", "pix_fmt", "b_frames"),
+    [
+        ("avi", "avi", "mpeg4", "yuv420p", 0),
+        ("avi", "avi", "mpeg4", "yuv420p", 2),
+        ("avi", "avi", "libx264", "yuv420p", 2),
+        ("AVI", "avi", "mjpeg", "yuvj420p", 0),
+        ("wmv", "asf", "wmv2", "yuv420p", 0),
+        ("flv", "flv", "flv", "yuv420p", 0),
+        ("flv", "flv", "libx264", "yuv420p", 2),
+    ],
+)
+def test_old_containers(tmp_path, suffix, container, codec, pix_fmt, b_frames, frames):
+    """AVI stores no presentation times, although B-frames are shown in another order than they are decoded."""
+    options = {"container": container, "codec": codec, "pix_fmt": pix_fmt, "b_frames": b_frames}
+    path = encode(tmp_path / f"a.{suffix}", grey_clip(frames), **options)
+    assert which(read_clip(path, frames, 64, 64, FPS)) == list(range(frames))
+
+
 @pytest.mark.parametrize(
     ("fps", "frames", "expected"),
     [(16, 17, list(range(17))), (8, 9, list(range(0, 18, 2))), (4, 5, list(range(0, 17, 4))), (24, 5, [0, 0, 1, 2, 2])],

@@ -1,9 +1,11 @@
-"""Video files: read the pixels of a clip, write a clip, and show several clips in one picture.
+"""Clips: read the pixels of a video or image, write a video, and show several clips in one picture.
 
 We open every file ourselves and give the decoder a stream and the container format. A name such as `concat:...` or a
 playlist with the suffix `.mp4` therefore cannot make the decoder open another file.
 """
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -18,11 +20,18 @@ from av.video.reformatter import Interpolation
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from tfm_jax import images
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
 
-CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska"}
+CONTAINERS = {
+    ".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska",
+    ".avi": "avi", ".wmv": "asf", ".flv": "flv",
+}  # fmt: skip
 """File suffix -> name of the demuxer."""
+
+DECODING_TIMES_ONLY = {"avi", "asf"}
+"""Demuxers of containers that do not store when a frame is shown, only when it is decoded."""
 
 MAX_FRAME_PIXELS = 8192 * 4320
 """Frames are decoded one by one, so this bounds the memory that a tiny file can request."""
@@ -50,19 +59,27 @@ def read_clip(path: Path, frames: int, height: int, width: int, fps: float | int
 
     The crop keeps the centre. Scaling keeps the aspect ratio of the displayed picture; pixels need not be square.
 
+    An image is a clip of one frame.
+
     Raises:
-        InputError: the file does not exist, is not a video, is damaged, is too short for `frames`, or has frames of
-            more than `MAX_FRAME_PIXELS` pixels.
+        InputError: the file does not exist, is not a video or image, is damaged, is too short for `frames`, or has
+            frames of more than `MAX_FRAME_PIXELS` pixels.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a video")
-    if path.suffix.lower() not in CONTAINERS:
-        raise InputError(f"{path}: unknown file type; expected one of {', '.join(CONTAINERS)}")
+        raise InputError(f"{path}: no such file; expected a video or image")
+    suffix = path.suffix.lower()
+    if suffix in images.SUFFIXES:
+        return _read_image(path, frames, height, width)
+    if suffix not in CONTAINERS:
+        raise InputError(f"{path}: unknown file type; expected one of {', '.join((*CONTAINERS, *images.SUFFIXES))}")
     times = [i / Fraction(fps) for i in range(frames)]
     try:
-        with path.open("rb") as file, _open(file, CONTAINERS[path.suffix.lower()]) as container:
+        with path.open("rb") as file, _open(file, CONTAINERS[suffix]) as container:
             stream = _video_stream(container, path)
-            shown = _frames_at(times, container.decode(stream), path)
+            decoded = container.decode(stream)
+            if CONTAINERS[suffix] in DECODING_TIMES_ONLY:
+                decoded = _with_times(decoded)
+            shown = _frames_at(times, decoded, path)
             aspect = stream.sample_aspect_ratio or Fraction(1)
             return np.stack([_fit(frame, height, width, aspect, path) for frame in shown])
     except (FFmpegError, OSError) as error:
@@ -149,9 +166,25 @@ def _cut(label: str, width: int, font: Any) -> str:
     return f"{text}..."
 
 
+class _Seekable:
+    """An open file for PyAV, which prints a traceback if `seek` raises: a damaged file may lead before its start."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.read, self.tell = file.read, file.tell
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):
+            return -errno.EINVAL
+
+
 def _open(file: BinaryIO, demuxer: str) -> InputContainer:
     # Opening decodes a frame if the header is incomplete, so the limit is needed here too.
-    return av.open(file, "r", format=demuxer, metadata_errors="ignore", options={"max_pixels": str(MAX_FRAME_PIXELS)})
+    return av.open(
+        _Seekable(file), "r", format=demuxer, metadata_errors="ignore", options={"max_pixels": str(MAX_FRAME_PIXELS)}
+    )
 
 
 def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
@@ -168,6 +201,25 @@ def _video_stream(container: InputContainer, path: Path) -> av.VideoStream:
     context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a frame may be larger than the header claims
     stream.thread_type = "NONE"  # with threads, the decoder conceals damage and does not mark the frame
     return stream
+
+
+def _read_image(path: Path, frames: int, height: int, width: int) -> UInt8[np.ndarray, "t y x 3"]:
+    if frames != 1:
+        raise InputError(f"{path}: is an image, which has one frame; expected {frames}")
+    return images.scale_and_crop(images.read_image(path, MAX_FRAME_PIXELS), height, width, Fraction(1))[None]
+
+
+def _with_times(decoded: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Set when each frame is shown, for containers that store only when frames are decoded.
+
+    Decoders return frames in the order in which they are shown, each with the time of the data that was decoded last.
+    This is late by the same delay for every frame. The last frames come without new data and have no such time.
+    """
+    last = gap = 0
+    for frame in decoded:
+        frame.pts = last + (frame.duration or gap) if frame.dts is None else frame.dts
+        last, gap = frame.pts, frame.pts - last
+        yield frame
 
 
 def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path: Path) -> Iterator[av.VideoFrame]:
@@ -192,7 +244,7 @@ def _frames_at(times: Sequence[Fraction], decoded: Iterator[av.VideoFrame], path
     if shown is None:
         raise InputError(f"{path}: no frame could be decoded; expected a video")
     end = moment + (lasts or gap)
-    while pending and pending[-1] + CLOCK_TOLERANCE < end:
+    while pending and (pending[-1] + CLOCK_TOLERANCE < end or pending[-1] <= moment):  # the duration may be unknown
         yield shown
         pending.pop()
     if pending:
@@ -207,11 +259,7 @@ def _fit(frame: av.VideoFrame, height: int, width: int, aspect: Fraction, path: 
     if swapped:
         height, width = width, height
     image = Image.fromarray(frame.to_ndarray(format="rgb24", interpolation=TO_RGB))
-    scale = max(width / (image.width * aspect), height / image.height)
-    left = max(0, (image.width - width / (scale * aspect)) / 2)
-    top = max(0, (image.height - height / scale) / 2)
-    box = (float(left), float(top), float(image.width - left), float(image.height - top))
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+    pixels = images.scale_and_crop(image, height, width, aspect)
     step_x, step_y = turn.sum(0)
     return (pixels.swapaxes(0, 1) if swapped else pixels)[::step_y, ::step_x]
 

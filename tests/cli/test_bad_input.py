@@ -5,6 +5,7 @@ from pathlib import Path
 from string import Template
 
 import pytest
+from helpers.bad_clips_table import CLIP_FILES
 from helpers.bad_data_table import DATA_FILES
 from helpers.bad_input_table import OPTIONS, Row
 from helpers.bad_models_table import MODEL_FILES
@@ -43,8 +44,8 @@ def no_work(monkeypatch):
     monkeypatch.setattr(loop, "_compile", started)
     for network, method in ((WanTransformer, "__call__"), (WanVae, "encode"), (WanVae, "decode")):
         monkeypatch.setattr(network, method, started)
-    for module in (recipe, clips):
-        monkeypatch.setattr(module, "write_clips", started)
+    monkeypatch.setattr(recipe, "draw_clips", started)
+    monkeypatch.setattr(clips, "write_clips", started)
 
 
 def files(*folders: Path) -> dict[Path, tuple | None]:
@@ -58,7 +59,7 @@ def files(*folders: Path) -> dict[Path, tuple | None]:
 
 
 @pytest.mark.parametrize(
-    "row", [*OPTIONS, *RUNS, *DATA_FILES, *MODEL_FILES], ids=lambda row: f"{row.program}: {row.wrong}"
+    "row", [*OPTIONS, *RUNS, *CLIP_FILES, *DATA_FILES, *MODEL_FILES], ids=lambda row: f"{row.program}: {row.wrong}"
 )
 def test_bad_input(row: Row, sound, tmp_path, call, monkeypatch):
     place = Place(sound, tmp_path / "tmp")

@@ -1,6 +1,7 @@
 """The programs as a user meets them: the whole chain once."""
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import virtual_devices
+from helpers.clips import smooth_clip
 from helpers.paths import ROOT
 from helpers.tiny_world import PROMPTS, Outcome, program, write_world
 from PIL import Image
@@ -145,6 +147,26 @@ def test_a_poor_environment(world, tmp_path):
     )  # fmt: skip
     assert done.stdout == "my latents: 1 clip\n", done.stderr
     assert open_records(tmp_path / "my latents")[0].prompt == PROMPTS[1]
+
+
+def test_images_are_clips_of_one_frame(call, world, tmp_path):
+    """A list of absolute paths of images: the autoencoder encodes one frame, and training takes it."""
+    rows = []
+    for number, suffix in enumerate(("png", "jpg", "webp")):
+        Image.fromarray(smooth_clip(1, seed=number)[0]).save(tmp_path / f"{number}.{suffix}")
+        rows.append({"video": f"{tmp_path}/{number}.{suffix}", "prompt": f"picture {number}"})
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [*config(world), f"--data.path={tmp_path}/latents", "--clip.frames=1"]
+    source = [f"--data.source={tmp_path}/list.jsonl", "--data.absolute_paths=true"]
+    outcome = call("prepare_data", *options, *source)
+    assert (outcome.code, outcome.out) == (0, f"{tmp_path}/latents: 3 clips\n"), outcome.err
+    assert f"{tmp_path}/list.jsonl (JSONL): 3 clips, 1 frames of 32 x 48 pixels" in outcome.err
+    records = open_records(tmp_path / "latents")
+    assert [records[n].latents.shape for n in range(3)] == [(1, 4, 6, 16)] * 3
+    assert records[2].video == f"{tmp_path}/2.webp"
+    outcome = call("train", *options, f"--train.output={tmp_path}/run", "--train.steps=1")
+    assert outcome.code == 0, outcome.err
+    assert np.isfinite(read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss"])
 
 
 PROGRAMS = {

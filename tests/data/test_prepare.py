@@ -1,5 +1,6 @@
 """Preparing clips: which are kept, which are rejected, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from helpers.records import make_records
+from PIL import Image
 
 from tfm_jax import video
 from tfm_jax.config import ClipConfig, DataConfig, ModelConfig
@@ -54,9 +56,51 @@ def test_bad_clips_are_rejected_and_the_others_are_kept(clips, capsys):
     assert f"{clips}/2.mp4: is damaged or not a video" in rejected[0]["reason"]
     assert "expected enough for 5 frames" in rejected[1]["reason"]
     said = capsys.readouterr().err
-    assert f"{clips}: 5 clips, 5 frames of 16 x 16 pixels at 16 frames a second; model weights; 1 x cpu" in said
+    assert (
+        f"{clips}/metadata.csv (CSV): 5 clips, 5 frames of 16 x 16 pixels at 16 frames a second; model weights; 1 x cpu"
+        in said
+    )
     assert f"rejected: {clips}/2.mp4: is damaged" in said
     assert len(tfds.builder_from_directory(run.data.path).as_data_source(split="train")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "origin"), [("metadata.json", {"index": 2}), ("metadata.jsonl", {"line": 3}), ("pairs", {"file": "2.txt"})]
+)
+def test_rejected_clips_of_other_lists(clips, capsys, name, origin):
+    (clips / "metadata.csv").unlink()
+    (clips / "2.mp4").write_bytes(b"not a video")
+    rows = [{"video": f"{n}.mp4", "prompt": f"prompt {n}"} for n in range(5)]
+    if name == "pairs":
+        for n in range(5):
+            (clips / f"{n}.txt").write_text(f"prompt {n}\n")
+    else:
+        (clips / name).write_text(json.dumps(rows) if name == "metadata.json" else "\n".join(map(json.dumps, rows)))
+    run = prepare_run(clips)
+    assert prepare(run) == (4, 1)
+    records = open_records(run.data.path)
+    assert [records[n].prompt for n in range(4)] == [f"prompt {n}" for n in (0, 1, 3, 4)]
+    [rejected] = map(json.loads, (run.data.path / "rejected.jsonl").read_text().splitlines())
+    assert rejected.items() >= {**origin, "video": "2.mp4"}.items()
+    assert len(rejected) == 3
+    kinds = {"metadata.json": "metadata.json (JSON)", "metadata.jsonl": "metadata.jsonl (JSONL)"}
+    listed = f"{clips}/{kinds[name]}" if name in kinds else f"{clips} (pairs of clip and text file)"
+    assert f"{listed}: 5 clips, 5 frames" in capsys.readouterr().err
+
+
+def test_images(clips):
+    """They are rejected among videos, and accepted where a clip has one frame."""
+    Image.new("RGB", (16, 16), "red").save(clips / "5.png")
+    with (clips / "metadata.csv").open("a") as table:
+        table.write("5.png,red\n")
+    run = prepare_run(clips)
+    assert prepare(run) == (5, 1)
+    reason = "5.png: is an image, which has one frame; expected 5"
+    assert reason in (run.data.path / "rejected.jsonl").read_text()
+    run = dataclasses.replace(
+        prepare_run(clips, clips.with_name("images")), clip=ClipConfig(frames=1, height=16, width=16)
+    )
+    assert prepare(run) == (6, 0)
 
 
 def test_a_clip_that_disappears_is_rejected(clips, monkeypatch):

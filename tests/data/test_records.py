@@ -103,7 +103,7 @@ def test_what_a_killed_run_left_is_replaced(tmp_path, small_shards, capsys):
     with RecordWriter(tmp_path / "latents", METADATA) as writer:
         for record in make_records(5):
             writer.write(record)
-        writer.reject("x.mp4", 7, "too short")
+        writer.reject("x.mp4", {"line": 7}, "too short")
         shutil.copytree(writer.partial, tmp_path / "killed.partial")
     written = write_records(tmp_path / "killed", 2)
     assert "killed.partial: removed the files of an unfinished run" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Ways to break the inputs of a tiny world. Most functions return a `Break`, which changes copies in a folder."""
 
+import io
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tfm_jax import video
@@ -256,6 +258,16 @@ def clip(name: str, frames: int = 5, size: tuple[int, int] = (32, 48)) -> Break:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (frames, *size, 3), np.uint8)
     return lambda place: video.write_clip(place.fresh(name), pixels, 16)
+
+
+def png(colour: tuple[int, ...]) -> bytes:
+    """Return an image of 32 x 48 pixels."""
+    file = io.BytesIO()
+    Image.new("RGBA" if len(colour) == 4 else "RGB", (48, 32), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+PNG = png((255, 0, 0))
 
 
 def sound_only(name: str) -> Break:

@@ -45,11 +45,16 @@ def encode(
     container: str = "mp4",
     pix_fmt: str = "yuv420p",
     aspect: Fraction | None = None,
+    b_frames: int = 0,
 ) -> Path:
     """Write a file with properties that `write_clip` never gives a file; `stamps` are in seconds."""
     with av.open(path, "w", format=container) as output:
         stream = output.add_stream(codec, rate=FPS)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pix_fmt
+        if codec != "libx264":  # the default of the old codecs blurs everything
+            stream.bit_rate = 8_000_000
+        if b_frames:
+            stream.codec_context.max_b_frames = b_frames
         if rotation:
             stream.set_display_rotation(rotation)
         if matrix:

@@ -153,7 +153,7 @@ def _text_dataclass(options_type: Any, values: Mapping[str, Any], from_file: boo
             copy = _text_dataclass(hint, values.get(name, {}), True)
             # Without a help text, tyro would search the source code for one, which takes most of the time of parsing.
             fields.append((name, Annotated[copy, tyro.conf.arg(name="" if name == "run" else None, help="")]))
-        elif hint is bool:
+        elif hint is bool and not from_file:  # a flag; a field of a section is set as in the file
             fields.append((name, Annotated[bool, tyro.conf.arg(help=info.description)], info.default))
         elif info.is_required() and not from_file:
             fields.append((name, _text_type(hint, info.description)))
@@ -198,7 +198,7 @@ def _unwrap(hint: Any) -> tuple[Any, list[Any]]:
     return bare_hint, notes
 
 
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", NoneType: "null"}
+_METAVARS = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", NoneType: "null"}
 
 
 def _metavar(hint: Any) -> str:

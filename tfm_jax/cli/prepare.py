@@ -2,8 +2,9 @@
 
     tfm-prepare --config wan2.1_t2v_1.3b --data.source=clips/ --data.path=latents/
 
-data.source contains the clips, and metadata.csv with the columns video and prompt. Clips that are too short or damaged
-are left out; rejected.jsonl in data.path lists them with the reason.
+data.source lists the clips and their prompts: a folder with metadata.csv, metadata.json or metadata.jsonl; such a file;
+a folder of pairs such as a.mp4 and a.txt; or ShareGPT4Video's sharegpt4video_40k.jsonl. Clips that are too short or
+damaged are left out; rejected.jsonl in data.path lists them with the reason.
 """
 
 from collections.abc import Sequence

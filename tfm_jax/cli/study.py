@@ -31,7 +31,7 @@ from tfm_jax.moving_shapes.study.runs import run_pilot, run_study
 
 SET_BY_STUDY = ("train.output", "train.steps", "train.seed", "train.batch_size", "optimizer.learning_rate",
                 "sampling.output", "sampling.prompts", "sampling.lora", "sampling.seed", "objective.kind",
-                "data.source", "data.path")  # fmt: skip
+                "data.source", "data.absolute_paths", "data.path")  # fmt: skip
 """Fields of the configuration that the command line must not set."""
 
 FULL = Size()

@@ -135,10 +135,8 @@ def _check_names(values: dict[str, Any], file: str) -> None:
             full = f"{name}.{field}"
             if full not in _fields(Config):
                 raise InputError(f"{file}: unknown field {full}; {_nearest(full, Config)}")
-            if isinstance(value, bool):
-                raise InputError(
-                    f"{file}: {full}={str(value).lower()}: booleans are not accepted here; put text in quotes"
-                )
+            if isinstance(value, bool) and get_type_hints(sections[name])[field] is not bool:
+                raise InputError(f"{file}: {full}={shown(value)}: booleans are not accepted here; put text in quotes")
 
 
 NEAR = 0.72
@@ -167,6 +165,8 @@ _EXPECTED = {
     "less_than": "expected less than {lt:g}",
     "less_than_equal": "expected at most {le:g}",
     "finite_number": "expected a finite number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
     "int_parsing": "expected a whole number",
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
@@ -203,5 +203,7 @@ def shown(value: Any) -> str:
     """Format a value as in the file and on the command line, cut to at most 100 characters."""
     if value is None:
         return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     text = f"[{', '.join(map(shown, value))}]" if isinstance(value, list | tuple) else " ".join(str(value).split())
     return text if len(text) <= 100 else f"{text[:97]}..."

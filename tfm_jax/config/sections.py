@@ -102,7 +102,10 @@ class ClipConfig:
 @section
 class DataConfig:
     source: NonEmptyPath | None = None
-    """Folder of the clips and of metadata.csv (columns video and prompt), for tfm-prepare to read."""
+    """List of clips for tfm-prepare: a folder that contains metadata.csv, .json or .jsonl with the fields video and
+    prompt; such a file; a folder of pairs such as a.mp4 and a.txt; or ShareGPT4Video's annotations."""
+    absolute_paths: bool = False
+    """Whether the list may contain absolute paths, which may point anywhere."""
     path: NonEmptyPath
     """Folder of the latents and text embeddings, which tfm-prepare writes and tfm-train reads."""
 

@@ -1,143 +1,153 @@
-"""metadata.csv: the list of clips and their prompts."""
+"""Lists of clips and their prompts: finds the list, reads its rows and checks them."""
 
-import csv
 import os
-import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple, TextIO
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
+from tfm_jax.data import metadata_formats as formats
+from tfm_jax.data.metadata_formats import FIELD_LIMIT, Fields, Origin, Row
+from tfm_jax.data.paths import BadRow, locate
 from tfm_jax.errors import InputError
+from tfm_jax.inputs import short_repr
 
 METADATA_FILE = "metadata.csv"
+METADATA_FILES = (METADATA_FILE, "metadata.json", "metadata.jsonl", "sharegpt4video_40k.jsonl")
+"""The files in which `find_metadata` looks for the clips of a folder."""
+
+ZIP_FOLDER = "zip_folder"
+"""The folder of ShareGPT4Video's videos, beside the annotations."""
 
 PROBLEMS_SHOWN = 3
 
 
 class Clip(NamedTuple):
-    """A row of metadata.csv."""
+    """A video or image with its prompt."""
 
     path: Path
-    """The video file, which exists and is inside the folder even after links are resolved."""
+    """The file, which exists. Unless it was given as an absolute path, it is inside the folder, even after links are
+    resolved."""
     video: str
-    """The path as written in metadata.csv, relative to the folder."""
+    """The path as written in the list."""
     prompt: str
     """May be empty."""
-    line: int
-    """The line of metadata.csv on which the row starts, counted from 1."""
+    origin: Origin
+    """Where in the list the clip is given."""
 
 
-class _BadRow(Exception):
-    """A row cannot be used; the message says why, and what was expected."""
+class Metadata(NamedTuple):
+    """A list of clips."""
+
+    path: Path
+    """The file or, for pairs of files, the folder."""
+    format: str
+    """Name of the format, for messages."""
+    folder: Path
+    """Folder of the clips, to which relative paths refer."""
+    rows: Callable[[Path], Iterator[Row]]
+    """Reads the rows from `path`."""
 
 
-def read_metadata(folder: Path) -> list[Clip]:
-    """Read the rows of `folder/metadata.csv`: UTF-8, comma-separated, with columns `video` and `prompt`.
+def read_metadata(source: Path | Metadata, absolute_paths: bool = False) -> list[Clip]:
+    """Read a list of clips.
 
-    Other columns are ignored. A video may have several prompts, each in its own row.
+    A clip may have several prompts, each in its own row. Fields other than the video and the prompt are ignored.
+
+    Args:
+        source: see `find_metadata`.
+        absolute_paths: also accept absolute paths, which may point anywhere.
 
     Raises:
-        InputError: the table or some of its rows cannot be used. The message names the file, and the lines and problems
-            of the first few bad rows.
+        InputError: there is no list, or the list or some of its rows cannot be used. The message names the file, and
+            the places and problems of the first few bad rows.
     """
-    file = folder / METADATA_FILE
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; expected a table with the columns video and prompt")
+    metadata = source if isinstance(source, Metadata) else find_metadata(source)
     clips: dict[tuple[str, str], Clip] = {}
-    problems: list[tuple[int, str]] = []
+    problems: list[tuple[Origin, str]] = []
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            for line, header, row in _rows(stream, file):
-                try:
-                    clip = _clip(line, header, row, folder)
-                    same = clips.setdefault((os.path.realpath(clip.path), clip.prompt), clip)
-                    if same is not clip:
-                        raise _BadRow(f"repeats the video and prompt of line {same.line}; expected each pair once")
-                except _BadRow as problem:
-                    problems.append((line, str(problem)))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: byte {error.start} is not UTF-8; expected a UTF-8 table") from None
+        for origin, fields in metadata.rows(metadata.path):
+            try:
+                clip = _clip(origin, fields, metadata.folder, absolute_paths)
+                same = clips.setdefault((os.path.realpath(clip.path), clip.prompt), clip)
+                if same is not clip:
+                    raise BadRow(f"repeats the video and prompt of {same.origin}; expected each pair once")
+            except BadRow as problem:
+                problems.append((origin, str(problem)))
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; expected a readable table") from None
+        raise InputError(f"{metadata.path}: {error.strerror}; expected a readable list of clips") from None
     if problems:
-        raise InputError(_report(file, problems))
+        raise InputError(_report(metadata.path, problems))
     if not clips:
-        raise InputError(f"{file}: no rows; expected a row for every clip")
+        raise InputError(f"{metadata.path}: no rows; expected a row for every clip")
     return list(clips.values())
 
 
-def _report(file: Path, problems: list[tuple[int, str]]) -> str:
+def find_metadata(source: Path) -> Metadata:
+    """Find the list of clips.
+
+    Args:
+        source: a file that lists clips (.csv, .json or .jsonl), or the folder of a file in `METADATA_FILES`. A folder
+            without such a file may contain pairs of a clip and a text file, such as a.mp4 and a.txt.
+
+    Raises:
+        InputError: there is no such file or folder, or the folder contains no list of clips, or several.
+    """
+    try:
+        if not source.is_dir():
+            return _open(source)
+        found = [name for name in METADATA_FILES if os.path.lexists(source / name)]
+        if len(found) > 1:
+            choice = f"expected one of them; to choose, give the file itself, such as {source / found[0]}"
+            raise InputError(f"{source}: contains {' and '.join(found)}; {choice}")
+        if found:
+            return _open(source / found[0])
+        if any((source / text).is_file() for text in formats.find_pairs(source).values()):
+            return Metadata(source, "pairs of clip and text file", source, formats.read_pairs)
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror}; expected a folder of clips") from None
+    names = f"{', '.join(METADATA_FILES[:-1])} or {METADATA_FILES[-1]}"
+    raise InputError(f"{source}: lists no clips; expected {names}, or pairs of files such as a.mp4 and a.txt")
+
+
+def _open(file: Path) -> Metadata:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; expected a list of clips and their prompts, or the folder of one")
+    suffix, folder = file.suffix.lower(), file.parent
+    if suffix == ".csv":
+        return Metadata(file, "CSV", folder, formats.read_csv)
+    if suffix == ".json":
+        return Metadata(file, "JSON", folder, formats.read_json)
+    if suffix == ".jsonl" and formats.is_sharegpt4video(file):
+        videos = folder / ZIP_FOLDER
+        return Metadata(file, "ShareGPT4Video", videos if videos.is_dir() else folder, formats.read_sharegpt4video)
+    if suffix == ".jsonl":
+        return Metadata(file, "JSONL", folder, formats.read_jsonl)
+    raise InputError(f"{file}: unknown file type; expected a folder or a file of type .csv, .json or .jsonl")
+
+
+def _clip(origin: Origin, fields: Fields | BadRow, folder: Path, absolute_paths: bool) -> Clip:
+    if isinstance(fields, BadRow):
+        raise fields
+    for name, value in fields._asdict().items():
+        if len(value) > FIELD_LIMIT:
+            raise BadRow(f"{name} has {len(value):,} characters; expected at most {FIELD_LIMIT:,}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair; a file name may be any bytes
+            text = short_repr(value[error.start : error.end])
+            raise BadRow(f"{name} contains {text}, which is not Unicode; expected Unicode text") from None
+    try:
+        return Clip(locate(fields.video, folder, absolute_paths), fields.video, fields.prompt, origin)
+    except BadRow as problem:
+        raise BadRow(f"video={short_repr(fields.video)}: {problem}") from None
+
+
+def _report(path: Path, problems: list[tuple[Origin, str]]) -> str:
     if len(problems) == 1:
-        [(line, problem)] = problems
-        return f"{file}:{line}: {problem}"
-    shown = [f"line {line}: {problem}" for line, problem in problems[:PROBLEMS_SHOWN]]
+        [(origin, problem)] = problems
+        place = f"{path}:{origin.value}" if origin.kind == "line" else f"{path}: {origin}"
+        return f"{place}: {problem}"
+    shown = [f"{origin}: {problem}" for origin, problem in problems[:PROBLEMS_SHOWN]]
     if len(problems) > PROBLEMS_SHOWN:
         shown.append(f"and {len(problems) - PROBLEMS_SHOWN} more")
-    return f"{file}: {len(problems)} bad rows; {'; '.join(shown)}"
-
-
-def _rows(stream: TextIO, file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Yield the number of the first line, the column names and the fields of every row. Skip blank lines."""
-    reader = csv.reader(stream, strict=True)  # limits a field to 131072 characters
-    header: list[str] = []
-    line = 1
-    try:
-        for row in reader:
-            if not header:
-                header = row
-                _check_header(header, file)
-            elif row:
-                yield line, header, row
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{file}:{line}: {error}; expected comma-separated values") from None
-
-
-def _check_header(header: list[str], file: Path) -> None:
-    for name in ("video", "prompt"):
-        if header.count(name) != 1:
-            found = f"{header.count(name)} columns {name!r} among {', '.join(map(_quote, header)) or 'none'}"
-            raise InputError(f"{file}:1: {found}; expected one, in a header such as video,prompt")
-
-
-def _clip(line: int, header: list[str], row: list[str], folder: Path) -> Clip:
-    if len(row) != len(header):
-        expected = f"expected {len(header)} as in the header (quote a prompt that contains commas)"
-        raise _BadRow(f"{len(row)} field{'s' if len(row) > 1 else ''}; {expected}")
-    fields = dict(zip(header, row, strict=True))
-    video = fields["video"]
-    try:
-        return Clip(_locate(video, folder), video, fields["prompt"], line)
-    except _BadRow as problem:
-        raise _BadRow(f"video={_quote(video)}: {problem}") from None
-
-
-def _locate(video: str, folder: Path) -> Path:
-    """Return the path of a video, which must be a file inside the folder."""
-    relative = "expected a path relative to the folder of metadata.csv"
-    if not video.strip():
-        raise _BadRow(f"is empty; {relative}")
-    if "\0" in video:
-        raise _BadRow(f"contains a NUL character; {relative}")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", video):
-        raise _BadRow("is a URL; expected a file in the folder of metadata.csv; download it first")
-    if PurePosixPath(video).is_absolute() or PureWindowsPath(video).is_absolute():
-        raise _BadRow(f"is an absolute path; {relative}")
-    path = folder / video
-    root = os.path.realpath(folder)
-    try:
-        # Path.resolve raises RuntimeError on circular links; realpath does not.
-        inside = Path(os.path.realpath(path)).is_relative_to(root)
-        if ".." in PurePosixPath(video).parts or not inside:
-            raise _BadRow(f"is outside the folder; {relative}")
-        if not path.is_file():
-            raise _BadRow(f"no such file; expected a video in {folder}")
-    except OSError as error:  # such as a name that is too long
-        raise _BadRow(f"{error.strerror}; {relative}") from None
-    return path
-
-
-def _quote(value: str) -> str:
-    """Return a value in quotes, on one line of at most 100 characters."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:96]}...'"
+    return f"{path}: {len(problems)} bad rows; {'; '.join(shown)}"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tfm_jax import config as configs
 from tfm_jax import console, video
 from tfm_jax.config import section
-from tfm_jax.data.metadata import Clip, read_metadata
+from tfm_jax.data.metadata import Clip, Metadata, find_metadata, read_metadata
 from tfm_jax.data.records import Record, RecordWriter
 from tfm_jax.errors import InputError
 from tfm_jax.wan import load_text_encoder, load_tokenizer, load_vae
@@ -29,43 +29,45 @@ class PrepareRun:
 
 
 class Prepared(NamedTuple):
-    """How many clips of metadata.csv were written, and how many were rejected."""
+    """How many of the listed clips were written, and how many were rejected."""
 
     written: int
     rejected: int
 
 
 def prepare(run: PrepareRun) -> Prepared:
-    """Encode the clips listed in metadata.csv and write `run.data.path`, completely or not at all.
+    """Encode the clips that `run.data.source` lists and write `run.data.path`, completely or not at all.
 
     A clip that cannot be used, such as one that is too short or damaged, is listed with the reason in rejected.jsonl in
     that folder.
 
     Raises:
-        InputError: `run.data.source` is missing, metadata.csv or the model is not as expected, the output folder is not
-            empty, or no clip can be used.
+        InputError: `run.data.source` is missing, the list of clips or the model is not as expected, the output folder
+            is not empty, or no clip can be used.
     """
     if run.data.source is None:
-        raise InputError("data.source is missing; expected the folder that contains metadata.csv and the clips")
-    rows = read_metadata(run.data.source)
+        raise InputError("data.source is missing; expected a list of clips, or a folder that contains metadata.csv")
+    listed = find_metadata(run.data.source)
+    rows = read_metadata(listed, run.data.absolute_paths)
     values = configs.plain(run)
     metadata = {"model": values["model"]["path"], **values["clip"]}
     with RecordWriter(run.data.path, metadata) as writer:
-        _announce(run, len(rows))
+        _announce(run, listed, len(rows))
         encode = _encoder(run.model)
         return _write(rows, run.clip, encode, writer)
 
 
-def _announce(run: PrepareRun, count: int) -> None:
+def _announce(run: PrepareRun, listed: Metadata, count: int) -> None:
     clip = run.clip
     size = f"{clip.frames} frames of {clip.height} x {clip.width} pixels at {clip.fps:g} frames a second"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    console.log(f"{run.data.source}: {count} clip{'s' if count > 1 else ''}, {size}; model {run.model.path}; {devices}")
+    clips = f"{listed.path} ({listed.format}): {count} clip{'s' if count > 1 else ''}"
+    console.log(f"{clips}, {size}; model {run.model.path}; {devices}")
 
 
 def _encoder(model: configs.ModelConfig) -> Callable[[Clip, np.ndarray], Record]:
-    """Load the encoders, and return a function that encodes a row of metadata.csv and its pixels (`[t, y, x, 3]` uint8)
-    into a record."""
+    """Load the encoders, and return a function that encodes a clip and its pixels (`[t, y, x, 3]` uint8) into a
+    record."""
     console.log("loading the text encoder and the autoencoder")
     tokenizer = load_tokenizer(model.path)
     text_encoder = load_text_encoder(model.path, model.dtype)
@@ -89,7 +91,7 @@ def _write(
             pixels = video.read_clip(row.path, clip.frames, clip.height, clip.width, clip.fps)
         except InputError as error:
             rejected.append(str(error))
-            writer.reject(row.video, row.line, str(error))
+            writer.reject(row.video, {row.origin.kind: row.origin.value}, str(error))
             tqdm.write(f"rejected: {error}", file=sys.stderr)
             continue
         if (pixels[1:] == pixels[:-1]).all(axis=(1, 2, 3)).any():

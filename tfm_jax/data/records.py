@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ class Record(NamedTuple):
     """Embedding of the prompt, one row per token, without padding."""
     prompt: str
     video: str
-    """Path of the video file as written in metadata.csv."""
+    """Path of the video or image as written in the list of clips."""
 
 
 class RecordWriter:
@@ -111,15 +111,15 @@ class RecordWriter:
         self._writer.add_examples({SPLIT: [record._asdict()]})
         self._fingerprints.append(_fingerprint(record))
 
-    def reject(self, video: str, line: int, reason: str) -> None:
+    def reject(self, video: str, origin: Mapping[str, int | str], reason: str) -> None:
         """Add a clip that cannot be used to rejected.jsonl.
 
         Args:
-            video: path of the clip as written in metadata.csv.
-            line: line of metadata.csv on which the row of the clip starts, counted from 1.
+            video: path of the clip as written in the list of clips.
+            origin: where in the list the clip is given, such as `{"line": 7}`.
         """
         with open(self.partial / REJECTED, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"line": line, "video": video, "reason": reason}, ensure_ascii=False) + "\n")
+            stream.write(json.dumps({**origin, "video": video, "reason": reason}, ensure_ascii=False) + "\n")
 
     def _start(self, first: Record) -> tfds.core.SequentialWriter:
         version = tfds.core.Version("1.0.0")

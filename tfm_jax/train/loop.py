@@ -193,9 +193,10 @@ def _check_widths(records: Records, model: WanTransformer, run: TrainRun) -> Non
 
 
 def _config_dict(run: TrainRun) -> dict[str, dict[str, Any]]:
-    """Return the configuration that is saved: nested dictionaries, without `data.source`, which training ignores."""
+    """Return the configuration that is saved: nested dictionaries, without the fields that only tfm-prepare uses."""
     values = configs.plain(run)
-    del values["data"]["source"]
+    for name in ("source", "absolute_paths"):
+        del values["data"][name]
     return values
 
 

@@ -44,7 +44,7 @@ def find_captioned_clips(folder: Path, prompts: Path | None, minimum: int) -> li
         raise InputError(f"{folder}: no such folder; expected a folder of mp4 files")
     captions: list[str] | list[None]
     if prompts is None and (folder / METADATA_FILE).exists():
-        rows = read_metadata(folder)
+        rows = read_metadata(folder / METADATA_FILE)
         files, captions = [row.path for row in rows], [row.prompt for row in rows]
     else:
         files = video.find_clips(folder)
