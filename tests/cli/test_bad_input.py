@@ -14,7 +14,7 @@ from helpers.breaking import Place
 from helpers.tiny_world import without_arithmetic, write_world
 
 from tfm_jax.moving_shapes.pretraining import recipe
-from tfm_jax.moving_shapes.study import runs
+from tfm_jax.moving_shapes.study import clips
 from tfm_jax.train import loop
 from tfm_jax.wan.transformer import WanTransformer
 from tfm_jax.wan.vae import WanVae
@@ -45,7 +45,7 @@ def no_work(monkeypatch):
     for network, method in ((WanTransformer, "__call__"), (WanVae, "encode"), (WanVae, "decode")):
         monkeypatch.setattr(network, method, started)
     monkeypatch.setattr(recipe, "draw_clips", started)
-    monkeypatch.setattr(runs, "write_clips", started)
+    monkeypatch.setattr(clips, "write_clips", started)
 
 
 def files(*folders: Path) -> dict[Path, tuple | None]:

@@ -18,7 +18,8 @@ from tfm_jax.moving_shapes.captions import write_caption
 from tfm_jax.moving_shapes.evaluation import metrics
 from tfm_jax.moving_shapes.evaluation.clip_metrics import measure_clip
 from tfm_jax.moving_shapes.evaluation.folders import find_captioned_clips
-from tfm_jax.moving_shapes.evaluation.report import ClipCounts, format_table
+from tfm_jax.moving_shapes.evaluation.intervals import DIFFERENCE, METRICS, measure_intervals
+from tfm_jax.moving_shapes.evaluation.report import ClipCounts, format_intervals, format_table, to_json
 from tfm_jax.moving_shapes.evaluation.set_metrics import compare
 from tfm_jax.moving_shapes.scene import LAWS, Scene
 from tfm_jax.moving_shapes.world import make_scene, write_clips
@@ -99,7 +100,7 @@ def test_noise_and_blur_do_not_count_as_motion(table, name):
         assert values[share] == 1
     assert values["speed"] == pytest.approx(clean["speed"], rel=0.02)
     assert values["frechet"] == pytest.approx(clean["frechet"], rel=0.1)
-    assert values["wasserstein"] > 2 * clean["wasserstein"]
+    assert values["wasserstein"] > 1.5 * clean["wasserstein"]
 
 
 def test_objects_that_do_not_persist_are_noticed(table):
@@ -188,6 +189,72 @@ def test_wasserstein_against_sorted_samples():
     assert metrics.wasserstein(*counts) == pytest.approx(stats.wasserstein_distance(*changes))
 
 
+# --- Intervals -------------------------------------------------------------------------------------------------------
+
+
+def clips_with(reference: list, **values) -> list:
+    """Clips with the given metrics, and with the others of real clips."""
+    rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    return [reference[0]._replace(**row) for row in rows]
+
+
+def resampled(values: np.ndarray) -> np.ndarray:
+    """An independent bootstrap: 20,000 resamples of the rows, from other random numbers."""
+    return values[np.random.default_rng(99).integers(len(values), size=(20_000, len(values)))]
+
+
+@pytest.fixture(scope="module")
+def two_sets(reference) -> dict[str, list]:
+    rng = np.random.default_rng(4)
+    base = rng.uniform(2, 8, 24)
+    lora = base - rng.uniform(0, 2, 24)
+    right = rng.integers(0, 2, (2, 24)).astype(float)
+    return {
+        "base": clips_with(reference, residual=base, shapes=right[0]),
+        "lora": clips_with(reference, residual=lora, shapes=right[1]),
+    }
+
+
+@pytest.mark.parametrize(("metric", "average"), [("residual", np.median), ("shapes", np.mean)])
+def test_intervals_against_a_simple_bootstrap(two_sets, metric, average):
+    found = measure_intervals(two_sets, paired=True)[metric]
+    values = np.array([[getattr(clip, metric) for clip in clips] for clips in two_sets.values()]).T
+    averages = average(resampled(values), axis=1)
+    averages = np.c_[averages, averages[:, 1] - averages[:, 0]]
+    expected = np.quantile(averages, (0.025, 0.975), axis=0).T
+    assert list(found) == ["base", "lora", DIFFERENCE]
+    assert np.array(list(found.values())) == pytest.approx(expected, abs=0.06)
+
+
+def test_pairing_narrows_the_interval_of_the_difference(two_sets):
+    paired = measure_intervals(two_sets, paired=True)["residual"][DIFFERENCE]
+    others = {"base": two_sets["base"], "lora": two_sets["lora"][1:] + two_sets["lora"][:1]}
+    shifted = measure_intervals(others, paired=True)["residual"][DIFFERENCE]
+    assert paired.high < 0
+    assert paired.high - paired.low < 0.8 * (shifted.high - shifted.low)
+    assert DIFFERENCE not in measure_intervals(two_sets, paired=False)["residual"]
+
+
+def test_intervals_with_lost_objects(reference):
+    """A median is infinite if half of the clips lose their object; an undefined difference is unbounded."""
+    most, few = np.full(16, np.inf), np.arange(16.0)
+    most[:2], few[0] = (1.0, 2.0), np.inf
+    sets = {"base": clips_with(reference, residual=most), "lora": clips_with(reference, residual=few)}
+    intervals = measure_intervals(sets, paired=True)
+    found = intervals["residual"]
+    assert found["base"] == (np.inf, np.inf)
+    assert 3 < found["lora"].low < found["lora"].high < 15
+    assert found[DIFFERENCE] == (-np.inf, -np.inf)
+    both = measure_intervals({"a": sets["base"], "b": sets["base"]}, paired=True)["residual"]
+    assert both[DIFFERENCE] == (-np.inf, np.inf)
+    tables = {name: compare(clips, reference)[0] for name, clips in sets.items()}
+    numbers = json.loads(to_json(tables, ClipCounts(16, 32, 16), intervals))["intervals"]
+    assert list(numbers) == list(METRICS)
+    assert numbers["residual"]["base"] == numbers["residual"][DIFFERENCE] == [None, None]
+    assert numbers["residual"]["lora"] == list(found["lora"])
+    assert "inf [inf, inf]" in format_intervals(tables, intervals)
+
+
 # --- The program -----------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +294,8 @@ def test_the_program(folders, tmp_path, capsys):
     assert numbers["metrics"]["frechet"]["reference"] is None
     assert numbers["metrics"]["frechet"]["floor"] > 0
     assert numbers["thresholds"]["faithful"] == 0.5
+    assert numbers["intervals"]["faithful"] == {"samples": [1, 1]}
+    assert "less" not in printed
 
 
 def test_clips_are_sorted_by_number(tmp_path):
@@ -262,15 +331,36 @@ def test_cells_without_a_number_are_explained(reference):
 def test_folders_side_by_side(folders, tmp_path, capsys):
     shutil.copytree(folders / "samples", tmp_path / "others")
     evaluate(folders / "samples", tmp_path / "others", folders / "real", "--frames=9")
-    header, first, *_ = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    header, first, *_ = printed.splitlines()
     assert header.split() == ["samples", "others", "reference", "floor"]
     assert first.split()[-4:] == ["1", "1", "1", "0"]
+    assert "less" not in printed  # without captions, nothing says that the prompts are the same
+
+
+def test_the_difference_between_two_folders_with_the_same_prompts(folders, tmp_path, capsys):
+    shutil.copytree(folders / "samples", tmp_path / "others")
+    options = ["--frames=9", f"--prompts={folders}/prompts.txt", f"--json={tmp_path}/numbers.json"]
+    evaluate(folders / "samples", tmp_path / "others", folders / "real", *options)
+    lines = capsys.readouterr().out.splitlines()
+    title = next(line for line in lines if line.startswith("95% bootstrap intervals"))
+    assert title.split()[-5:] == ["samples", "others", "others", "less", "samples"]
+    residual = [line for line in lines if line.startswith("physics residual R")][1]
+    assert residual.endswith(" 0 [0, 0]")
+    assert all(len(line) <= 120 for line in lines)
+    intervals = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))["intervals"]
+    assert list(intervals) == list(METRICS)
+    assert all(list(found) == ["samples", "others", "difference"] for found in intervals.values())
+    assert intervals["residual"]["difference"] == [0, 0]
+    low, high = intervals["residual"]["samples"]
+    assert 0 < low < high < 0.5
 
 
 def test_without_captions(folders, tmp_path, capsys):
     evaluate(folders / "samples", folders / "real", "--frames=9", f"--json={tmp_path}/numbers.json")
     found = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))["metrics"]
     assert found["colours"]["samples"] is None
+    assert capsys.readouterr().out.count("clips with the right colours") == 1  # it has no intervals
     assert found["faithful"]["samples"] == found["whole"]["samples"] == 1
 
 
@@ -305,6 +395,8 @@ def test_bad_input(folders, tmp_path, capsys):
         execute("evaluate", [str(samples)])
     assert "--reference PATH" in capsys.readouterr().err
     refused(r"samples: 2 folders have this name; expected different names", samples, samples, real, "--frames=9")
+    shutil.copytree(samples, tmp_path / "floor")
+    refused(r"floor: a folder has the name of a column of the report", tmp_path / "floor", real, "--frames=9")
     (tmp_path / "fewer").mkdir()
     for number in range(2):
         shutil.copy(samples / "000.mp4", tmp_path / "fewer" / f"{number}.mp4")

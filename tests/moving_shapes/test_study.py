@@ -1,94 +1,26 @@
-"""The study: statistics, the results file, the sentences of the report, and a small study from beginning to end."""
+"""The study: its sensitivity, results file, runs and options, and a small study from beginning to end."""
 
 import itertools
 import json
 import re
-import threading
+import shutil
+import signal
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.random_model import write_model
+from helpers.small_study import METRICS, make_small_study, small_options, write_config
 from helpers.tiny_world import execute
 from jax.tree_util import Partial
 from PIL import Image
 
-from tfm_jax.config import load
 from tfm_jax.data.metadata import read_metadata
-from tfm_jax.errors import InputError
-from tfm_jax.moving_shapes.study import protocol, report
-from tfm_jax.moving_shapes.study import results as results_module
-from tfm_jax.moving_shapes.study.conclusions import GUARDED, conclusions
-from tfm_jax.moving_shapes.study.cost import relative_cost, steps_at_equal_time
-from tfm_jax.moving_shapes.study.findings import Findings
+from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly
+from tfm_jax.moving_shapes.study import clips, protocol, runs
+from tfm_jax.moving_shapes.study.plan import Run, planned_runs
 from tfm_jax.moving_shapes.study.results import Results
-from tfm_jax.moving_shapes.study.runs import Size, Study, StudyRun, planned_runs, settings
 from tfm_jax.moving_shapes.study.sensitivity import measure_sensitivity
-from tfm_jax.moving_shapes.study.statistics import bootstrap, interval_coverage, paired_difference
-from tfm_jax.moving_shapes.world import write_clips
-
-METRICS = (*GUARDED, *protocol.SECONDARY)
-
-
-# --- Statistics ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("statistic", [np.mean, np.median])
-def test_bootstrap_is_over_all_resamples(statistic):
-    values = [0.3, -1.0, 2.0, 0.9]
-    every = [statistic(draw) for draw in itertools.product(values, repeat=4)]
-    low, high = np.quantile(every, (0.025, 0.975))
-    found = bootstrap(values, statistic)
-    assert found.value == pytest.approx(statistic(values))
-    assert (found.low, found.high) == (pytest.approx(low, abs=0.05), pytest.approx(high, abs=0.05))
-    assert found == bootstrap(values, statistic)
-    assert found.values == tuple(values)
-
-
-def test_intervals_that_exclude_zero():
-    assert bootstrap([0.1, 0.2, 0.3]).excludes_zero
-    assert bootstrap([-0.1, -0.2, -0.3]).excludes_zero
-    assert not bootstrap([-0.1, 0.2, 0.1]).excludes_zero
-    assert not bootstrap([0.0, 0.0, 0.0]).excludes_zero
-
-
-def test_pairing_removes_what_seeds_share():
-    seeds = {seed: 10.0 * seed for seed in range(5)}
-    better = {seed: value - 0.5 + 0.01 * seed for seed, value in seeds.items()}
-    found = paired_difference(better, seeds)
-    assert found is not None
-    assert found.value == pytest.approx(-0.48)
-    assert -0.5 <= found.low < found.high <= -0.46
-    assert found.excludes_zero
-    shifted = {(seed + 1) % 5: value for seed, value in better.items()}
-    assert not paired_difference(shifted, seeds).excludes_zero  # the same numbers with other partners
-
-
-def test_pairs_are_the_common_seeds_and_no_failure_is_left_out():
-    assert paired_difference({0: 1.0, 1: 2.0, 7: 9.0}, {1: 1.0, 0: 1.0, 3: 5.0}).values == (0.0, 1.0)
-    assert paired_difference({0: 1.0, 1: None}, {0: 1.0, 1: 1.0}) is None
-    assert paired_difference({0: 1.0}, {1: 1.0}) is None
-
-
-def test_intervals_over_few_seeds_are_too_short():
-    assert 0.80 < interval_coverage(5) < 0.88
-    assert 0.93 < interval_coverage(60) < 0.97
-
-
-# --- Cost ------------------------------------------------------------------------------------------------------------
-
-
-def test_cost_is_compared_within_rounds():
-    load = np.random.default_rng(0).uniform(1, 5, 30)  # load of the machine, the same for all arms of a round
-    arms = {"fm": load, "tfm": 1.25 * load, "tfm_mse": 1.03 * load, "fm_warp": load[::-1]}
-    seconds = {arm: each.tolist() for arm, each in arms.items()}
-    assert relative_cost(seconds, "tfm").value == pytest.approx(1.25)
-    assert steps_at_equal_time(seconds, "tfm", 100) == 80
-    assert steps_at_equal_time(seconds, "tfm_mse", 100) == 100  # beyond the noise, but too small to matter
-    assert steps_at_equal_time(seconds, "fm_warp", 100) == 100  # within the noise
-    assert steps_at_equal_time(seconds, "fm", 100) == 100
-
 
 # --- Order of frames -------------------------------------------------------------------------------------------------
 
@@ -131,35 +63,35 @@ def test_results_continue_after_an_incomplete_line(tmp_path):
     assert [run["arm"] for run in Results(file, settings).all("run", seed=0)] == ["fm", "tfm"]
 
 
-def test_results_that_another_process_adds_are_kept(tmp_path, monkeypatch):
-    """Even while a second process starts and finds an incomplete line."""
+def test_results_that_another_process_adds_are_kept(tmp_path):
+    """Even after a second process has started and found an incomplete line."""
     file = tmp_path / "results.jsonl"
     first = Results(file, {"weights": "abc"})
+    first.add("run", arm="base")
     with open(file, "a", encoding="utf-8") as stream:
         stream.write('{"kind": "ru')
-    read = results_module._read
-    threads = []
-
-    def read_and_be_overtaken(file):
-        records = read(file)
-        threads.append(threading.Thread(target=first.add, args=["run"], kwargs={"arm": "fm"}))
-        threads[-1].start()
-        threads[-1].join(0.2)
-        return records
-
-    monkeypatch.setattr(results_module, "_read", read_and_be_overtaken)
     second = Results(file, {"weights": "abc"})
-    monkeypatch.undo()
-    threads[0].join()
+    first.add("run", arm="fm")
     second.add("run", arm="tfm")
     second.reload()
-    assert [run["arm"] for run in second.all("run")] == ["fm", "tfm"]
+    assert [run["arm"] for run in second.all("run")] == ["base", "fm", "tfm"]
+
+
+def test_two_processes_may_start_at_once(tmp_path):
+    file = tmp_path / "results.jsonl"
+    first, second = (Results(file, {"weights": "abc"}) for _ in range(2))
+    assert not file.exists()
+    first.add("run", arm="fm")
+    second.add("run", arm="tfm")
+    assert [line["kind"] for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())] == [
+        "settings", "run", "run",
+    ]  # fmt: skip
 
 
 def test_results_of_another_study_are_refused(tmp_path):
     file = tmp_path / "results.jsonl"
-    Results(file, {"size": {"clips": 4}, "weights": "abc"})
-    with pytest.raises(InputError, match=r"a study with size\.clips=4, not 5; choose another --output"):
+    Results(file, {"size": {"clips": 4}, "weights": "abc"}).add("run", arm="fm")
+    with pytest.raises(InputError, match=r"a study with size\.clips=4, not 5; choose another --docs"):
         Results(file, {"size": {"clips": 5}, "weights": "abc"})
 
 
@@ -175,97 +107,154 @@ def test_files_that_hold_no_results_are_refused(tmp_path, content):
     assert file.read_bytes() == content
 
 
-# --- The report ------------------------------------------------------------------------------------------------------
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[str, str, int]]:
+    """Replace all work, and return the list of (law, arm, seed) that were trained."""
+    done = []
+
+    def train(run, resume):
+        assert resume
+        law, arm, name = run.train.output.parts[-3:]
+        done.append((law, arm, int(name.rpartition("seed")[2])))
+        for step in range(run.train.checkpoint_every, run.train.steps + 1, run.train.checkpoint_every):
+            (run.train.output / "checkpoints" / str(step)).mkdir(parents=True)
+
+    def export(folder, file, dialect, dtype, step):
+        assert (folder / "checkpoints" / str(step)).exists()
+        file.write_text("", encoding="utf-8")
+
+    def measure(study, world, lora, seed, folder):
+        folder.mkdir(parents=True)
+        return dict.fromkeys(METRICS, 1.0)
+
+    monkeypatch.setattr(runs, "make_world", lambda study, law: clips.World(Path("x"), [], (), Path("y"), []))
+    monkeypatch.setattr(runs, "measure_autoencoder", lambda *_: {"prompts": []})
+    monkeypatch.setattr(runs, "measure_order", lambda *_: {"ordered": [1.0] * 9, "permuted": [2.0] * 9})
+    monkeypatch.setattr(runs, "_costs", lambda study, world: {arm: [1.0] for arm in study.size.arms})
+    for name, function in (("train", train), ("export", export), ("measure_samples", measure)):
+        monkeypatch.setattr(runs, name, function)
+    return done
+
+
+def test_runs_go_seed_by_seed_and_some_arms_are_run_on_the_first_law_only(config, tmp_path):
+    study = make_small_study(tmp_path, config, seeds=2)
+    order = [(run.seed, run.law, run.arm) for run in planned_runs(study)]
+    first = [("gravity", arm) for arm in ("base", "fm", "tfm", "tfm_mse", "tfm_rho2")]
+    second = [("orbit", arm) for arm in ("base", "fm", "tfm", "tfm_mse")]
+    assert order == [(seed, *each) for seed in (0, 1) for each in (*first, *second)]
+
+
+def test_a_run_trains_once_and_is_measured_after_every_length(config, tmp_path, trained):
+    study = make_small_study(tmp_path, config, seeds=2, lengths=(10, 15, 40))
+    results = runs.run_study(study)
+    assert len(trained) == len(set(trained)) == 14
+    lengths = [run["steps"] for run in results.all("run", law="orbit", arm="tfm", seed=1)]
+    assert lengths == [10, 15, 40]
+    assert ["sensitivity" in run for run in results.all("run", law="orbit", arm="tfm", seed=1)] == [False, False, True]
+    kept = {path.parent.parent.name for path in study.output.rglob("samples_step40")}
+    assert {path.parts[-2] for path in study.output.rglob("samples_step40")} == {"rate0.001_seed0"}
+    assert kept == {"fm", "tfm", "tfm_mse", "tfm_rho2"}
+    assert not list(study.output.rglob("checkpoints"))
+    size = study.results.stat().st_size
+    runs.run_study(study)
+    assert study.results.stat().st_size == size
+
+
+def test_the_results_are_enough_to_continue(config, tmp_path, trained, monkeypatch):
+    study = make_small_study(tmp_path / "one", config, seeds=2)
+    train = runs.train
+
+    def stop(run, resume):
+        if len(trained) == 5:
+            raise StoppedEarly("stopped by SIGINT after step 3; to continue, run the same command with --resume")
+        train(run, resume)
+
+    monkeypatch.setattr(runs, "train", stop)
+    message = r"stopped: 7 of 18 runs are done; to continue, run the same command again$"
+    with pytest.raises(StoppedEarly, match=message):
+        runs.run_study(study)
+    monkeypatch.setattr(runs, "train", train)
+    before = list(trained)
+
+    other = make_small_study(tmp_path / "other", config, seeds=2)
+    other.results.parent.mkdir(parents=True)
+    shutil.copy(study.results, other.results)
+    results = runs.run_study(other)
+    assert not set(before) & set(trained[len(before) :])  # nothing is repeated
+    assert all(run.is_done(results) for run in planned_runs(other))
+    assert len(results.all("cost")) == len(results.all("power")) == 1
+
+
+@pytest.mark.parametrize("measuring", [True, False])
+def test_signals_at_any_time_leave_a_study_that_continues(config, tmp_path, trained, monkeypatch, measuring):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    study = make_small_study(tmp_path, config, seeds=2)
+    monkeypatch.setattr(runs, "measure_order" if measuring else "make_world", interrupted)
+    with pytest.raises(StoppedEarly, match="stopped: 0 of 18 runs are done"):
+        runs.run_study(study)
+
+
+def test_a_run_that_diverges_is_measured_at_the_lengths_that_it_reached(config, tmp_path, trained, monkeypatch):
+    train = runs.train
+
+    def diverge(run, resume):
+        train(run, resume)
+        if run.train.seed == 1 and run.objective.kind == "tfm_mse":
+            shutil.rmtree(run.train.output / "checkpoints" / "30")
+            raise NonFiniteLoss("step 17: the loss is not finite")
+
+    monkeypatch.setattr(runs, "train", diverge)
+    results = runs.run_study(make_small_study(tmp_path, config, seeds=2))
+    first, second = results.all("run", law="orbit", arm="tfm_mse", seed=1)
+    assert first["metrics"]["residual"] == 1.0
+    assert (second["steps"], second["diverged"]) == (30, "step 17: the loss is not finite")
+
+
+def test_the_pilot_trains_plain_flow_matching_with_other_seeds(config, tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(protocol, "PILOT_LENGTHS", (10, 20))
+    monkeypatch.setattr(protocol, "PILOT_LEARNING_RATES", (1e-3, 1e-2))
+    study = make_small_study(tmp_path, config)
+    pilot = runs.run_pilot(study)
+    assert {arm for _, arm, _ in trained} == {"fm"}
+    assert {seed for _, _, seed in trained} == set(protocol.PILOT_SEEDS)
+    assert len(pilot.all("run", arm="fm")) == 2 * 2 * 2 * 2
+    assert not study.results.exists()
+    assert not list(study.output.rglob("samples_step*"))
+    assert len(runs.run_study(study).one("power")["differences"]) == 4  # of the length that the pilot has
+
+
+def test_prompts_are_captions_that_no_training_clip_has(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(clips, "_make_latents", lambda study, source: source)
+    monkeypatch.setattr(clips, "open_records", lambda folder: [])
+    study = make_small_study(tmp_path, config, clips=100, prompts=40, reference=4)
+    world = clips.make_world(study, "gravity")
+    prompts = world.prompts.read_text(encoding="utf-8").splitlines()
+    held_out = [clip.prompt for clip in read_metadata(study.output / "gravity" / "held_out")]
+    assert len(set(prompts)) == 40
+    assert [held_out[number] for number in world.numbers] == prompts
+    training = [clip.prompt for clip in read_metadata(study.output / "gravity" / "clips")]
+    assert len(training) == 100
+    assert not set(prompts) & set(training)
+    with pytest.raises(InputError, match=r"settings\.json: belongs to a study with size\.clips=100, not 50; choose"):
+        clips.make_world(make_small_study(tmp_path, config, clips=50, prompts=40, reference=4), "gravity")
+
+
+# --- Options ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> list[str]:
-    """Options of a study with 2 arms, 2 seeds and 3 steps, on a model with random weights."""
-    folder = tmp_path_factory.mktemp("study")
-    write_clips(folder / "some", 8, frames=5, size=(32, 48))
-    write_model(folder / "model", [clip.prompt for clip in read_metadata(folder / "some")])
-    values = {
-        "model": {"path": folder / "model", "dim": 96, "ffn_dim": 256, "heads": 4, "layers": 4, "dtype": "float32"},
-        "clip": {"frames": 5, "height": 32, "width": 48},
-        "data": {"path": "none"},
-        "lora": {"rank": 2},
-        "train": {"output": "none", "steps": 1, "batch_size": 2},
-        "sampling": {"output": "none", "steps": 2},
-    }
-    (folder / "config.yaml").write_text(json.dumps(values, default=str), encoding="utf-8")  # JSON is YAML
-    return [
-        f"--config={folder / 'config.yaml'}", f"--output={folder / 'runs'}", f"--docs={folder / 'docs'}",
-        "--arms=[fm, tfm]", "--seeds=2", "--steps=3", "--clips=6", "--prompts=3", "--reference=6", "--rounds=8",
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def findings(small, tmp_path):
-    """A function from effects (metric -> what TFM adds to it) to invented findings of 3 arms and 5 seeds."""
-    config = small[0].removeprefix("--config=")
-    run = load(StudyRun, config, {"train.steps": 10})
-    study = Study(run, Size(("fm", "tfm", "tfm_mse")), tmp_path)
-
-    def make(**effects: float | None) -> Findings:
-        results = Results(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl", settings(study))
-        results.add("cost", seconds={arm: [0.1, 0.2, 0.1] for arm in study.size.arms})
-        column = dict.fromkeys(METRICS, 1.0)
-        results.add("real", compared=3, generated=column, reference=column, floor=column)
-        for seed, arm, steps in planned_runs(study, results):
-            nothing = 0.01 * (-1) ** seed * (arm != "fm")  # differences on both sides of zero
-            metrics: dict[str, float | None] = dict.fromkeys(METRICS, 1.0 + seed + nothing)
-            for metric, effect in effects.items() if arm == "tfm" else ():
-                metrics[metric] = None if effect is None else 1.0 + seed + nothing + effect
-            losses = {"ordered": [1.0] * 9, "permuted": [1.5] * 9}
-            results.add("run", arm=arm, seed=seed, steps=steps, metrics=metrics, sensitivity=losses)
-        return Findings(study, results)
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("effects", "verdict"),
-    [
-        ({"residual": -0.2, "frechet": -0.2}, "Yes**"),
-        ({"residual": 0.2, "frechet": 0.2}, "No, it moves worse.**"),
-        ({"residual": -0.2, "frechet": 0.2}, "No**: it is not better on both"),
-        ({"residual": -0.2, "frechet": -0.2, "moving": -0.2}, "No**: both deciding metrics are better, but"),
-        ({"residual": None, "frechet": -0.2}, "Not decided**"),
-        ({"faithful": 0.9}, "No difference is detected**"),
-    ],
-)
-def test_the_verdict_follows_from_the_numbers(findings, effects, verdict):
-    text = conclusions(findings(**effects))
-    assert verdict in text.splitlines()[2]
-    assert "None" not in text
-    assert "nan" not in text
-
-
-def test_tables_show_pairs_and_equal_time(findings, tmp_path):
-    found = findings(residual=-0.5)
-    tables = report._differences(found, tmp_path)
-    (row,) = [line for line in tables.splitlines() if line.startswith("| `tfm` | **-0.")]
-    assert re.match(r"\| `tfm` \| \*\*-0\.\d+ \[-0\.5\d*, -0\.4\d*\]\*\* \|", row)
-    assert (tmp_path / "differences.png").stat().st_size < 300_000
-    assert "± 1.6 |" in report._levels(found)  # the seeds are 0 to 4
-    assert "equal steps mean equal time" in report._costs(found)
-    assert "| `tfm` | 1.500 |" in report._sensitivity(found)
-    contrasts = report._contrasts(found)
-    assert "`tfm` less `fm`" in contrasts
-    assert "`fm_direction`" not in contrasts  # was not run
-
-
-def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
-    found = findings()
-    found.results.add("cost", seconds={"fm": [0.1, 0.2, 0.1], "tfm": [0.2, 0.4, 0.2], "tfm_mse": [0.1, 0.2, 0.1]})
-    runs = list(planned_runs(found.study, found.results))
-    assert [run for run in runs if run[0] == 4] == [
-        (4, "base", 0), (4, "fm", 10), (4, "tfm", 10), (4, "tfm", 5), (4, "tfm_mse", 10),
-    ]  # fmt: skip
-    for seed in range(5):
-        metrics = dict.fromkeys(METRICS, 1.0 + seed)
-        found.results.add("run", arm="tfm", seed=seed, steps=5, metrics=metrics)
-    assert re.search(r"\| `tfm` \| 5 \| [+-]", report._costs(found))
+    return small_options(tmp_path_factory.mktemp("study"))
 
 
 @pytest.mark.parametrize(
@@ -275,67 +264,102 @@ def test_arms_that_cost_more_are_run_for_equal_time_too(findings):
         ("--arms=[fm, mse]", "--arms=mse: expected one of fm, "),
         ("--seeds=1", "--seeds=1: expected at least 2"),
         ("--laws=[falling]", "--laws=falling: expected one of still, "),
+        ("--laws=[orbit, orbit]", "--laws=[orbit, orbit]: expected different laws"),
+        ("--lengths=[3, 2]", "--lengths=[3, 2]: expected growing numbers of steps"),
+        ("--lengths=[]", "--lengths=[]: expected growing numbers of steps"),
+        ("--learning_rate=0", "--learning_rate=0: expected more than 0"),
+        ("--clips=1", "--clips=1: expected at least 2"),
         ("--train.steps=3", "--train.steps=3: the study sets this field"),
+        ("--optimizer.learning_rate=3", "--optimizer.learning_rate=3: the study sets this field"),
         ("--model.dim=64", "the weights have dim 96"),
     ],
 )
 def test_invalid_options_are_refused_before_anything_is_written(small, option, message):
-    output = Path(small[1].removeprefix("--output="))
-    before = list(output.rglob("*"))
+    folder = Path(small[1].removeprefix("--output=")).parent
+    before = list(folder.rglob("*"))
     others = [other for other in small if other.partition("=")[0] != option.partition("=")[0]]
     with pytest.raises(InputError, match=re.escape(message)):
         execute("study", [*others, option])
-    assert list(output.rglob("*")) == before
+    with pytest.raises(InputError, match=re.escape("--pilot: expected without --report")):
+        execute("study", [*small, "--pilot", "--report"])
+    assert list(folder.rglob("*")) == before
+
+
+def test_the_report_alone_can_be_written(config, tmp_path, trained):
+    options = [f"--config={config}", f"--docs={tmp_path / 'docs'}", f"--output={tmp_path / 'none'}", "--report"]
+    execute("study", options)
+    text = (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
+    assert "**Incomplete: 0 of " in text
+    assert "    python scripts/study.py --config=" in text
+    assert "--report\n" not in text
+    assert not (tmp_path / "docs" / "study" / "results.jsonl").exists()
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_signal_ends_the_program_with_code_75(config, tmp_path, trained, monkeypatch, call):
+    def interrupted(run, resume):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(runs, "train", interrupted)
+    outcome = call("study", f"--config={config}", f"--docs={tmp_path / 'docs'}", f"--output={tmp_path / 'runs'}")
+    assert outcome.code == 75
+    assert outcome.err.splitlines()[-1].endswith("runs are done; to continue, run the same command again")
 
 
 # --- From beginning to end -------------------------------------------------------------------------------------------
 
 
+def _records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.slow
-def test_a_small_study(small, capsys):
+def test_a_small_study(small, monkeypatch, capsys):
+    monkeypatch.setattr(protocol, "PILOT_LENGTHS", (3, 4))
+    monkeypatch.setattr(protocol, "PILOT_LEARNING_RATES", (1e-3,))
     output, docs = (Path(option.partition("=")[2]) for option in small[1:3])
+    execute("study", [*small, "--pilot"])
+    assert "| gravity | 0.001 | 4 |" in capsys.readouterr().out
     execute("study", small)
-    file = output / "results.jsonl"
-    first = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    runs = [(r["arm"], r["seed"]) for r in first if r["kind"] == "run"]
-    assert set(runs) == set(itertools.product(("base", "fm", "tfm"), (0, 1)))
+    file = docs / "study" / "results.jsonl"
+    first = _records(file)
+    measured = {(r["law"], r["arm"], r["seed"], r["steps"]) for r in first if r["kind"] == "run"}
+    trained = itertools.product(("gravity", "orbit"), ("fm", "tfm"), (0, 1), (2, 3))
+    assert measured == {*trained, *itertools.product(("gravity", "orbit"), ("base",), (0, 1), (0,))}
     assert all(np.isfinite(r["metrics"]["wasserstein"]) for r in first if r["kind"] == "run")
 
-    prompts = (output / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    assert len(set(prompts)) == 3
-    assert not set(prompts) & {clip.prompt for clip in read_metadata(output / "clips")}
-
     text = (docs / "study.md").read_text(encoding="utf-8")
+    assert "Incomplete" not in text
     pictures = re.findall(r"\]\((study/\S+\.png)\)", text)
-    assert len(pictures) == 4
+    assert len(pictures) == 6
     for picture in pictures:
         assert (docs / picture).stat().st_size < 300_000
-        assert Image.open(docs / picture).width > 500
+        assert Image.open(docs / picture).width > 400
     assert "nan" not in text
     assert "None" not in text
 
     # tfm-evaluate measures the same numbers.
-    folder = next(output.glob("tfm/seed0_steps3")) / "samples"
+    made = output / "orbit"
     execute("evaluate", [
-        str(folder), f"--reference={output / 'reference'}", f"--prompts={output / 'prompts.txt'}",
-        f"--json={output / 'one.json'}", "--frames=5", "--height=32", "--width=48",
+        str(made / "tfm" / "rate0.001_seed0" / "samples_step3"), f"--reference={made / 'reference'}",
+        f"--prompts={made / 'prompts.txt'}", f"--json={output / 'one.json'}", "--frames=5", "--height=32", "--width=48",
     ])  # fmt: skip
-    measured = json.loads((output / "one.json").read_text(encoding="utf-8"))["metrics"]
-    (kept,) = [r for r in first if r["kind"] == "run" and (r["arm"], r["seed"], r["steps"]) == ("tfm", 0, 3)]
-    assert kept["metrics"] == {name: row["samples"] for name, row in measured.items()}
+    again = json.loads((output / "one.json").read_text(encoding="utf-8"))["metrics"]
+    kept = Run("orbit", "tfm", 0, (3,), 1e-3).keys
+    results = Results(file, {name: value for name, value in first[0].items() if name != "kind"})
+    assert results.one("run", **kept, steps=3)["metrics"] == {name: row["samples_step3"] for name, row in again.items()}
 
-    # If the last record is incomplete, the study continues and gets the same results.
+    # If the last record is incomplete and all other files are lost, the study continues and gets the same results.
+    shutil.rmtree(output)
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
     execute("study", small)
-    again = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert again[:-1] == first[:-1]
-    before, now = first[-1], again[-1]
-    assert (now["arm"], now["seed"], now["steps"]) == (before["arm"], before["seed"], before["steps"])
-    assert now["sensitivity"] == before["sensitivity"]  # the same network, bit for bit
-    values = [np.array([*run["metrics"].values()], np.float64) for run in (now, before)]  # NaN for None
+    now = _records(file)
+    assert now[:-1] == first[:-1]
+    assert now[-1]["sensitivity"] == first[-1]["sensitivity"]  # the same network, bit for bit
+    values = [np.array([*run["metrics"].values()], np.float64) for run in (now[-1], first[-1])]  # NaN for None
     np.testing.assert_array_equal(*values)
+    assert len(re.findall(r"\.png\)", (docs / "study.md").read_text(encoding="utf-8"))) == 6  # kept
     size = file.stat().st_size
     execute("study", small)
     assert file.stat().st_size == size
-    assert "steps" not in capsys.readouterr().out.splitlines()[-1]

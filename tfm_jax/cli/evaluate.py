@@ -5,7 +5,9 @@
 
 Each folder contains mp4 files, and optionally metadata.csv with their prompts. For each metric, the table shows a value
 for every folder of generated clips, one for the reference, and the floor: the difference between two random halves of
-the reference. Differences that are not well above the floor are meaningless.
+the reference. Differences that are not well above the floor are meaningless. A second table shows 95% intervals
+over the clips and, for two folders whose clips have the same prompts, of the difference. If all clips have the same
+value, its interval has no width.
 """
 
 from collections.abc import Sequence
@@ -19,8 +21,15 @@ from tfm_jax import config
 from tfm_jax.cli import command
 from tfm_jax.config import ClipConfig, NonEmptyPath, section
 from tfm_jax.errors import InputError
-from tfm_jax.moving_shapes.evaluation.folders import find_captioned_clips, measure_clips
-from tfm_jax.moving_shapes.evaluation.report import ClipCounts, format_table, to_json
+from tfm_jax.moving_shapes.evaluation.folders import CaptionedClip, find_captioned_clips, measure_clips
+from tfm_jax.moving_shapes.evaluation.intervals import DIFFERENCE, measure_intervals
+from tfm_jax.moving_shapes.evaluation.report import (
+    OTHER_COLUMNS,
+    ClipCounts,
+    format_intervals,
+    format_table,
+    to_json,
+)
 from tfm_jax.moving_shapes.evaluation.set_metrics import compare
 from tfm_jax.moving_shapes.scene import ClipSpec
 
@@ -63,9 +72,7 @@ def execute(argv: Sequence[str]) -> None:
     options = command.parse(Options, argv, "tfm-evaluate", __doc__).options()
     spec = read_spec(options)
     names = [folder.name for folder in options.generated]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{name}: {names.count(name)} folders have this name; expected different names")
+    _check_names(names)
     listed = [find_captioned_clips(folder, options.prompts, minimum=2) for folder in options.generated]
     reference = find_captioned_clips(options.reference, None, minimum=4)
     sizes = [len(clips) for clips in listed]
@@ -80,9 +87,25 @@ def execute(argv: Sequence[str]) -> None:
     compared = [compare(clips, real) for clips in generated]
     tables = {name: table for name, (table, _) in zip(names, compared, strict=True)}
     counts = ClipCounts(sizes[0], len(real), compared[0][1])
-    print(format_table(tables, counts))
+    intervals = measure_intervals(dict(zip(names, generated, strict=True)), _have_same_prompts(listed))
+    print(format_table(tables, counts), format_intervals(tables, intervals), sep="\n\n")
     if options.json:
-        options.json.write_text(to_json(tables, counts), encoding="utf-8")
+        options.json.write_text(to_json(tables, counts, intervals), encoding="utf-8")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name}: {names.count(name)} folders have this name; expected different names")
+        if name in (*OTHER_COLUMNS, DIFFERENCE):
+            raise InputError(f"{name}: a folder has the name of a column of the report; expected another name")
+
+
+def _have_same_prompts(folders: Sequence[Sequence[CaptionedClip]]) -> bool:
+    """Whether there are two folders, and clips at the same position have the same known prompt."""
+    if len(folders) != 2:
+        return False
+    return all(one.caption == other.caption is not None for one, other in zip(*folders, strict=True))
 
 
 def read_spec(options: Options) -> ClipSpec:

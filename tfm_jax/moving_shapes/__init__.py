@@ -11,8 +11,10 @@ a study that compares flow matching with TFM. The rest of tfm_jax, except its co
     world.py        makes scenes and writes folders of clips: start here
     tokenizer.py    builds a small T5 tokenizer from the captions
     numbers.py      formats numbers that may be missing
+    bootstrap.py    computes confidence intervals
     pretraining/    trains the embedded model, from random weights
     wan_tiny/       holds the embedded model, in the Diffusers layout
     evaluation/     tracks the objects in clips and compares their motion with that in real clips
+    demo/           draws the report and the animation of scripts/demo.py
     study/          fine-tunes with several objectives and writes docs/study.md
 """

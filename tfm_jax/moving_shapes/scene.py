@@ -55,9 +55,9 @@ RADIUS = 0.16
 EDGE = 1 / 32
 """Width of the soft edge of a shape, in units: 2 pixels in clips of the default size. With a soft edge, a small
 autoencoder can represent positions between pixels."""
-GRAVITY = 2.0
-"""In units per second squared: a fall from the ceiling to the floor takes 0.8 seconds."""
-DROP_HEIGHTS = (0.5, 1.0)
+GRAVITY = 1.5
+"""In units per second squared: a fall from the ceiling to the floor takes 0.95 seconds."""
+DROP_HEIGHTS = (0.35, 0.8)
 """Range of the height from which an object falls, as a fraction of the space between floor and ceiling."""
 ORBIT_RADII = (0.20, 0.34)
 """Range of the radius of an orbit, in units."""

@@ -1,12 +1,13 @@
 """Makes scenes of moving shapes, and folders of clips with captions and exact positions.
 
-In each scene, one or two shapes of different colours obey a law of motion in front of a dark background. Clip n depends
-only on the seed, n and the arguments of its scene.
+In each scene, one or two shapes of different colours obey a law of motion in front of a dark background. Scene n
+depends only on the seed, n and its arguments.
 """
 
 import csv
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,22 @@ def write_clips(
     laws: Sequence[str] = tuple(LAWS),
     num_objects: Sequence[int] = (1, 2),
     held_out: bool = False,
+    without: Collection[str] = (),
 ) -> None:
     """Write `count` mp4 files, metadata.csv (columns video, prompt) and, last, states.json into `folder`.
 
     states.json maps each file name to the law, the background and the objects of its scene. See `make_scene` for the
     other arguments.
+
+    Args:
+        without: captions whose scenes are left out; the next scenes replace them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows, states = [], []
-    for number in range(count):
-        scene = make_scene(np.random.default_rng((seed, number)), frames, size, fps, laws, num_objects, held_out)
+    rngs = (np.random.default_rng((seed, number)) for number in itertools.count())
+    scenes = (make_scene(rng, frames, size, fps, laws, num_objects, held_out) for rng in rngs)
+    wanted = (scene for scene in scenes if scene.caption not in without)
+    for number, scene in enumerate(itertools.islice(wanted, count)):
         name = f"{number:04d}.mp4"
         video.write_clip(folder / name, scene.pixels, fps)
         rows.append((name, scene.caption))

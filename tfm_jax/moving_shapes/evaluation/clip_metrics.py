@@ -47,7 +47,7 @@ def measure_clip(clip: Pixels, caption: str | None, fps: float | int) -> ClipMet
     spec = ClipSpec(len(clip), clip.shape[1:3], fps)
     law, objects = (read_caption(caption) if caption else None) or ("bouncing", ())
     found = track(clip)
-    tracks = _match(found, objects) if objects else found
+    tracks = match_tracks(found, objects) if objects else found
     expected = len(objects) or max(1, len(found))
     centres = np.full((expected, len(clip), 2), np.nan)
     for number, t in enumerate(tracks):
@@ -71,7 +71,7 @@ def measure_clip(clip: Pixels, caption: str | None, fps: float | int) -> ClipMet
     )
 
 
-def _match(found: Sequence[Track], objects: Sequence[SceneObject]) -> list[Track]:
+def match_tracks(found: Sequence[Track], objects: Sequence[SceneObject]) -> list[Track]:
     """Return one track for each object, as long as there are enough.
 
     An object gets the track of its own colour or, if there is none, the largest unused track of a colour that no object

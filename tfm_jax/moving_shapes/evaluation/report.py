@@ -6,11 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tfm_jax.moving_shapes.bootstrap import CONFIDENCE, Interval
 from tfm_jax.moving_shapes.evaluation import thresholds
+from tfm_jax.moving_shapes.evaluation.intervals import DIFFERENCE, Intervals
 from tfm_jax.moving_shapes.evaluation.set_metrics import SET_METRICS, TITLES, Row
 from tfm_jax.moving_shapes.numbers import finite_or_none, format_number
 
 NEED_CAPTIONS = {"colours", "shapes", "directions"}
+OTHER_COLUMNS = ("reference", "floor")
+"""The columns of every comparison, beside one for each set."""
 NOT_MEASURED = "sensitivity of a loss to the order of frames, because measuring it needs a network"
 
 
@@ -32,7 +36,7 @@ Tables = Mapping[str, Sequence[Row]]
 def format_table(tables: Tables, counts: ClipCounts) -> str:
     """Format a console table with one column for each set, one for the reference and one for the floor."""
     width = max(11, *(len(name) + 2 for name in tables))
-    lines = ["".join([" " * 46, *(f"{name:>{width}}" for name in (*tables, "reference", "floor"))])]
+    lines = ["".join([" " * 46, *(f"{name:>{width}}" for name in (*tables, *OTHER_COLUMNS))])]
     for rows in zip(*tables.values(), strict=True):
         values = [*(row.generated for row in rows), rows[0].reference, rows[0].floor]
         cells = "".join(f"{format_number(value, digits=4):>{width}}" for value in values)
@@ -63,8 +67,34 @@ def _explain_gaps(tables: Tables) -> list[str]:
     return [reason for holds, reason in reasons if holds]
 
 
-def to_json(tables: Tables, counts: ClipCounts) -> str:
-    """Return the comparison and its thresholds as JSON; missing and infinite numbers become null."""
+def format_intervals(tables: Tables, intervals: Intervals) -> str:
+    """Format a console table of values with their intervals: a column for each set and one for the difference."""
+    lines = [[f"{CONFIDENCE:.0%} bootstrap intervals over the clips", *_interval_columns(tables, intervals)]]
+    for metric, found in intervals.items():
+        values = [row.generated for table in tables.values() for row in table if row.metric == metric]
+        if np.isnan(values).all():
+            continue
+        if DIFFERENCE in found:
+            values.append(values[1] - values[0] if np.isfinite(values).all() else np.nan)
+        cells = (_format_estimate(value, interval) for value, interval in zip(values, found.values(), strict=True))
+        lines.append([TITLES[metric], *cells])
+    width = max(len(cell) for line in lines for cell in line[1:]) + 2
+    return "\n".join(f"{title:46}" + "".join(f"{cell:>{width}}" for cell in cells) for title, *cells in lines)
+
+
+def _interval_columns(tables: Tables, intervals: Intervals) -> list[str]:
+    paired = any(DIFFERENCE in found for found in intervals.values())
+    return [*tables, " less ".join(reversed([*tables]))] if paired else list(tables)
+
+
+def _format_estimate(value: float, interval: Interval) -> str:
+    """Format a value and its interval, such as "-2.1 [-2.9, -1.4]"."""
+    number, low, high = (format_number(each, digits=2) for each in (value, *interval))
+    return f"{number} [{low}, {high}]"
+
+
+def to_json(tables: Tables, counts: ClipCounts, intervals: Intervals) -> str:
+    """Return the comparison, its intervals and its thresholds as JSON; missing and infinite numbers become null."""
     limits = {name.lower(): value for name, value in vars(thresholds).items() if name.isupper()}
     metrics = {
         rows[0].metric: {
@@ -74,5 +104,12 @@ def to_json(tables: Tables, counts: ClipCounts) -> str:
         }
         for rows in zip(*tables.values(), strict=True)
     }
-    result = {"clips": counts._asdict(), "metrics": metrics, "not_measured": NOT_MEASURED, "thresholds": limits}
+    ends = {
+        metric: {name: [finite_or_none(end) for end in interval] for name, interval in found.items()}
+        for metric, found in intervals.items()
+    }
+    result = {
+        "clips": counts._asdict(), "metrics": metrics, "intervals": ends, "not_measured": NOT_MEASURED,
+        "thresholds": limits,
+    }  # fmt: skip
     return json.dumps(result, indent=1) + "\n"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from tfm_jax.moving_shapes.evaluation import thresholds
 from tfm_jax.moving_shapes.evaluation.clip_metrics import ClipMetrics
@@ -12,10 +13,27 @@ from tfm_jax.moving_shapes.evaluation.metrics import frechet, wasserstein
 ClipSet = Sequence[ClipMetrics]
 
 
-def _finite_mean(values: Sequence[float]) -> float:
-    """Return the mean of the finite values; NaN if there are none."""
-    finite = [value for value in values if np.isfinite(value)]
-    return float(np.mean(finite)) if finite else np.nan
+class SetMetric(NamedTuple):
+    """A metric of a set of clips: an average over one value per clip."""
+
+    title: str
+    of_clip: Callable[[ClipMetrics], float | bool]
+    average: Callable[..., np.ndarray]
+    """Takes an array and the `axis` to average over."""
+
+    def values(self, clips: ClipSet) -> Float[np.ndarray, "n"]:
+        """Return the value of every clip; it can be NaN or infinite."""
+        return np.array([self.of_clip(clip) for clip in clips], np.float64)
+
+    def __call__(self, clips: ClipSet) -> float:
+        return float(self.average(self.values(clips), axis=0))
+
+
+def finite_mean(values: Float[np.ndarray, "..."], axis: int = 0) -> Float[np.ndarray, "..."]:
+    """Return the mean of the finite values along an axis; NaN where there are none."""
+    finite = np.isfinite(values)
+    total, count = np.where(finite, values, 0).sum(axis), finite.sum(axis)
+    return np.where(count > 0, total / count.clip(1), np.nan)
 
 
 def _frechet_of_motion(a: ClipSet, b: ClipSet) -> float:
@@ -26,41 +44,35 @@ def _wasserstein_of_changes(a: ClipSet, b: ClipSet) -> float:
     return wasserstein(*(np.sum([clip.changes for clip in clips], 0) for clips in (a, b)))
 
 
-SET_METRICS: dict[str, tuple[str, Callable[[ClipSet], float]]] = {
-    "tracked": (
-        "clips with every object in every frame",
-        lambda clips: _finite_mean([float(np.isfinite(c.speed)) for c in clips]),
+SET_METRICS = {
+    "tracked": SetMetric("clips with every object in every frame", lambda c: np.isfinite(c.speed), finite_mean),
+    "residual": SetMetric("physics residual R, median, pixels", lambda c: c.residual, np.median),
+    "faithful": SetMetric(
+        f"clips with R < {thresholds.FAITHFUL}", lambda c: c.residual < thresholds.FAITHFUL, finite_mean
     ),
-    "residual": ("physics residual R, median, pixels", lambda clips: float(np.median([c.residual for c in clips]))),
-    "faithful": (
-        f"clips with R < {thresholds.FAITHFUL}",
-        lambda clips: _finite_mean([float(c.residual < thresholds.FAITHFUL) for c in clips]),
-    ),
-    "speed": ("speed S, pixels per frame", lambda clips: _finite_mean([c.speed for c in clips])),
-    "moving": (
-        f"clips with S > {thresholds.MOVING}",
-        lambda clips: _finite_mean([float(c.speed > thresholds.MOVING) for c in clips]),
-    ),
-    "roughness": ("roughness J: acceleration over speed", lambda clips: _finite_mean([c.roughness for c in clips])),
-    "variation": ("change of an object's size over a clip", lambda clips: _finite_mean([c.variation for c in clips])),
-    "whole": ("clips with the right number of whole objects", lambda clips: _finite_mean([c.whole for c in clips])),
-    "colours": ("clips with the right colours", lambda clips: _finite_mean([c.colours for c in clips])),
-    "shapes": ("clips with the right shapes", lambda clips: _finite_mean([c.shapes for c in clips])),
-    "directions": ("clips with the right directions", lambda clips: _finite_mean([c.directions for c in clips])),
+    "speed": SetMetric("speed S, pixels per frame", lambda c: c.speed, finite_mean),
+    "moving": SetMetric(f"clips with S > {thresholds.MOVING}", lambda c: c.speed > thresholds.MOVING, finite_mean),
+    "roughness": SetMetric("roughness J: acceleration over speed", lambda c: c.roughness, finite_mean),
+    "variation": SetMetric("change of an object's size over a clip", lambda c: c.variation, finite_mean),
+    "whole": SetMetric("clips with the right number of whole objects", lambda c: c.whole, finite_mean),
+    "colours": SetMetric("clips with the right colours", lambda c: c.colours, finite_mean),
+    "shapes": SetMetric("clips with the right shapes", lambda c: c.shapes, finite_mean),
+    "directions": SetMetric("clips with the right directions", lambda c: c.directions, finite_mean),
 }
-"""Metric -> its title and the function that computes it from one set of clips."""
+"""The metrics that can be computed from one set of clips."""
 
 SET_DISTANCES: dict[str, tuple[str, Callable[[ClipSet, ClipSet], float]]] = {
     "smoothness_gap": (
         "difference in roughness",
-        lambda a, b: abs(_finite_mean([clip.roughness for clip in a]) - _finite_mean([clip.roughness for clip in b])),
+        lambda a, b: abs(SET_METRICS["roughness"](a) - SET_METRICS["roughness"](b)),
     ),
     "frechet": ("Frechet motion distance, pixels^2", _frechet_of_motion),
     "wasserstein": ("Wasserstein distance of frame differences", _wasserstein_of_changes),
 }
 """Metric -> its title and the function that computes it from two sets of clips."""
 
-TITLES = {name: title for name, (title, _) in (*SET_METRICS.items(), *SET_DISTANCES.items())}
+TITLES = {name: metric.title for name, metric in SET_METRICS.items()}
+TITLES |= {name: title for name, (title, _) in SET_DISTANCES.items()}
 """Metric -> its title in all tables."""
 
 
@@ -91,12 +103,12 @@ def compare(generated: ClipSet, reference: ClipSet) -> tuple[list[Row], int]:
         order = rng.permutation(len(reference))
         one, other = ([reference[i] for i in part] for part in (order[:size], order[size : 2 * size]))
         some = [generated[i] for i in rng.permutation(len(generated))[:size]]
-        for name, (_, metric) in SET_METRICS.items():
+        for name, metric in SET_METRICS.items():
             rows[name].append((np.nan, abs(_difference(metric(one), metric(other)))))
         for name, (_, distance) in SET_DISTANCES.items():
             rows[name].append((distance(some, other), distance(one, other)))
-    means = {name: [_finite_mean(column) for column in zip(*values, strict=True)] for name, values in rows.items()}
-    table = [Row(name, of(generated), of(reference), means[name][1]) for name, (_, of) in SET_METRICS.items()]
+    means = {name: finite_mean(np.array(values)).tolist() for name, values in rows.items()}
+    table = [Row(name, of(generated), of(reference), means[name][1]) for name, of in SET_METRICS.items()]
     table += [Row(name, means[name][0], np.nan, means[name][1]) for name in SET_DISTANCES]
     return table, size
 

@@ -48,7 +48,7 @@ def segment(clip: Pixels) -> dict[str, Float[np.ndarray, "t y x"]]:
     colour at half the resolution, so a single pixel at an edge can have a wrong colour; therefore the mean of the
     surrounding pixels decides.
     """
-    background = _find_background(clip)
+    background = find_background(clip)
     light = clip - background
     around = ndimage.uniform_filter(light, WINDOW, axes=(1, 2))
     rays = np.array(list(COLOURS.values()), np.float32) - background
@@ -63,7 +63,7 @@ def segment(clip: Pixels) -> dict[str, Float[np.ndarray, "t y x"]]:
     return {list(COLOURS)[colour]: weight for colour, weight in zip(present, weights, strict=True)}
 
 
-def _find_background(clip: Pixels) -> Float[np.ndarray, "3"]:
+def find_background(clip: Pixels) -> Float[np.ndarray, "3"]:
     """Return the background with the smallest median difference; objects never cover half of the picture."""
     backgrounds = list(np.array(list(BACKGROUNDS.values()), np.float32))
     return min(backgrounds, key=lambda background: float(np.median(abs(clip - background).sum(-1))))

@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
     samples: int = 96
     """Number of captions for which the finished model samples videos."""
     train_vae: VaeRecipe = VaeRecipe((Phase(600, 1, 32, 16), Phase(1300, 5, 32, 8), Phase(700, 17, 32, 4)))
-    train_base: BaseRecipe = BaseRecipe(6000)
+    train_base: BaseRecipe = BaseRecipe(3600)
 
     def shortened(self, share: float) -> "Recipe":
         """Return the recipe with the fraction `share` of its clips and steps."""

@@ -12,7 +12,7 @@ from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import open_records
 from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
 from tfm_jax.moving_shapes.study import protocol
-from tfm_jax.moving_shapes.study.statistics import Estimate, bootstrap
+from tfm_jax.moving_shapes.study.results import Results
 from tfm_jax.sharding import make_mesh
 from tfm_jax.train.loop import TrainRun
 from tfm_jax.train.optimizer import make_optimizer
@@ -59,14 +59,16 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
     return seconds
 
 
-def relative_cost(seconds: Seconds, arm: str) -> Estimate:
-    """Return the ratio of an arm's cost to the baseline's: the median over the rounds, with its interval."""
-    return bootstrap(np.divide(seconds[arm], seconds[protocol.BASELINE]), np.median)
+def relative_costs(seconds: Seconds, arm: str) -> tuple[float, float, float]:
+    """Return the quartiles, over the rounds, of the ratio of an arm's cost to the baseline's: (median, low, high)."""
+    low, median, high = np.quantile(np.divide(seconds[arm], seconds[protocol.BASELINE]), (0.25, 0.5, 0.75))
+    return float(median), float(low), float(high)
 
 
-def steps_at_equal_time(seconds: Seconds, arm: str, steps: int) -> int:
-    """Return how many steps the arm takes in the time of `steps` baseline steps; `steps` if costs count as equal."""
-    ratio = relative_cost(seconds, arm)
-    if abs(ratio.value - 1) < protocol.COST_TOLERANCE or ratio.low <= 1 <= ratio.high:
-        return steps
-    return max(1, round(steps / ratio.value))
+def latest_costs(results: Results) -> dict[str, list[float]]:
+    """Map each arm to the seconds per step in each round of the last measurement.
+
+    Costs from different measurements cannot be compared.
+    """
+    measured = results.all("cost")
+    return measured[-1]["seconds"] if measured else {}

@@ -18,39 +18,33 @@ Record = dict[str, Any]
 class Results:
     """The results measured so far. The first line holds the settings, which must not change when the study continues.
 
+    The file is created when the first record is added.
+
     Raises:
         InputError: the file belongs to a study with other settings, or is not the results file of a study.
     """
 
     def __init__(self, file: Path, settings: Record):
         self.file = file
-        with lock(file, wait=True):
-            self.records = _read(file)
-            if not self.records:
-                self._append({"kind": "settings", **settings})
-        for name, value in settings.items():
-            before = self.one("settings").get(name)
-            if before != value:
-                difference = _difference(name, before, value)
-                raise InputError(f"{file}: belongs to a study with {difference}; choose another --output")
+        self.settings = {"kind": "settings", **settings}
+        self.reload()
+        if self.records and (difference := find_difference(self.records[0], self.settings)):
+            raise InputError(f"{file}: belongs to a study with {difference}; choose another --docs")
 
     def add(self, kind: str, **values: Any) -> Record:
-        """Append a record."""
+        """Append a record, replacing an incomplete last line that a killed process left."""
         record = {"kind": kind, **values}
         with lock(self.file, wait=True):
-            self._append(record)
+            os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
+            with open(self.file, "a", encoding="utf-8") as stream:
+                for new in [record] if stream.tell() else [self.settings, record]:
+                    stream.write(json.dumps(new) + "\n")
+        self.records += [record] if self.records else [self.settings, record]
         return record
-
-    def _append(self, record: Record) -> None:
-        """Append a record, replacing an incomplete last line that a killed process left. The caller holds the lock."""
-        os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-        self.records.append(record)
 
     def reload(self) -> None:
         """Read the file again, because other processes may have added records."""
-        self.records = _read(self.file)
+        self.records = _read(self.file) if self.file.exists() else []
 
     def all(self, kind: str, **values: Any) -> list[Record]:
         """Return all records of this kind with these values."""
@@ -71,13 +65,17 @@ def _read(file: Path) -> list[Record]:
         if kinds and kinds[0] != "settings":
             raise ValueError("no settings in the first line")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file}: is not the results file of a study ({error}); choose another --output") from None
+        raise InputError(f"{file}: is not the results file of a study ({error}); choose another --docs") from None
     return records
 
 
-def _difference(name: str, before: Any, now: Any) -> str:
-    """Describe the first field in which two settings differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        field = next(field for field in sorted(before.keys() | now.keys()) if before.get(field) != now.get(field))
-        return _difference(f"{name}.{field}", before.get(field), now.get(field))
-    return f"{name}={before}, not {now}"
+def find_difference(before: Record, now: Record, prefix: str = "") -> str | None:
+    """Describe the first field in which two settings differ; return None if they are equal."""
+    for name in sorted(before.keys() | now.keys()):
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            if difference := find_difference(one, other, f"{prefix}{name}."):
+                return difference
+        elif one != other:
+            return f"{prefix}{name}={one}, not {other}"
+    return None

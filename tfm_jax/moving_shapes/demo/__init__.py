@@ -1,0 +1,1 @@
+"""Draws the report and the animation of scripts/demo.py."""
