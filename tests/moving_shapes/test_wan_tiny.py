@@ -51,7 +51,7 @@ def transformer():
 
 
 def test_it_is_small_and_fits_its_configuration():
-    assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) <= 12e6
+    assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) <= 20e6
     find_base(RUN.model)
 
 
@@ -60,7 +60,7 @@ def test_the_autoencoder_on_clips_at_held_out_speeds():
     clips = [
         make_scene(np.random.default_rng((7, n)), laws=[laws[n % len(laws)]], held_out=True).pixels for n in range(18)
     ]
-    assert psnr(load_vae(MODEL), np.stack(clips)) >= 30
+    assert psnr(load_vae(MODEL), np.stack(clips)) >= 32
 
 
 def test_samples_show_what_the_captions_say(transformer, text):
