@@ -89,7 +89,7 @@ def lora(tmp_path) -> Path:
             width_in = config.ffn_dim if name == "ffn.2" else config.dim
             width_out = config.ffn_dim if name == "ffn.0" else config.dim
             a = rng.normal(size=(rank, width_in)) / np.sqrt(width_in)
-            b = 0.1 * rng.normal(size=(width_out, rank))
+            b = 0.2 * rng.normal(size=(width_out, rank))
             adapters[BlockLinear(layer, name)] = Adapter(np.float32(a), np.float32(b))
     write_lora(tmp_path / "lora.safetensors", Lora(adapters, rank, float(rank)), dtype=np.dtype(np.float32))
     return tmp_path / "lora.safetensors"
