@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tfm_jax.arrays import TEXT_LENGTH, Latents, PerVideo, Scalar, TokenIds, TokenMask
+from tfm_jax.arrays import TEXT_LENGTH, Latents, PerVideo, Scalar, TokenIds
 from tfm_jax.config import ObjectiveConfig
 from tfm_jax.moving_shapes.pretraining.fitting import Batch, Stage, fit
 from tfm_jax.moving_shapes.pretraining.network import initialise, make_optimizer
@@ -71,7 +71,7 @@ class BaseBatch(NamedTuple):
 
     clean: Latents
     ids: TokenIds
-    mask: TokenMask
+    mask: Int[Array, "b u"]
     """Padded with zeros to the number of text tokens that the transformer gets."""
     key: jax.Array
 
@@ -133,7 +133,7 @@ def _step(
     return BaseState(weights, moments, average), {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
 
 
-def pad_text(embeddings: Float[Array, "b l d"], mask: TokenMask) -> Float[Array, "b u d"]:
+def pad_text(embeddings: Float[Array, "b l d"], mask: Int[Array, "b u"]) -> Float[Array, "b u d"]:
     """Set the embeddings of padding to zero and extend them to the length of the mask, as the transformer expects."""
     rows = jnp.pad(embeddings, ((0, 0), (0, mask.shape[1] - embeddings.shape[1]), (0, 0)))
     return jnp.where(mask[..., None] > 0, rows, 0)
