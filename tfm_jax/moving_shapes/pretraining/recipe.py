@@ -81,12 +81,8 @@ def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
         raise InputError(f"{output}: already complete; expected a new folder, or one in which some results are missing")
     output.mkdir(parents=True, exist_ok=True)
     if not (output / "vae").exists():
-        save(
-            source_from_module(train_vae(recipe.vae, recipe.train_vae, seed, output), VAE),
-            output,
-            "diffusers",
-            jnp.float32,
-        )
+        trained = train_vae(recipe.vae, recipe.train_vae, seed, output)
+        save(source_from_module(trained, VAE), output, "diffusers", jnp.float32)
     vae = load_vae(output)
     quality = psnr(vae, draw_clips(Purpose.HELD_OUT, seed, recipe.held_out, VAE_LAWS, held_out=True)[0])
     print(f"autoencoder: {quality:.2f} dB on clips at held-out speeds", flush=True)

@@ -3,7 +3,7 @@
 The samples may have stayed on the machine that made them. Pictures that cannot be drawn again are kept as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -34,8 +34,8 @@ def picture_sections(found: Findings) -> list[str]:
     """Draw all pictures, and return the sections of the report that show them."""
     folder = found.study.docs / "study"
     folder.mkdir(parents=True, exist_ok=True)
-    _draw_lengths(found, folder / "lengths.png")
-    _draw_differences(found, folder / "differences.png")
+    _draw_panels(found, folder / "lengths.png", _draw_length_panel)
+    _draw_panels(found, folder / "differences.png", _draw_difference_panel)
     return [
         "## By length of training\n\nMean over the seeds; the bars show the standard deviation. The dashed line is the "
         "base model, the dotted line real clips through the autoencoder.\n\n"
@@ -49,14 +49,16 @@ def picture_sections(found: Findings) -> list[str]:
 # --- Figures ---------------------------------------------------------------------------------------------------------
 
 
-def _draw_lengths(found: Findings, file: Path) -> None:
+def _draw_panels(found: Findings, file: Path, draw: Callable[[Axes, Findings, str, str], None]) -> None:
+    """Draw one panel per law and deciding metric with `draw(axis, found, law, metric)`."""
     laws, metrics = found.study.size.laws, protocol.PRIMARY
     figure, axes = plt.subplots(
         len(laws), len(metrics), figsize=(5 * len(metrics), 3.4 * len(laws)), squeeze=False, layout="constrained"
     )
     for row, law in zip(axes, laws, strict=True):
         for axis, metric in zip(row, metrics, strict=True):
-            _draw_length_panel(axis, found, law, metric)
+            draw(axis, found, law, metric)
+            axis.set_title(f"{law}: {TITLES[metric]}", fontsize=10)
     if axes[0, 0].get_legend_handles_labels()[1]:
         axes[0, 0].legend(fontsize=8)
     figure.savefig(file, dpi=100)
@@ -85,23 +87,13 @@ def _draw_length_panel(axis: Axes, found: Findings, law: str, metric: str) -> No
     axis.set_xscale("log")
     axis.set_xticks(found.study.size.lengths, map(str, found.study.size.lengths))
     axis.set_xlabel("training steps")
-    axis.set_title(f"{law}: {TITLES[metric]}", fontsize=10)
 
 
-def _draw_differences(found: Findings, file: Path) -> None:
-    """Draw one panel per law and metric; for every arm, it shows the difference for each seed and the interval."""
-    laws, metrics = found.study.size.laws, protocol.PRIMARY
-    figure, axes = plt.subplots(
-        len(laws), len(metrics), figsize=(5 * len(metrics), 3.4 * len(laws)), squeeze=False, layout="constrained"
-    )
-    for row, law in zip(axes, laws, strict=True):
-        for axis, metric in zip(row, metrics, strict=True):
-            others = [arm for arm in (protocol.BASE, *found.study.arms(law)) if arm != protocol.BASELINE]
-            estimates = {a: found.difference(Cell(law, found.last), a, protocol.BASELINE, metric) for a in others}
-            _draw_estimates(axis, {arm: estimate for arm, estimate in estimates.items() if estimate})
-            axis.set_title(f"{law}: {TITLES[metric]}", fontsize=10)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+def _draw_difference_panel(axis: Axes, found: Findings, law: str, metric: str) -> None:
+    """For every arm, draw the difference for each seed and the interval."""
+    others = [arm for arm in (protocol.BASE, *found.study.arms(law)) if arm != protocol.BASELINE]
+    estimates = {a: found.difference(Cell(law, found.last), a, protocol.BASELINE, metric) for a in others}
+    _draw_estimates(axis, {arm: estimate for arm, estimate in estimates.items() if estimate})
 
 
 def _draw_estimates(axis: Axes, estimates: Mapping[str, Estimate]) -> None:
