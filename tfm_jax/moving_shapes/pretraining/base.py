@@ -32,7 +32,7 @@ class BaseRecipe(NamedTuple):
     """Peak value. After a short warm-up, the learning rate follows half a cosine to zero."""
     vector_lr_factor: float = 0.5
     """Learning rate of norms, biases and embeddings, relative to that of the kernels."""
-    padded_every: int = 8
+    padded_every: int = 16
     """Every how many steps the text is padded to 512 tokens, as in sampling. Such a step takes more than twice the
     time, and a network that has learned to ignore padding needs few of them."""
     caption_dropout: float = 0.1

@@ -16,7 +16,8 @@ from tfm_jax.files import replacing
 from tfm_jax.moving_shapes.pretraining.autoencoder import Phase, VaeRecipe, encode_clips, psnr, train_vae
 from tfm_jax.moving_shapes.pretraining.base import BaseRecipe, CaptionTokens, train_base
 from tfm_jax.moving_shapes.pretraining.quality import evaluate_model
-from tfm_jax.moving_shapes.pretraining.scenes import BASE_LAWS, VAE_LAWS, Purpose, draw_clips
+from tfm_jax.moving_shapes.pretraining.scenes import BASE_LAWS, Purpose, draw_clips
+from tfm_jax.moving_shapes.scene import LAWS
 from tfm_jax.moving_shapes.tokenizer import write_tokenizer
 from tfm_jax.wan import load_vae
 from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE
@@ -27,6 +28,7 @@ from tfm_jax.wan.tokenizer import Tokenizer
 from tfm_jax.wan.transformer import TransformerConfig
 from tfm_jax.wan.vae import VaeConfig
 
+RECIPE_FILE = "recipe.txt"
 LATENTS_FILE = "latents.npz"
 NUM_CAPTIONS = 2000
 """Number of captions of all laws from which the tokenizer is built, besides those of the transformer's clips. They
@@ -41,14 +43,14 @@ class Recipe(NamedTuple):
     text_encoder: TextEncoderConfig = TextEncoderConfig(
         vocab_size=256, dim=64, heads=4, head_dim=16, ffn_dim=128, layers=2
     )
-    base_clips: int = 8000
+    base_clips: int = 12000
     """Number of clips for the transformer; their laws are BASE_LAWS."""
     held_out: int = 64
     """Number of clips on which the reconstruction is measured; their speeds occur in no clip of the training."""
     samples: int = 96
     """Number of captions for which the finished model samples videos."""
-    train_vae: VaeRecipe = VaeRecipe((Phase(600, 1, 32, 16), Phase(1300, 5, 32, 8), Phase(700, 17, 32, 4)))
-    train_base: BaseRecipe = BaseRecipe(3600)
+    train_vae: VaeRecipe = VaeRecipe((Phase(600, 1, 32, 16), Phase(2200, 13, 32, 6), Phase(600, 17, 32, 6)))
+    train_base: BaseRecipe = BaseRecipe(6800)
 
     def shortened(self, share: float) -> "Recipe":
         """Return the recipe with the fraction `share` of its clips and steps."""
@@ -73,22 +75,23 @@ def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
     result is the same as without the interruption.
 
     Raises:
-        InputError: all results exist already, or a checkpoint was written with other settings.
+        InputError: all results exist already, or the folder belongs to another recipe or seed.
         StoppedEarly: a signal stopped the training; the same command continues it.
     """
     model = output / "model"
     if (output / "samples").exists():
         raise InputError(f"{output}: already complete; expected a new folder, or one in which some results are missing")
     output.mkdir(parents=True, exist_ok=True)
+    _check_recipe(output / RECIPE_FILE, f"{recipe}, seed {seed}\n")
     if not (output / "vae").exists():
         trained = train_vae(recipe.vae, recipe.train_vae, seed, output)
         save(source_from_module(trained, VAE), output, "diffusers", jnp.float32)
     vae = load_vae(output)
-    quality = psnr(vae, draw_clips(Purpose.HELD_OUT, seed, recipe.held_out, VAE_LAWS, held_out=True)[0])
+    quality = psnr(vae, draw_clips(Purpose.HELD_OUT, seed, recipe.held_out, tuple(LAWS), held_out=True)[0])
     print(f"autoencoder: {quality:.2f} dB on clips at held-out speeds", flush=True)
     if not model.exists():
         latents, captions = _base_clips(output, recipe, seed)
-        _, others = draw_clips(Purpose.TOKENIZER, seed, NUM_CAPTIONS, VAE_LAWS)
+        _, others = draw_clips(Purpose.TOKENIZER, seed, NUM_CAPTIONS, tuple(LAWS))
         write_tokenizer(output / "tokenizer", [*captions, *others], recipe.text_encoder.vocab_size)
         transformer, text_encoder = train_base(
             latents, _tokenise(output, captions), (recipe.transformer, recipe.text_encoder), recipe.train_base, seed,
@@ -101,6 +104,15 @@ def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
         )
         save_model(list(networks), output / "tokenizer", model, "diffusers", jnp.bfloat16)
     print(evaluate_model(model, recipe.transformer, output, recipe.samples), flush=True)
+
+
+def _check_recipe(file: Path, text: str) -> None:
+    """Write down what the results depend on, and refuse the folder of another recipe or seed."""
+    if not file.exists():
+        with replacing(file) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    elif file.read_text(encoding="utf-8") != text:
+        raise InputError(f"{file.parent}: holds results of another recipe or seed; expected a new folder")
 
 
 def _base_clips(output: Path, recipe: Recipe, seed: int) -> tuple[Float[np.ndarray, "n f h w c"], list[str]]:

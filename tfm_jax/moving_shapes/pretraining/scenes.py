@@ -10,8 +10,9 @@ from tqdm import tqdm
 from tfm_jax.moving_shapes.scene import LAWS, Scene
 from tfm_jax.moving_shapes.world import make_scene
 
-VAE_LAWS = tuple(LAWS)
-"""The autoencoder sees all laws of motion, also those of later fine-tuning."""
+VAE_LAWS = (*LAWS, "gravity", "gravity")
+"""Laws that the autoencoder sees, drawn with equal probability: all laws, also those of later fine-tuning. Gravity has
+the fastest motion and occurs three times as often as the others."""
 BASE_LAWS = (*["uniform"] * 7, "still")
 """Laws that the transformer learns, drawn with equal probability, so that seven clips of eight show motion. The other
 laws are left to fine-tuning."""
