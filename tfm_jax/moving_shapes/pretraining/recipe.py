@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
     samples: int = 96
     """Number of captions for which the finished model samples videos."""
     train_vae: VaeRecipe = VaeRecipe((Phase(600, 1, 32, 16), Phase(2200, 13, 32, 6), Phase(600, 17, 32, 6)))
-    train_base: BaseRecipe = BaseRecipe(6800)
+    train_base: BaseRecipe = BaseRecipe(6000)
 
     def shortened(self, share: float) -> "Recipe":
         """Return the recipe with the fraction `share` of its clips and steps."""
