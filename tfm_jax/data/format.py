@@ -4,6 +4,7 @@ Nothing needs TensorFlow. Other programs can open the dataset with
 `tfds.builder_from_directory(folder).as_data_source("train")`.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,9 @@ from tensorflow_datasets.core.splits import SplitDict
 from tfm_jax.arrays import DTYPES, TEXT_LENGTH, Dtype
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
+
+Line = dict[str, int | str]
+"""A line of rejected.jsonl: where the video is listed, such as `"line": 7`, its name, and the reason."""
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
@@ -78,11 +82,13 @@ class Entry(NamedTuple):
 _LINE = pydantic.TypeAdapter(Entry)
 
 
-class _Strict(pydantic.BaseModel):
+class Strict(pydantic.BaseModel):
+    """A pydantic model of a JSON file of ours."""
+
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Shard(_Strict):
+class Shard(Strict):
     """What the manifest says about a shard."""
 
     file: str
@@ -92,7 +98,7 @@ class Shard(_Strict):
     sha256: str
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """How the records of a folder were made, and what their shards contain."""
 
     version: Literal[1] = VERSION
@@ -162,8 +168,11 @@ def write_shard(path: Path, records: Iterable[Record]) -> tuple[Shard, list[Entr
                 writer.write(serialise(record))
                 latents: Any = record.latents.shape
                 entries.append(Entry(record.video, latents, len(record.text), record.fingerprint))
-        finally:
-            writer.close()
+        except BaseException:
+            with contextlib.suppress(Exception):  # on a full disk, closing fails too
+                writer.close()
+            raise
+        writer.close()
         with open(scratch, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         size = scratch.stat().st_size
@@ -206,20 +215,23 @@ def read_manifest(folder: Path) -> Manifest:
     return read_model(Manifest, folder / MANIFEST)
 
 
-def read_model(model: type[Model], file: Path) -> Model:
+def read_model(model: type[Model], file: Path, remedy: str = REMEDY) -> Model:
     """Read a JSON file of ours with a pydantic model.
+
+    Args:
+        remedy: what messages advise.
 
     Raises:
         InputError: there is no such file, or it does not fit the model.
     """
     if not file.is_file():
-        raise InputError(f"{file}: no such file; {REMEDY}")
+        raise InputError(f"{file}: no such file; {remedy}")
     try:
         return model.model_validate_json(file.read_bytes())
     except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = "".join(f"{part}: " for part in problem["loc"])
-        raise InputError(f"{file}: cannot be used ({place}{problem['msg']}); {REMEDY}") from None
+        raise InputError(f"{file}: cannot be used ({place}{problem['msg']}); {remedy}") from None
 
 
 def write_index(folder: Path, entries: Iterable[Entry]) -> None:
