@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tfm_jax import config as configs
-from tfm_jax.data.format import REJECTED
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.data.prepare import PrepareRun, prepare
 from tfm_jax.data.records import Records, open_records
