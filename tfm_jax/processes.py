@@ -39,6 +39,9 @@ ERROR_TIMEOUT = 5
 _ERROR = "tfm_jax/error"
 """The key under which the exit code of the first error is stored, and the name of the barrier after that error."""
 
+_MEETING = "tfm_jax/meeting"
+"""The start of the keys that say where each process is."""
+
 
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
@@ -91,6 +94,18 @@ def barrier(name: str) -> None:
     """Wait until all processes have reached the barrier."""
     if is_distributed():
         multihost_utils.sync_global_devices(name)
+
+
+def meet(name: str) -> None:
+    """Wait until all processes have called this with the same name, however long that takes.
+
+    Unlike `barrier`, this needs no devices. A name can be used once in a run.
+    """
+    if is_distributed():
+        jax_distributed.put(f"{_MEETING}/{name}/{jax.process_index()}", "here")
+        for process in range(jax.process_count()):
+            while jax_distributed.get(f"{_MEETING}/{name}/{process}") is None:
+                time.sleep(0.2)
 
 
 def stop_requested(step: int) -> str | None:

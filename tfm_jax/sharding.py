@@ -67,8 +67,13 @@ def num_slices(devices: Sequence[Any]) -> int:
 
 
 def one_device_mesh() -> Mesh:
-    """Return a mesh of the first device alone."""
-    return _mesh(np.array(_devices()[:1]).reshape(1, 1, 1, 1))
+    """Return a mesh of the first device of this process alone."""
+    return _mesh(np.array(_devices(local=True)[:1]).reshape(1, 1, 1, 1))
+
+
+def local_mesh() -> Mesh:
+    """Return a mesh that splits batches over the devices of this process; each of them holds all parameters."""
+    return _mesh(np.array(_devices(local=True)).reshape(-1, 1, 1, 1))
 
 
 def _mesh(devices: np.ndarray) -> Mesh:
@@ -126,9 +131,10 @@ def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
-def _devices() -> list[Any]:
+def _devices(local: bool = False) -> list[Any]:
+    """Return the devices of all processes, or those of this process."""
     try:
-        return jax.devices()
+        return jax.local_devices() if local else jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a default backend
         reason = " ".join(str(error).split()) or "no backend"
         raise InputError(

@@ -19,7 +19,7 @@ import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.reformatter import Interpolation
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from tfm_jax import images
@@ -112,7 +112,7 @@ def read_windows(
 
 def check_type(path: Path) -> None:
     """Raise InputError if there is no such file, or if it is not a video or image by its name."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, this says no to a name that is too long
         raise InputError(f"{path}: no such file; expected a video or image")
     if path.suffix.lower() not in (*CONTAINERS, *images.SUFFIXES):
         raise InputError(f"{path}: unknown file type; expected one of {', '.join((*CONTAINERS, *images.SUFFIXES))}")
@@ -174,7 +174,7 @@ def find_clips(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.mp4"), key=key)
 
 
-def from_uint8(pixels: UInt8[np.ndarray, "*any 3"]) -> Float[np.ndarray, "*any 3"]:
+def from_uint8(pixels: UInt8[np.ndarray | Array, "*any 3"]) -> Float[np.ndarray | Array, "*any 3"]:
     """Map 0..255 to -1..1, the range of the video autoencoder."""
     return pixels.astype(np.float32) / 127.5 - 1
 

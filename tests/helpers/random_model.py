@@ -29,14 +29,14 @@ def write_model(directory: Path, captions: list[str], seed: int = 0) -> None:
         TextEncoderConfig(vocab_size=VOCABULARY, dim=TEXT_DIM, heads=4, head_dim=16, ffn_dim=128, layers=2),
     )
     rng = np.random.default_rng(seed)
-    sources = [_random(component, config, rng) for component, config in zip(COMPONENTS, configs, strict=True)]
+    sources = [random_source(component, config, rng) for component, config in zip(COMPONENTS, configs, strict=True)]
     with TemporaryDirectory() as scratch:
         tokenizer = Path(scratch, "tokenizer")
         write_tokenizer(tokenizer, captions, VOCABULARY)
         save_model(sources, tokenizer, directory, "diffusers", jnp.float32)
 
 
-def _random(component: Component, config: Any, rng: np.random.Generator) -> Source:
+def random_source(component: Component, config: Any, rng: np.random.Generator) -> Source:
     """Draw the weights of a network with NumPy: to compile an initialisation in JAX takes longer than the tests."""
     tensors = {}
     for name, like in abstract_parameters(component, config, jnp.float32).items():

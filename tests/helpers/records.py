@@ -1,11 +1,15 @@
 """Small records of prepared clips, and the folders that hold them."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tfm_jax.arrays import TEXT_LENGTH
-from tfm_jax.data.records import Record, RecordWriter
+from tfm_jax.data import format as files
+from tfm_jax.data.format import Manifest, Record
+from tfm_jax.data.records import RecordWriter
 
 METADATA = {"model": "weights/wan", "frames": 17, "fps": 16.0}
 SHAPE, TEXT_DIM = (5, 4, 6, 16), 24
@@ -32,6 +36,43 @@ def write_records(folder: Path, count: int = 7) -> list[Record]:
         for record in written:
             writer.write(record)
     return written
+
+
+def write_dataset(
+    folder: Path,
+    records: Sequence[Record],
+    clip: Mapping[str, Any] | None = None,
+    encoders: Mapping[str, str] | None = None,
+    per_shard: int = 3,
+) -> None:
+    """Write a folder of prepared clips as tfm-prepare does, in their dtype.
+
+    Args:
+        clip: the section of the configuration; METADATA by default.
+        encoders: the fingerprints of the encoders; of none by default.
+        per_shard: number of records in each shard.
+    """
+    folder.mkdir(parents=True)
+    groups = [records[start : start + per_shard] for start in range(0, len(records), per_shard)]
+    written = [
+        files.write_shard(folder / files.shard_name(number, len(groups)), group) for number, group in enumerate(groups)
+    ]
+    shards = [shard for shard, _ in written]
+    text = records[0].text
+    dtype: Any = text.dtype.name
+    files.write_description(folder, dtype, records[0].latents.shape[-1], text.shape[-1], shards)
+    files.write_index(folder, [entry for _, entries in written for entry in entries])
+    files.write_empty_prompt(folder, np.zeros_like(text[:1]))
+    manifest = Manifest(
+        encoders=dict(encoders or {}),
+        dtype=dtype,
+        clip=dict(METADATA if clip is None else clip),
+        data_seed=0,
+        model="weights/wan",
+        clips="0123456789abcdef",
+        shards=shards,
+    )
+    files.write_manifest(folder, manifest)
 
 
 def same(a: Record, b: Record) -> bool:

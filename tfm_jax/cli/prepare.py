@@ -4,18 +4,22 @@
     tfm-prepare --config wan2.1_t2v_1.3b --data.source=clips/ --data.path=latents/
 
 data.source lists the clips and their prompts: a folder with metadata.csv, metadata.json or metadata.jsonl; such a file;
-a folder of pairs such as a.mp4 and a.txt; or ShareGPT4Video's sharegpt4video_40k.jsonl. Clips that are too short or
-damaged are left out; rejected.jsonl in data.path lists them with the reason.
+a folder of pairs such as a.mp4 and a.txt; or ShareGPT4Video's sharegpt4video_40k.jsonl. Videos that are missing, too
+short or damaged are left out; rejected.jsonl in data.path lists them with the reason.
+
+A run that was stopped is continued by the same command. All local devices are used. To use several hosts, start the
+program on each of them, as described in tfm-train --help; all of them must share a filesystem.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from tfm_jax import processes
 from tfm_jax.cli import command
 from tfm_jax.config import section
 from tfm_jax.data.dry_run import dry_run
-from tfm_jax.data.prepare import PrepareRun, prepare
-from tfm_jax.data.records import REJECTED
+from tfm_jax.data.format import REJECTED
+from tfm_jax.data.prepare import Prepared, PrepareRun, prepare
 
 
 @section
@@ -28,16 +32,24 @@ class Options:
 
 
 def execute(argv: Sequence[str]) -> None:
-    options = command.parse(Options, argv, "tfm-prepare", __doc__).options()
-    run = options.run
-    if options.dry_run:
-        dry_run(run)
+    line = command.parse(Options, argv, "tfm-prepare", __doc__)
+    with processes.distributed():  # invalid values are reported once for all processes
+        options = line.options()
+        if not options.dry_run:
+            _report(options.run.data.path, prepare(options.run))
+        elif processes.is_first():
+            dry_run(options.run)
+
+
+def _report(output: Path, prepared: Prepared | None) -> None:
+    """Print the result in the process that has it, the first one."""
+    if prepared is None:
         return
-    written, rejected = prepare(run)
+    written, rejected = prepared
     clips = f"{written} clip{'s' if written > 1 else ''}"
     if rejected:
-        clips = f"{written} of {written + rejected} clips; {rejected} rejected: see {run.data.path / REJECTED}"
-    print(f"{run.data.path}: {clips}")
+        clips = f"{clips}; {rejected} video{'s' if rejected > 1 else ''} rejected: see {output / REJECTED}"
+    print(f"{output}: {clips}")
 
 
 def main() -> None:

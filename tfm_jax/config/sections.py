@@ -158,6 +158,10 @@ class DataConfig:
     """Whether the list may contain absolute paths, which may point anywhere."""
     seed: Seed = 0
     """Seed of the parts that tfm-prepare chooses with clip.part=random."""
+    dtype: Dtype = "bfloat16"
+    """Data type in which tfm-prepare stores latents and text embeddings. float32 takes twice the space."""
+    max_rejected: Fraction = 0.05
+    """Largest fraction of the videos that may turn out to be unusable. If there are more, tfm-prepare stops."""
     path: NonEmptyPath
     """Folder of the latents and text embeddings, which tfm-prepare writes and tfm-train reads."""
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tfm_jax import config as configs
-from tfm_jax.arrays import TEXT_LENGTH
+from tfm_jax.arrays import DTYPES, TEXT_LENGTH
 from tfm_jax.data.buckets import Bucket
 from tfm_jax.data.clips import Rejected, Windows
 from tfm_jax.data.prepare import PrepareRun, read_list
-from tfm_jax.data.records import STORED
-from tfm_jax.data.survey import Surveyed, check_length, check_sizes, survey, used_buckets
+from tfm_jax.data.survey import Surveyed, check_length, check_rejected, rejection, survey, used_buckets
 from tfm_jax.errors import InputError
 from tfm_jax.files import check_output_directory, replacing
 from tfm_jax.wan.components import TRANSFORMER
@@ -72,8 +71,8 @@ def _line(entry: Surveyed) -> list[str]:
 
 def _describe(surveyed: Sequence[Surveyed], run: PrepareRun) -> Iterator[str]:
     """Yield the lines of the summary."""
-    text_dim = _text_dim(run.model)
-    totals = {str(bucket): _total(bucket, of, text_dim) for bucket, of in used_buckets(surveyed).items()}
+    text_dim, itemsize = _text_dim(run.model), DTYPES[run.data.dtype].itemsize
+    totals = {str(bucket): _total(bucket, of, text_dim, itemsize) for bucket, of in used_buckets(surveyed).items()}
     whole = functools.reduce(_Total.plus, totals.values(), _Total())
     yield from _table(totals | {"all": whole})
     yield ""
@@ -92,7 +91,9 @@ def _describe(surveyed: Sequence[Surveyed], run: PrepareRun) -> Iterator[str]:
     needed, free = whole.latents + whole.text, shutil.disk_usage(parent).free
     yield f"disk: at most {_size(needed)}; {_size(free)} are free{'' if needed < free else ', which is too little'}"
     try:
-        check_sizes(surveyed, run.data.path)
+        check_rejected(
+            [rejection(row, of.reason) for row, _, of in surveyed if isinstance(of, Rejected)], len(surveyed), run.data
+        )
     except InputError as error:
         yield f"note: without --dry-run this is an error: {error}"
 
@@ -115,13 +116,13 @@ class _Total(NamedTuple):
         return _Total(*sums)
 
 
-def _total(bucket: Bucket, surveyed: Sequence[Surveyed], text_dim: int) -> _Total:
+def _total(bucket: Bucket, surveyed: Sequence[Surveyed], text_dim: int, itemsize: int) -> _Total:
     chosen = [entry.chosen for entry in surveyed if isinstance(entry.chosen, Windows)]
     clips = sum(len(windows.starts) for windows in chosen)
     latents = math.prod(bucket.latent_size) * TransformerConfig.channels
     return _Total(
         clips, sum((windows.seconds for windows in chosen), Fraction(0)), sum(map(_unused, surveyed), Fraction(0)),
-        clips * latents * STORED.itemsize, clips * TEXT_LENGTH * text_dim * STORED.itemsize,
+        clips * latents * itemsize, clips * TEXT_LENGTH * text_dim * itemsize,
     )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ class Clip(NamedTuple):
     """A video or image with its prompt."""
 
     path: Path
-    """The file, which exists. Unless it was given as an absolute path, it is inside the folder, even after links are
-    resolved."""
+    """The file, which may be missing. Unless it was given as an absolute path, it is inside the folder, even after
+    links are resolved."""
     video: str
     """The path as written in the list."""
     prompt: str
@@ -51,7 +51,8 @@ class Metadata(NamedTuple):
 def read_metadata(source: Path | Metadata, absolute_paths: bool = False) -> list[Clip]:
     """Read a list of clips.
 
-    A clip may have several prompts, each in its own row. Fields other than the video and the prompt are ignored.
+    A clip may have several prompts, each in its own row. Fields other than the video and the prompt are ignored. The
+    files of the clips are not looked at.
 
     Args:
         source: see `find_metadata`.

@@ -258,7 +258,10 @@ def read_pairs(folder: Path) -> Iterator[Row]:
 
 def _read_pair(folder: Path, name: str, text: str) -> Fields:
     try:
-        with locate(text, folder).open("rb") as stream:
+        file = locate(text, folder)
+        if not file.is_file():
+            raise BadRow(f"no such file; expected it in {folder}")
+        with file.open("rb") as stream:
             content = stream.read(4 * FIELD_LIMIT + 1)  # a character has at most 4 bytes
         return Fields(name, content.decode("utf-8-sig").strip())
     except BadRow as problem:

@@ -6,17 +6,19 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 
 class BadRow(Exception):
-    """A clip in a list cannot be used. The message says why, and what was expected."""
+    """A row of a list of clips cannot be used. The message says why, and what was expected."""
 
 
 def locate(name: str, folder: Path, absolute_paths: bool = False) -> Path:
     """Return the path of a file that is named relative to `folder` and lies inside it, even after links are resolved.
 
+    The file need not exist.
+
     Args:
         absolute_paths: also accept absolute names. These may point anywhere.
 
     Raises:
-        BadRow: there is no such file, it is outside the folder, or the name is not a path.
+        BadRow: it is outside the folder, or the name is not a path.
     """
     relative = f"expected a path relative to {folder}"
     if not name.strip():
@@ -29,13 +31,8 @@ def locate(name: str, folder: Path, absolute_paths: bool = False) -> Path:
     if absolute and not absolute_paths:
         raise BadRow(f"is an absolute path; {relative} (tfm-prepare accepts it with data.absolute_paths=true)")
     path = folder / name
-    try:
-        # Path.resolve raises RuntimeError on circular links; realpath does not.
-        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-        if not absolute and (".." in PurePosixPath(name).parts or not inside):
-            raise BadRow(f"is outside the folder; {relative}")
-        if not path.is_file():
-            raise BadRow("no such file" if absolute else f"no such file; expected it in {folder}")
-    except OSError as error:  # such as a name that is too long
-        raise BadRow(f"{error.strerror}; {relative}") from None
+    # Path.resolve raises RuntimeError on circular links; realpath does not.
+    inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    if not absolute and (".." in PurePosixPath(name).parts or not inside):
+        raise BadRow(f"is outside the folder; {relative}")
     return path

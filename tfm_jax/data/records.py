@@ -10,14 +10,14 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
-from jaxtyping import Float32
 
 from tfm_jax.arrays import TEXT_LENGTH
+from tfm_jax.data.format import Record
 from tfm_jax.errors import InputError
 from tfm_jax.files import check_new_directory, lock
 
@@ -34,19 +34,6 @@ FIELDS = {"latents", "text", "prompt", "video"}
 STORED = np.dtype(np.float32)
 """Data type of the stored latents and text embeddings."""
 SHARD_BYTES = 2**30
-
-
-class Record(NamedTuple):
-    """One prepared clip."""
-
-    latents: Float32[np.ndarray, "f h w c"]
-    """Normalised latents."""
-    text: Float32[np.ndarray, "l d"]
-    """Embedding of the prompt, one row per token, without padding."""
-    prompt: str
-    video: str
-    """Path of the video or image as written in the list of clips. `#t=` and the seconds before the clip follow, if the
-    clip does not begin at the start of the video."""
 
 
 class RecordWriter:

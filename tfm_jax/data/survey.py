@@ -1,22 +1,30 @@
 """Reads the headers of all clips and says which training clips they give, before anything is encoded."""
 
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from tfm_jax.config import ClipConfig
+from tfm_jax import processes
+from tfm_jax.config import ClipConfig, DataConfig
 from tfm_jax.data.buckets import Bucket
 from tfm_jax.data.clips import Rejected, Windows, choose_windows
+from tfm_jax.data.format import Line
 from tfm_jax.data.metadata import Clip
 from tfm_jax.errors import InputError
+from tfm_jax.inputs import short_repr
 from tfm_jax.video_headers import Header, read_header
 
 MAX_THREADS = 32
 """More than the cores of a small machine, because threads wait for files, above all on network disks."""
+
+
+REASONS_SHOWN = 10
+"""Number of reasons in the message about too many rejected videos."""
 
 
 class Surveyed(NamedTuple):
@@ -35,12 +43,14 @@ def survey(rows: Sequence[Clip], clip: ClipConfig, seed: int) -> list[Surveyed]:
         try:
             header = read_header(row.path)
         except InputError as error:
-            return Surveyed(row, None, Rejected(str(error).removeprefix(f"{row.path}: ")))
+            return Surveyed(row, None, Rejected(without_path(error, row)))
         return Surveyed(row, header, choose_windows(header, clip, row.video, seed))
 
     threads = ThreadPoolExecutor(min(MAX_THREADS, 4 * (os.cpu_count() or 1)))
     try:
-        return list(tqdm(threads.map(read, rows), desc="reading headers", unit="file", total=len(rows)))
+        results = threads.map(read, rows)
+        hidden = not processes.is_first()
+        return list(tqdm(results, desc="reading headers", unit="file", total=len(rows), disable=hidden))
     finally:
         threads.shutdown(cancel_futures=True)  # on Ctrl-C, the files that have not been read are not
 
@@ -54,26 +64,38 @@ def check_length(surveyed: Sequence[Surveyed], clip: ClipConfig) -> None:
         raise InputError(f"clip.short=refuse: {count}; the first one: {row.path}: {chosen.reason}")
 
 
-def check_sizes(surveyed: Sequence[Surveyed], output: Path) -> Bucket:
-    """Return the size of all clips.
-
-    Raises:
-        InputError: the clips have several sizes, or no clip can be used.
-    """
-    buckets = list(used_buckets(surveyed))
-    if not buckets:
-        row, _, chosen = surveyed[0]
-        reason = chosen.reason if isinstance(chosen, Rejected) else ""
-        raise none_usable(output, len(surveyed), f"{row.path}: {reason}")
-    if len(buckets) > 1:
-        sizes = ", ".join(map(str, buckets[:3])) + (", ..." if len(buckets) > 3 else "")
-        found = f"the clips have {len(buckets)} sizes ({sizes})"
-        raise InputError(f"data.path={output}: {found}; expected one, as all latents in a folder have the same size")
-    return buckets[0]
+def rejection(row: Clip, reason: str) -> Line:
+    """Return the line of rejected.jsonl for a video that cannot be used."""
+    return {row.origin.kind: row.origin.value, "video": row.video, "reason": reason}
 
 
-def none_usable(output: Path, count: int, problem: str) -> InputError:
-    return InputError(f"{output}: none of the {count} clips can be used; the first problem: {problem}")
+def without_path(error: InputError, row: Clip) -> str:
+    """Return what is wrong with the file of a row, without its path."""
+    return str(error).removeprefix(f"{row.path}: ")
+
+
+def check_rejected(rejected: Sequence[Line], rows: int, data: DataConfig) -> None:
+    """Raise InputError if too many of the `rows` videos cannot be used. The message gives the reasons."""
+    if len(rejected) / rows > data.max_rejected:
+        found = f"{len(rejected)} of the {rows} videos cannot be used"
+        raise InputError(f"data.max_rejected={data.max_rejected:g}: {found}: {count_reasons(rejected)}")
+
+
+def count_reasons(rejected: Sequence[Line]) -> str:
+    """Return the most frequent reasons of rejections in one line, each with their number and an example."""
+    counts = Counter(_kind(line) for line in rejected)
+    examples = {_kind(line): line["video"] for line in reversed(rejected)}
+    reasons = [
+        f"{count} x {kind} (such as {short_repr(examples[kind])})" for kind, count in counts.most_common(REASONS_SHOWN)
+    ]
+    if len(counts) > REASONS_SHOWN:
+        reasons.append("...")
+    return "; ".join(reasons)
+
+
+def _kind(line: Line) -> str:
+    """Return the reason of a rejection without its numbers, so that equal reasons can be counted."""
+    return re.sub(r"\d[\d.,]*(?<=\d)", "N", str(line["reason"]))
 
 
 def used_buckets(surveyed: Sequence[Surveyed]) -> dict[Bucket, list[Surveyed]]:

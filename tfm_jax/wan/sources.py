@@ -22,7 +22,7 @@ from tfm_jax.wan.components import TRANSFORMER, Component, named_parameters
 from tfm_jax.wan.config_json import SCHEMAS, build_config, class_name, read_config
 from tfm_jax.wan.names import Layout, Row, Shapes
 from tfm_jax.wan.pth import open_pth
-from tfm_jax.wan.tensors import LazyTensor, Tensors, open_tensors, safetensors_in
+from tfm_jax.wan.tensors import LazyTensor, Shape, Tensors, open_tensors, safetensors_in
 
 SIDECAR_SUFFIX = ".tfm_jax.json"
 ORIGINAL_FILES = {"vae": "Wan2.1_VAE.pth", "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth"}
@@ -51,6 +51,14 @@ class Source(NamedTuple):
             return rearrange(tensor.read(...), row.axes)
         part = tuple(slice(None) if axis == "1" else index[row.our_axes.index(axis)] for axis in row.torch_axes)
         return rearrange(tensor.read(part), row.axes)
+
+    def shape(self, row: Row) -> Shape:
+        """Return the shape of the tensor of a row, with our axes, without the axis of stacked layers."""
+        shape = self.tensors[row.name(self.layout)].shape
+        if self.layout == "tfm_jax":
+            return shape if row.layer is None else shape[1:]
+        lengths = dict(zip(row.torch_axes, shape, strict=True))
+        return tuple(lengths[axis] for axis in row.our_axes)
 
     def not_finite(self, row: Row) -> str:
         """Return the error message for a tensor that contains a NaN or an infinite value."""
