@@ -28,10 +28,13 @@ from tfm_jax.data.records import Record, open_records
 FRAMES, HEIGHT, WIDTH = 9, 48, 80
 CLIPS = {
     "wide.mp4": ((12, 70, 150), "A red disc moves right, slowly, while the camera's view remains still."),
-    "tall.mp4": ((9, 130, 62), "The scene’s light shifts: \"dusk\", then night. It's calm &amp; dark."),
-    "small.mp4": ((10, 40, 56), ""),
+    "tall.mp4": ((9, 130, 62), 'The scene’s light shifts: "dusk", then night. It\'s calm &amp; dark.'),
+    "short.mp4": ((7, 40, 56), ""),
 }
 """Name -> size of the video in frames and pixels, and its prompt."""
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+"""data.dtype -> the largest error, relative to the largest value."""
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,13 @@ def videos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=TOLERANCE)
+def dtype(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def records(videos, tmp_path_factory) -> dict[str, Record]:
+def records(videos, dtype, tmp_path_factory) -> dict[str, Record]:
     """What tfm-prepare makes of a list in the form of the official metadata_example.csv.
 
     The list has two columns of numbers that mean nothing, as pandas writes them, and absolute paths.
@@ -57,7 +65,7 @@ def records(videos, tmp_path_factory) -> dict[str, Record]:
     execute("prepare_data", [
         "--config=wan_tiny", f"--data.source={folder}/metadata_example.csv", "--data.absolute_paths=true",
         f"--data.path={folder}/latents", f"--clip.frames={FRAMES}", f"--clip.height={HEIGHT}", f"--clip.width={WIDTH}",
-        "--clip.fps=native", "--clip.short=cut", "--clip.resize=bilinear",
+        "--clip.fps=native", "--clip.short=cut", "--clip.resize=bilinear", f"--data.dtype={dtype}",
     ])  # fmt: skip
     found = open_records(folder / "latents")
     return {Path(record.video).name: record for record in (found[n] for n in range(len(found)))}
@@ -94,19 +102,22 @@ def official_latents(vae: AutoencoderKLWan, pixels: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_latents(videos, records, pipeline, name):
+def test_latents(videos, records, pipeline, dtype, name):
     expected = official_latents(pipeline.vae, official_pixels(videos / name))
-    assert relative(records[name].latents, expected) < 1e-4
+    found = records[name].latents
+    assert found.dtype == dtype
+    assert relative(found, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_text_embeddings(records, pipeline, name):
+def test_text_embeddings(records, pipeline, dtype, name):
     record = records[name]
     assert record.prompt == CLIPS[name][1]
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt(record.prompt, do_classifier_free_guidance=False, max_sequence_length=512)
-    assert relative(pad_text([record.text])[0], expected[0].numpy()) < 1e-4
+    assert record.text.dtype == dtype
+    assert relative(pad_text([record.text])[0], expected[0].numpy()) < TOLERANCE[dtype]
 
 
-def test_the_list_names_every_clip(videos, records):
-    assert [record.video for record in records.values()] == [str(videos / name) for name in CLIPS]
+def test_all_clips_of_the_list_are_prepared(videos, records):
+    assert {record.video for record in records.values()} == {str(videos / name) for name in CLIPS}

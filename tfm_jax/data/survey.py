@@ -83,14 +83,17 @@ def check_rejected(rejected: Sequence[Line], rows: int, data: DataConfig) -> Non
 
 def count_reasons(rejected: Sequence[Line]) -> str:
     """Return the most frequent reasons of rejections in one line, each with their number and an example."""
+    return "; ".join(list_reasons(rejected))
+
+
+def list_reasons(rejected: Sequence[Line]) -> list[str]:
+    """Return the most frequent reasons of rejections, each with their number and an example."""
     counts = Counter(_kind(line) for line in rejected)
     examples = {_kind(line): line["video"] for line in reversed(rejected)}
     reasons = [
         f"{count} x {kind} (such as {short_repr(examples[kind])})" for kind, count in counts.most_common(REASONS_SHOWN)
     ]
-    if len(counts) > REASONS_SHOWN:
-        reasons.append("...")
-    return "; ".join(reasons)
+    return [*reasons, "..."] if len(counts) > REASONS_SHOWN else reasons
 
 
 def _kind(line: Line) -> str:
