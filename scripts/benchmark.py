@@ -38,7 +38,7 @@ import numpy as np
 from einops import rearrange
 
 from tfm_jax import video
-from tfm_jax.arrays import DTYPES
+from tfm_jax.arrays import DTYPES, Dtype
 from tfm_jax.cli import command
 from tfm_jax.config import ClipConfig, LoraConfig, load
 from tfm_jax.data import format as files
@@ -253,13 +253,9 @@ def _encode_one_by_one(run: PrepareRun, rows: Sequence[str]) -> float:
 def measure_opening(folder: Path, count: int) -> None:
     """Open a folder of as many records, all of which have the same small content."""
     record = Record(np.zeros((1, 2, 2, 16), np.float32), np.zeros((1, 8), np.float32), "prompt", "name.mp4")
-    write_records(folder, [record] * 64, copies=count // 64)
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        records = open_records(folder)
-        seconds.append(time.monotonic() - start)
-    print(f"opening {len(records):,} records: {statistics.median(seconds):.2f} s", flush=True)
+    write_records(folder, [record] * 64, "float32", copies=count // 64)
+    seconds = _take_turns({"open": lambda: open_records(folder)}, rounds=3)["open"]
+    print(f"opening {count:,} records: {seconds:.2f} s", flush=True)
 
 
 def measure_reading(folder: Path, steps: int) -> None:
@@ -267,7 +263,7 @@ def measure_reading(folder: Path, steps: int) -> None:
     rng, dtype = np.random.default_rng(0), DTYPES["bfloat16"]
     latents = rng.standard_normal((*CLIP_480P.latent_size, WAN_14B.channels), np.float32).astype(dtype)
     text = rng.standard_normal((PROMPT_TOKENS, WAN_14B.text_dim), np.float32).astype(dtype)
-    write_records(folder, [Record(latents, text, "prompt", "name.mp4")] * 16, copies=3)
+    write_records(folder, [Record(latents, text, "prompt", "name.mp4")] * 16, "bfloat16", copies=3)
     batches = Batches(open_records(folder), 4, 0, one_device_mesh())
     read = batches.iterate()
     for _ in range(4):  # those that were read ahead
@@ -284,7 +280,7 @@ def measure_reading(folder: Path, steps: int) -> None:
     print(f"training Wan2.1-14B on {machine} uses {used:.2f} clips/s (81 frames of 480 x 832)", flush=True)
 
 
-def write_records(folder: Path, records: Sequence[Record], copies: int) -> None:
+def write_records(folder: Path, records: Sequence[Record], dtype: Dtype, copies: int) -> None:
     """Write a folder as tfm-prepare does, but with copies of one shard. Its manifest names no encoders."""
     folder.mkdir()
     first, entries = files.write_shard(folder / files.shard_name(0, copies), records)
@@ -292,7 +288,6 @@ def write_records(folder: Path, records: Sequence[Record], copies: int) -> None:
     for shard in shards[1:]:
         shutil.copy(folder / first.file, folder / shard.file)
     latents, text, *_ = records[0]
-    dtype = next(name for name, stored in DTYPES.items() if stored == latents.dtype)
     files.write_description(folder, dtype, latents.shape[-1], text.shape[-1], shards)
     files.write_index(folder, entries * copies)
     files.write_empty_prompt(folder, text[:1])
