@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tfm_jax import config as configs
+from tfm_jax.data.format import REJECTED
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.data.prepare import PrepareRun, prepare
-from tfm_jax.data.records import REJECTED, Records, open_records
+from tfm_jax.data.records import Records, open_records
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
 from tfm_jax.moving_shapes.evaluation.folders import measure_folder
