@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py convert --directory=/tmp
     python scripts/benchmark.py attention
+    python scripts/benchmark.py data --directory=/tmp
 
 convert: convert a random Wan2.1-1.3B transformer (5.7 GB of float32 in the Diffusers layout) with convert_weights.py,
 and compare the speed with that of a plain copy of the same files. This runs on Linux only and needs 12 GB of free space
@@ -10,10 +11,16 @@ in --directory. All files are removed at the end.
 attention: compare our attention in float32, with and without gradients, with three others: PyTorch's on all cores,
 chunks of queries that JAX differentiates, and JAX's own, which keeps all scores in memory. The four take turns, so that
 their ratios are meaningful even on a busy machine.
+
+data: the speed of tfm-prepare with the embedded model, beside a plain loop over the same clips; how long it takes to
+open 40,000 records; and how fast clips of the size of Wan2.1 at 480p are read, beside what training can use. This takes
+a minute and needs 0.5 GB of free space in --directory. All files are removed at the end.
 """
 
 import argparse
+import csv
 import json
+import math
 import os
 import shutil
 import statistics
@@ -30,15 +37,31 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from tfm_jax import video
+from tfm_jax.arrays import DTYPES, Dtype
 from tfm_jax.cli import command
+from tfm_jax.config import ClipConfig, LoraConfig, load
+from tfm_jax.data import format as files
+from tfm_jax.data.batches import Batches
+from tfm_jax.data.format import Manifest, Record
+from tfm_jax.data.metadata import METADATA_FILE
+from tfm_jax.data.prepare import PrepareRun, prepare
+from tfm_jax.data.records import open_records
+from tfm_jax.moving_shapes import world
+from tfm_jax.planning.chips import CHIPS
+from tfm_jax.planning.flops import training_flops
+from tfm_jax.sharding import one_device_mesh
+from tfm_jax.wan import load_text_encoder, load_tokenizer, load_vae
 from tfm_jax.wan.attention import attention
 from tfm_jax.wan.checks import expected_shapes
 from tfm_jax.wan.components import TRANSFORMER, abstract_parameters
 from tfm_jax.wan.config_json import config_json
 from tfm_jax.wan.tensors import TensorWriter
-from tfm_jax.wan.transformer import TransformerConfig
+from tfm_jax.wan.tokenizer import encode_prompts
+from tfm_jax.wan.transformer import TransformerConfig, token_grid
 
 WAN_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
+WAN_14B = TransformerConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
 CONVERT = Path(__file__).resolve().with_name("convert_weights.py")
 
 ATTENTION_SHAPES = ((1, 1600, 1600, 8, 64), (1, 1600, 512, 8, 64), (2, 80, 512, 4, 32))
@@ -66,6 +89,9 @@ def main(argv: Sequence[str]) -> None:
         "--rounds", type=int, default=15, help="number of timed runs of each program (default: %(default)s)"
     )
     attend.set_defaults(run=lambda options: measure_attention(options.rounds))
+    data = commands.add_parser("data", help="measure the speed of preparing, opening and reading clips")
+    data.add_argument("--directory", type=Path, required=True, help="directory with 0.5 GB of free space")
+    data.set_defaults(run=lambda options: measure_data(options.directory))
     options = parser.parse_args(argv)
     options.run(options)
 
@@ -173,6 +199,104 @@ def _take_turns(programs: dict[str, Callable[[], object]], rounds: int) -> dict[
             if number >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+WARM_UP, TIMED = 8, 32
+"""Numbers of clips that are encoded: those after the warm-up are timed."""
+
+CLIP_480P, PROMPT_TOKENS = ClipConfig(frames=81, height=480, width=832), 300
+
+HOST, HOST_CHIPS, UTILISATION = "h100", 8, 0.4
+"""A machine that trains Wan2.1-14B, and the fraction of its peak that we assume training to reach."""
+
+
+def measure_data(directory: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="benchmark.", dir=directory) as scratch:
+        measure_preparation(Path(scratch))
+        measure_opening(Path(scratch, "many"), 40_000)
+        measure_reading(Path(scratch, "large"), steps=24)
+
+
+def measure_preparation(scratch: Path) -> None:
+    """Encode few and many clips, and divide the difference in clips by that in time: this leaves out the start."""
+    world.write_clips(scratch / "clips", WARM_UP + TIMED)
+    rows = (scratch / "clips" / METADATA_FILE).read_text(encoding="utf-8").splitlines()
+    seconds = []
+    for count in (WARM_UP, WARM_UP + TIMED):
+        source = scratch / "clips" / f"first_{count}.csv"
+        source.write_text("\n".join(rows[: 1 + count]), encoding="utf-8")
+        run = load(PrepareRun, "wan_tiny", {"data.source": str(source), "data.path": str(scratch / f"latents_{count}")})
+        start = time.monotonic()
+        prepare(run)
+        seconds.append(time.monotonic() - start)
+    ours, plain = TIMED / (seconds[1] - seconds[0]), TIMED / _encode_one_by_one(run, rows[1:])
+    print(f"tfm-prepare: {ours:.2f} clips/s; a plain loop: {plain:.2f} clips/s; ratio {ours / plain:.2f}", flush=True)
+
+
+def _encode_one_by_one(run: PrepareRun, rows: Sequence[str]) -> float:
+    """Read and encode the clips of a table in the simplest way. Return the seconds that all but the first few take."""
+    tokenizer, encoder, vae = (
+        load_tokenizer(run.model.path), load_text_encoder(run.model.path, run.model.dtype), load_vae(run.model.path)
+    )  # fmt: skip
+    folder, clip, start = Path(run.data.source or "").parent, run.clip, 0.0
+    for number, (name, prompt) in enumerate(csv.reader(rows)):
+        if number == WARM_UP:
+            start = time.monotonic()
+        pixels = video.read_clip(folder / name, clip.frames, clip.height, clip.width, clip.rate)
+        np.asarray(vae.encode(jnp.asarray(video.from_uint8(pixels))[None]))
+        encode_prompts(tokenizer, encoder, [prompt])
+    return time.monotonic() - start
+
+
+def measure_opening(folder: Path, count: int) -> None:
+    """Open a folder of as many records, all of which have the same small content."""
+    record = Record(np.zeros((1, 2, 2, 16), np.float32), np.zeros((1, 8), np.float32), "prompt", "name.mp4")
+    write_records(folder, [record] * 64, "float32", copies=count // 64)
+    seconds = _take_turns({"open": lambda: open_records(folder)}, rounds=3)["open"]
+    print(f"opening {count:,} records: {seconds:.2f} s", flush=True)
+
+
+def measure_reading(folder: Path, steps: int) -> None:
+    """Read batches of records of the size of Wan2.1 at 480p, which are in the page cache."""
+    rng, dtype = np.random.default_rng(0), DTYPES["bfloat16"]
+    latents = rng.standard_normal((*CLIP_480P.latent_size, WAN_14B.channels), np.float32).astype(dtype)
+    text = rng.standard_normal((PROMPT_TOKENS, WAN_14B.text_dim), np.float32).astype(dtype)
+    write_records(folder, [Record(latents, text, "prompt", "name.mp4")] * 16, "bfloat16", copies=3)
+    batches = Batches(open_records(folder), 4, 0, one_device_mesh())
+    read = batches.iterate()
+    for _ in range(4):  # those that were read ahead
+        next(read)
+    start = time.monotonic()
+    for _ in range(steps):
+        next(read)
+    rate = steps * batches.batch_size / (time.monotonic() - start)
+    size = (latents.nbytes + text.nbytes) / 1e6
+    flops = sum(training_flops(WAN_14B, LoraConfig(), "full", 1, math.prod(token_grid(CLIP_480P.latent_size))))
+    used = HOST_CHIPS * CHIPS[HOST].peak * UTILISATION / flops
+    print(f"reading: {rate:.1f} clips/s of {size:.1f} MB each, {rate * size:.0f} MB/s", flush=True)
+    machine = f"{HOST_CHIPS} {HOST} at {UTILISATION:.0%} of their peak"
+    print(f"training Wan2.1-14B on {machine} uses {used:.2f} clips/s (81 frames of 480 x 832)", flush=True)
+
+
+def write_records(folder: Path, records: Sequence[Record], dtype: Dtype, copies: int) -> None:
+    """Write a folder as tfm-prepare does, but with copies of one shard. Its manifest names no encoders."""
+    folder.mkdir()
+    first, entries = files.write_shard(folder / files.shard_name(0, copies), records)
+    shards = [first.model_copy(update={"file": files.shard_name(number, copies)}) for number in range(copies)]
+    for shard in shards[1:]:
+        shutil.copy(folder / first.file, folder / shard.file)
+    latents, text, *_ = records[0]
+    files.write_description(folder, dtype, latents.shape[-1], text.shape[-1], shards)
+    files.write_index(folder, entries * copies)
+    files.write_empty_prompt(folder, text[:1])
+    files.write_manifest(
+        folder, Manifest(encoders={}, dtype=dtype, clip={}, data_seed=0, model="", clips="", shards=shards)
+    )
+
+
+# --- Processes and files ---------------------------------------------------------------------------------------------
 
 
 def run_and_watch(command: Sequence[str], interval: float = 0.05) -> Usage:

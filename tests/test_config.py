@@ -41,7 +41,7 @@ def test_configurations_of_the_repository(config, kind):
 
 
 def test_there_are_configurations():
-    assert {path.stem for path in CONFIGS} >= {"wan_tiny", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b"}
+    assert {path.stem for path in CONFIGS} >= {"wan_tiny", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "tfm_paper_14b"}
 
 
 def test_file_and_defaults(file):
@@ -145,7 +145,8 @@ def test_a_file_wins_over_a_shipped_configuration(tmp_path, monkeypatch):
 
 def test_an_unknown_name_is_refused_with_the_shipped_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    expected = "tiny: no such file; expected a configuration file or one of wan2.1_t2v_1.3b, wan2.1_t2v_14b, wan_tiny"
+    names = "tfm_paper_14b, wan2.1_t2v_1.3b, wan2.1_t2v_14b, wan_tiny"
+    expected = f"tiny: no such file; expected a configuration file or one of {names}"
     with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
         load(Config, "tiny")
 

@@ -219,7 +219,7 @@ def test_bilinear_gives_the_pixels_of_the_official_code(rows, columns, height, w
     size = round(rows * scale), round(columns * scale)
     top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
     whole = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
-    assert abs(found - whole[top : top + height, left : left + width]).max() <= 1
+    np.testing.assert_array_equal(found, whole[top : top + height, left : left + width])
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
     smooth = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     assert abs(found - smooth[top : top + height, left : left + width]).max() <= 1.5
@@ -231,3 +231,13 @@ def test_bilinear_without_antialiasing_would_differ():
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
     sharp = torch.nn.functional.interpolate(pixels, (27, 48), mode="bilinear")[0].permute(1, 2, 0).numpy()
     assert abs(found - sharp).max() > 50
+
+
+def test_a_long_strip_is_not_scaled_as_a_whole(monkeypatch):
+    """Scaled to the height of the clip, it would have 32,000 columns."""
+    strip = np.zeros((3, 2000, 3), np.uint8)
+    strip[:, 990:1010] = 200
+    resize, sizes = Image.Image.resize, []
+    monkeypatch.setattr(Image.Image, "resize", lambda *args: (sizes.append(args[1]), resize(*args))[1])
+    assert (images.scale_and_crop(Image.fromarray(strip), 48, 80, Fraction(1), "bilinear") == 200).all()
+    assert sizes == [(images.LONGEST * 80, 48)]

@@ -3,6 +3,7 @@
 We open every file ourselves and allow three formats only, whatever the suffix says.
 """
 
+import math
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 Resize = Literal["bicubic", "bilinear"]
 FORMATS = ("JPEG", "PNG", "WEBP")
 NO_IMAGE = "is not an image; expected a JPEG, PNG or WebP file"
+LONGEST = 16
+"""How often the clip may fit into a picture, side by side, that is scaled as a whole."""
 
 
 def read_image(path: Path, max_pixels: int) -> Image.Image:
@@ -106,14 +109,26 @@ def scale_and_crop(
             scales the whole picture to a whole number of pixels, and then crops a whole number of pixels.
     """
     scale = max(width / (image.width * aspect), height / image.height)
-    if resize == "bicubic":
-        left = max(0, (image.width - width / (scale * aspect)) / 2)
-        top = max(0, (image.height - height / scale) / 2)
-        right, bottom = image.width - left, image.height - top
-    else:
-        columns, rows = round(image.width * aspect * scale), round(image.height * scale)  # of the scaled picture
-        x, y = Fraction(image.width, columns), Fraction(image.height, rows)  # stored pixels per new pixel
-        left, top = round((columns - width) / 2) * x, round((rows - height) / 2) * y
-        right, bottom = left + width * x, top + height * y
-    box = (float(left), float(top), float(right), float(bottom))
-    return np.asarray(image.resize((width, height), Image.Resampling[resize.upper()], box=box))
+    if resize == "bilinear":
+        return _scale_then_crop(image, height, width, aspect, float(scale))
+    left = max(0, (image.width - width / (scale * aspect)) / 2)
+    top = max(0, (image.height - height / scale) / 2)
+    box = (float(left), float(top), float(image.width - left), float(image.height - top))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def _scale_then_crop(
+    image: Image.Image, height: int, width: int, aspect: Fraction, scale: float
+) -> UInt8[np.ndarray, "y x 3"]:
+    # Only a strip is so long that this cuts something off. Scaled as a whole, it could fill the memory.
+    image = _middle(image, math.ceil(LONGEST * width / (scale * aspect)), math.ceil(LONGEST * height / scale))
+    # Not by a box, which Pillow rounds to single precision: a few pixels in a hundred would differ by one level.
+    whole = image.resize((round(image.width * aspect * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    return np.asarray(_middle(whole, width, height))
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Return the middle of a picture, of at most the given size."""
+    width, height = min(width, image.width), min(height, image.height)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

@@ -80,6 +80,18 @@ def test_a_dry_run_encodes_nothing(call, world, tmp_path):
     assert (tmp_path / "new.report.csv").read_text().splitlines()[1].startswith("0000.mp4,5,16,0.31")
 
 
+def test_prepared_clips_are_inspected(call, world, tmp_path):
+    shutil.copytree(world / "latents", tmp_path / "latents")
+    options = [*config(world), f"--data.path={tmp_path}/latents", "--inspect"]
+    outcome = call("prepare_data", *options)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith(f"{tmp_path}/latents: 4 clips, ")
+    assert outcome.out.endswith(f"{tmp_path}/latents/contact_sheet.png: 4 clips, decoded from their latents\n")
+    with Image.open(tmp_path / "latents" / "contact_sheet.png") as picture:
+        assert picture.width > 9 * 128
+    assert_refused(call("prepare_data", *options, "--dry-run"), "--dry-run and --inspect: expected one of them")
+
+
 def test_the_configuration_of_a_run_serves_sampling(call, world, tmp_path):
     options = [f"--sampling.prompts={world}/prompts.txt", f"--sampling.output={tmp_path}/new", "--sampling.steps=2"]
     outcome = call("sample", "--config", str(world / "run" / "config.yaml"), *options)

@@ -81,12 +81,17 @@ def check_rejected(rejected: Sequence[Line], rows: int, data: DataConfig) -> Non
 
 def count_reasons(rejected: Sequence[Line]) -> str:
     """Return the most frequent reasons of rejections in one line, each with its number and its first video."""
+    return "; ".join(list_reasons(rejected))
+
+
+def list_reasons(rejected: Sequence[Line]) -> list[str]:
+    """Return the most frequent reasons of rejections, each with its number and its first video."""
     alike: dict[str, list[Line]] = {}
     for line in rejected:
         alike.setdefault(_kind(line), []).append(line)
     kinds = sorted(alike.values(), key=len, reverse=True)
     shown = [f"{len(lines)} like {lines[0]['video']}: {lines[0]['reason']}" for lines in kinds[:REASONS_SHOWN]]
-    return "; ".join([*shown, *(["..."] if len(kinds) > REASONS_SHOWN else [])])
+    return [*shown, *(["..."] if len(kinds) > REASONS_SHOWN else [])]
 
 
 def _kind(line: Line) -> str:
