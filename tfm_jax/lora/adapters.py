@@ -15,9 +15,10 @@ from tfm_jax.config import LoraConfig
 from tfm_jax.errors import InputError
 from tfm_jax.lora.applying import check_fits
 from tfm_jax.lora.files import Adapter, Lora
+from tfm_jax.lora.keys import network_order
 from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan.layers import Linear
-from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear, network_order
+from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear
 from tfm_jax.wan.transformer import WanTransformer
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from tfm_jax.errors import InputError
 from tfm_jax.lora.files import Adapter, Lora, read_lora, uniform
-from tfm_jax.wan.names import TransformerLinear, network_order
+from tfm_jax.lora.keys import network_order
+from tfm_jax.wan.names import TransformerLinear
 
 
 class Choice(NamedTuple):

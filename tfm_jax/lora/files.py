@@ -32,7 +32,15 @@ from safetensors.numpy import save_file
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
 from tfm_jax.inputs import parse_json, read_json, short_repr, validate
-from tfm_jax.lora.keys import DIALECT_KEYS, Dialect, difference_key, is_dora, parse_difference, parse_factor
+from tfm_jax.lora.keys import (
+    DIALECT_KEYS,
+    Dialect,
+    difference_key,
+    is_dora,
+    network_order,
+    parse_difference,
+    parse_factor,
+)
 from tfm_jax.wan.checks import similar
 from tfm_jax.wan.names import (
     BLOCK_LINEARS,
@@ -40,7 +48,6 @@ from tfm_jax.wan.names import (
     BlockLinear,
     OuterLinear,
     TransformerLinear,
-    network_order,
 )
 from tfm_jax.wan.tensors import LazyTensor, open_safetensors, safetensors_metadata
 

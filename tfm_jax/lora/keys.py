@@ -40,6 +40,14 @@ DIALECT_KEYS: dict[Dialect, Keys] = {
     "kohya": Keys("lora_unet_{0.kohya}", "lora_down.weight", "lora_up.weight"),
 }
 
+LOADED_BY: dict[Dialect, str] = {
+    "comfy": "diffusers, ComfyUI and DiffSynth",
+    "diffsynth": "DiffSynth",
+    "diffusers": "diffusers",
+    "kohya": "diffusers, ComfyUI and musubi-tuner",
+}
+"""The programs that load each dialect."""
+
 _DORA = re.compile(r".*\.(dora_scale|lora_magnitude_vector)\b.*")
 
 _PREFIX = r"(?: diffusion_model\. | pipe\.dit\. | transformer\. | base_model\.model\. )?"
@@ -61,6 +69,13 @@ _PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha
 
 _TENSORS = {row.original for row in transformer_rows(1)}
 _ENDINGS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
+
+
+def network_order(linear: TransformerLinear) -> tuple[int, int]:
+    """Return a key that sorts linear layers: those outside the blocks first, then block by block."""
+    if isinstance(linear, OuterLinear):
+        return -1, list(OUTER_LINEARS).index(linear.name)
+    return linear.layer, list(BLOCK_LINEARS).index(linear.name)
 
 
 def is_dora(key: str) -> bool:

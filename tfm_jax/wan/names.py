@@ -125,10 +125,7 @@ LORA_TARGETS = tuple(dict.fromkeys(n.removeprefix("self_attn.").removeprefix("cr
 
 
 class BlockLinear(NamedTuple):
-    """One linear layer of one transformer block. These are the layers for which this package trains adapters.
-
-    `str` returns the original name, because `lora.targets` uses original names.
-    """
+    """One linear layer of one transformer block, for which this package trains adapters. `str` is the original name."""
 
     layer: int
     """Index of the block."""
@@ -184,13 +181,6 @@ class OuterLinear(NamedTuple):
 
 TransformerLinear = BlockLinear | OuterLinear
 """A linear layer of the transformer."""
-
-
-def network_order(linear: TransformerLinear) -> tuple[int, int]:
-    """Return a key that sorts linear layers: those outside the blocks first, then block by block."""
-    if isinstance(linear, OuterLinear):
-        return -1, list(OUTER_LINEARS).index(linear.name)
-    return linear.layer, list(BLOCK_LINEARS).index(linear.name)
 
 
 def transformer_rows(layers: int) -> list[Row]:
