@@ -16,13 +16,13 @@ from tfm_jax.wan.transformer import TransformerConfig
 LAYERS, DIM, FFN_DIM, RANK = 2, 24, 40, 4
 
 
-def make_lora(alpha: float = RANK, layers: int = LAYERS, targets=tuple(BLOCK_LINEARS)) -> Lora:
+def make_lora(alpha: float = RANK, layers: int = LAYERS, targets=tuple(BLOCK_LINEARS), ffn_dim: int = FFN_DIM) -> Lora:
     rng = np.random.default_rng(layers)
     adapters = {}
     for layer in range(layers):
         for name in targets:
-            features_in = FFN_DIM if name == "ffn.2" else DIM
-            features_out = FFN_DIM if name == "ffn.0" else DIM
+            features_in = ffn_dim if name == "ffn.2" else DIM
+            features_out = ffn_dim if name == "ffn.0" else DIM
             # Transposed and not contiguous, like factors from JAX's [in, rank] and [rank, out].
             a = rng.normal(0, 0.1, size=(features_in, RANK)).astype(np.float32).T
             b = rng.normal(0, 0.1, size=(RANK, features_out)).astype(np.float32).T

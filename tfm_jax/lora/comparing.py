@@ -40,9 +40,10 @@ def _products(first: Lora, second: Lora, linear: TransformerLinear) -> tuple[flo
             f"{linear}: the widths are {one.a.shape[1]} and {len(one.b)} in one LoRA, but {other.a.shape[1]} and "
             f"{len(other.b)} in the other; expected LoRAs for the same model"
         )
-    scales = first.scale**2, first.scale * second.scale, second.scale**2
-    return tuple(
-        s * product(x, y) for s, (x, y) in zip(scales, ((one, one), (one, other), (other, other)), strict=True)
+    return (
+        first.scale**2 * product(one, one),
+        first.scale * second.scale * product(one, other),
+        second.scale**2 * product(other, other),
     )
 
 

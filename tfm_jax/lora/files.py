@@ -249,7 +249,7 @@ def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[TransformerL
     return {linear: {part: tensors[key] for part, key in found[linear].items()} for linear in ordered}
 
 
-def _adapter(path: Path, linear: BlockLinear, parts: _Parts) -> Adapter:
+def _adapter(path: Path, linear: TransformerLinear, parts: _Parts) -> Adapter:
     a, b = parts["A"].shape, parts["B"].shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
         raise InputError(f"{path}: {linear} has A {list(a)} and B {list(b)}; expected [rank, in] and [out, rank]")

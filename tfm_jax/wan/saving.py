@@ -1,8 +1,8 @@
 """Write networks to directories of weights in any layout, reading one layer of one tensor at a time."""
 
 import json
-import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +83,7 @@ def save_for_comfy(source: Source, file: Path, dtype: DTypeLike, progress: Progr
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as scratch:
         named = {COMFY_PREFIX + name: about for name, about in content.items()}
-        with TensorWriter(Path(scratch), "model", named, max_bytes=math.inf) as writer:
+        with TensorWriter(Path(scratch), "model", named, max_bytes=sys.maxsize) as writer:
             _fill(writer, source, rows, "original", progress, COMFY_PREFIX)
         Path(scratch, "model.safetensors").replace(file)
 

@@ -148,7 +148,7 @@ class TensorWriter:
         directory: Path,
         stem: str,
         tensors: Mapping[str, tuple[Shape, DTypeLike]],
-        max_bytes: float = MAX_SHARD_BYTES,
+        max_bytes: int = MAX_SHARD_BYTES,
     ):
         self._views: dict[str, np.ndarray] = {}
         self._maps: list[np.memmap] = []
@@ -226,7 +226,7 @@ def _nbytes(shape: Shape, dtype: DTypeLike) -> int:
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
-def _shards(tensors: Mapping[str, tuple[Shape, DTypeLike]], max_bytes: float) -> list[list[str]]:
+def _shards(tensors: Mapping[str, tuple[Shape, DTypeLike]], max_bytes: int) -> list[list[str]]:
     """Split the names, in order, into groups of at most `max_bytes`. A larger tensor gets a group of its own."""
     shards: list[list[str]] = [[]]
     size = 0
