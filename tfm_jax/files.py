@@ -35,6 +35,21 @@ def check_new_directory(field: str, path: Path) -> None:
         raise InputError(f"{field}={path}: already exists and is not empty; expected a new or empty directory")
 
 
+def check_new_file(file: Path) -> None:
+    """Check that `file` can be written and does not exist.
+
+    Raises:
+        InputError: `file` exists, or one of its parents is not a directory.
+    """
+    if file.is_dir():
+        raise InputError(f"{file}: is a directory; expected the name of a new file")
+    if file.exists():
+        raise InputError(f"{file}: already exists; expected a new file")
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise InputError(f"{file}: {parent} is a file; expected a directory")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`.

@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 from tfm_jax import video
 from tfm_jax.config import load
 from tfm_jax.data.records import open_records
-from tfm_jax.lora.files import DIALECTS, read_lora
+from tfm_jax.lora.files import read_lora
+from tfm_jax.lora.keys import DIALECTS
 from tfm_jax.moving_shapes.world import write_clips
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.train.loop import TrainRun
@@ -194,7 +195,7 @@ def test_images_are_clips_of_one_frame(call, world, tmp_path):
 
 PROGRAMS = {
     "train": "tfm-train", "sample": "tfm-sample", "convert_weights": "tfm-convert", "prepare_data": "tfm-prepare",
-    "export_lora": "tfm-export", "plan": "tfm-plan", "evaluate": "tfm-evaluate",
+    "export_lora": "tfm-export", "lora": "tfm-lora", "plan": "tfm-plan", "evaluate": "tfm-evaluate",
 }  # fmt: skip
 """Script -> console command."""
 

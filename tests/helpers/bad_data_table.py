@@ -113,15 +113,16 @@ LORAS = [
         "with one factor missing", lora("lora", lambda t: t.pop(f"{Q}B.weight")), "blocks.0.self_attn.q", "no B factor"
     ),
     adapters(
-        "with two ranks",
-        lora(
-            "lora",
-            lambda t: t.update(
-                {f"{Q}A.weight": np.ones((3, 96), np.float32), f"{Q}B.weight": np.ones((96, 3), np.float32)}
-            ),
-        ),
-        "rank",
+        "that is a DoRA", lora("lora", lambda t: t.update({f"{Q[:-5]}dora_scale": np.ones(96, np.float32)})), "DoRA"
     ),
+    adapters(
+        "with a difference of another shape",
+        lora("lora", lambda t: t.update({f"{Q[:-5]}diff_b": np.ones(95, np.float32)})),
+        "blocks.0.self_attn.q.bias",
+        "expected [96]",
+    ),
+    row("sample", "a LoRA of infinite strength", "--sampling.lora=$world/lora:inf", words=("inf", "finite number")),
+    row("sample", "a list with a missing LoRA", "--sampling.lora=[$tmp/none:0.5]", words=("$tmp/none", "no such file")),
     adapters(
         "whose factors do not match",
         lora("lora", lambda t: t.update({f"{Q}A.weight": np.ones((3, 96), np.float32)})),

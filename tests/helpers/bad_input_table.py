@@ -14,6 +14,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "sample": (CONFIG, "--sampling.output=$tmp/new"),
     "export_lora": ("$world/run", "$tmp/new.safetensors"),
     "convert_weights": ("$world/model", "$tmp/new", "--to=tfm_jax"),
+    "lora": ("merge", "$tmp/new", "--model=$world/model", "--lora=$tmp/lora"),
     "evaluate": ("$world/clips", "--reference=$world/clips", "--frames=5", "--height=32", "--width=48"),
     "plan": (CONFIG, "--topology=v5e:2x2"),
     "study": (CONFIG, "--output=$tmp/new", "--docs=$tmp/docs"),
@@ -205,6 +206,7 @@ COMMANDS = [
             ("convert_weights", "tfm-convert", "SOURCE"),
             ("export_lora", "tfm-export", "RUN_FOLDER"),
             ("evaluate", "tfm-evaluate", "--reference"),
+            ("lora", "tfm-lora", "inspect"),
             ("pretrain", "python scripts/pretrain.py", "OUTPUT"),
         )
     ),

@@ -7,6 +7,7 @@ and of the options together.
 """
 
 import dataclasses
+import inspect
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -120,16 +121,39 @@ def parse(options_type: type[T], argv: Sequence[str], prog: str, about: str | No
     file = _find_config(argv) or getattr(options_type, "config", None)
     asked = not {"-h", "--help"}.isdisjoint(argv)
     values = reading.read(reading.locate(file)) if file and asked else {}
-    parsed = tyro.cli(
-        _text_dataclass(options_type, {"run": values}), args=argv, prog=prog, description=about, use_underscores=True,
+    parsed = _read(_text_dataclass(options_type, {"run": values}), argv, prog, about)
+    return CommandLine(options_type, _unrepeated(_given(parsed), argv))
+
+
+def parse_subcommand(commands: Mapping[str, type], argv: Sequence[str], prog: str, about: str | None) -> CommandLine:
+    """Like `parse`, for a program whose first argument is one of `commands`, each of which has its own options.
+
+    Args:
+        commands: name -> dataclass of the options; its docstring is the help of the command.
+    """
+    texts = {name: _text_dataclass(kind, {}) for name, kind in commands.items()}
+    choices = [
+        Annotated[text, tyro.conf.subcommand(name, description=inspect.getdoc(commands[name]))]
+        for name, text in texts.items()
+    ]
+    parsed = _read(Union[tuple(choices)], argv, prog, about)  # noqa: UP007, X | Y takes no list of types
+    kind = next(commands[name] for name, text in texts.items() if isinstance(parsed, text))
+    return CommandLine(kind, _unrepeated(_given(parsed), argv))
+
+
+def _read(form: Any, argv: Sequence[str], prog: str, about: str | None) -> Any:
+    return tyro.cli(
+        form, args=argv, prog=prog, description=about, use_underscores=True,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )  # fmt: skip
-    given = _given(parsed)
+
+
+def _unrepeated(given: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
     names = [token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")]
     for name in given:
         if names.count(name) > 1:
             raise InputError(f"--{name} is given more than once")
-    return CommandLine(options_type, given)
+    return given
 
 
 def _find_config(argv: Sequence[str]) -> str | None:

@@ -6,9 +6,11 @@ Every network that the source contains (transformer, vae, text_encoder) is conve
 configuration are copied. The tensors are streamed one by one, so that models of any size need little memory.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
@@ -18,10 +20,10 @@ from tfm_jax.config import NonEmptyPath, section
 from tfm_jax.errors import InputError
 from tfm_jax.files import check_new_directory
 from tfm_jax.inputs import read_json
-from tfm_jax.wan.components import COMPONENTS
-from tfm_jax.wan.names import Layout
-from tfm_jax.wan.saving import find_scheduler, save_model
-from tfm_jax.wan.sources import SIDECAR_SUFFIX, find_source_or_none
+from tfm_jax.wan.components import COMPONENTS, TRANSFORMER
+from tfm_jax.wan.names import Layout, Row
+from tfm_jax.wan.saving import Progress, find_scheduler, save_model
+from tfm_jax.wan.sources import SIDECAR_SUFFIX, find_source_or_none, no_change
 from tfm_jax.wan.tokenizer import find_tokenizer
 
 
@@ -39,26 +41,40 @@ class Options:
 
 def execute(argv: Sequence[str]) -> None:
     options = command.parse(Options, argv, "tfm-convert", __doc__).options()
-    source, target = options.source, options.target
+    convert(options.source, options.target, options.to, options.dtype)
+
+
+def convert(
+    source: Path, target: Path, layout: Layout, dtype: Dtype, change: Callable[[Row], np.ndarray | None] = no_change
+) -> None:
+    """Write the model in the directory `source` to `target`. `change` gives what is added to the transformer: see
+    `Source`."""
     check_new_directory("target", target)
     if target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"target={target}: is inside the source {source}; expected another directory")
     networks = [found for component in COMPONENTS if (found := find_source_or_none(source, component))]
+    networks = [n._replace(change=change) if n.component is TRANSFORMER else n for n in networks]
     tokenizer, scheduler = find_tokenizer(source), find_scheduler(source)
     if not networks:
         raise InputError(f"{source}: contains no network of Wan2.1; expected weights in any of the three layouts")
+    with written() as progress:
+        save_model(networks, tokenizer, target, layout, DTYPES[dtype], scheduler=scheduler, progress=progress)
+    names = [network.component.name for network in networks]
+    names += [name for name, file in (("tokenizer", tokenizer), ("scheduler", scheduler)) if file]
+    print(f"{target}: {', '.join(names)} ({layout} layout, {dtype})")
+    _report_sidecar_files(target)
+
+
+@contextlib.contextmanager
+def written() -> Iterator[Progress]:
+    """Show how many bytes have been written."""
     with tqdm(unit="B", unit_scale=True, desc="written") as bar:
 
         def progress(name: str, written: int) -> None:
             bar.set_postfix_str(name, refresh=False)
             bar.update(written)
 
-        dtype = DTYPES[options.dtype]
-        save_model(networks, tokenizer, target, options.to, dtype, scheduler=scheduler, progress=progress)
-    names = [network.component.name for network in networks]
-    names += [name for name, file in (("tokenizer", tokenizer), ("scheduler", scheduler)) if file]
-    print(f"{target}: {', '.join(names)} ({options.to} layout, {options.dtype})")
-    _report_sidecar_files(target)
+        yield progress
 
 
 def _report_sidecar_files(target: Path) -> None:

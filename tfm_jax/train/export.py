@@ -7,6 +7,7 @@ import numpy as np
 
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.errors import InputError
+from tfm_jax.files import check_new_file
 from tfm_jax.lora.adapters import lora_from_checkpoint
 from tfm_jax.lora.files import Dialect, write_lora
 
@@ -22,7 +23,7 @@ def export(run: Path, file: Path, dialect: Dialect, dtype: np.dtype, step: int |
     Raises:
         InputError: there is no such undamaged checkpoint, or `file` already exists or cannot be created.
     """
-    _check_new_file(file)
+    check_new_file(file)
     if not (run / "checkpoints").is_dir():
         raise InputError(f"{run}: contains no checkpoints/; expected the train.output of a training run")
     with Checkpoints(run / "checkpoints") as checkpoints:
@@ -44,14 +45,3 @@ def export(run: Path, file: Path, dialect: Dialect, dtype: np.dtype, step: int |
     }
     write_lora(file, lora, dialect, dtype, {name: str(value) for name, value in metadata.items()})
     return restored.step, len(lora.adapters)
-
-
-def _check_new_file(file: Path) -> None:
-    """Raise InputError if `file` exists, or if one of its parents is not a directory."""
-    if file.is_dir():
-        raise InputError(f"{file}: is a directory; expected the name of a new file")
-    if file.exists():
-        raise InputError(f"{file}: already exists; expected a new file")
-    parent = next(folder for folder in file.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise InputError(f"{file}: {parent} is a file; expected a directory")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,13 @@ from tfm_jax.wan.components import COMPONENTS, VAE, abstract_parameters
 from tfm_jax.wan.config_json import SCHEMAS, config_json
 from tfm_jax.wan.names import Layout, Row
 from tfm_jax.wan.sources import ORIGINAL_FILES, Source, sidecar_fields, sidecar_file
-from tfm_jax.wan.tensors import TensorWriter, allocate, copy_into
+from tfm_jax.wan.tensors import Shape, TensorWriter, allocate, copy_into
 
 PTH_OVERHEAD = 2**12
 """Upper bound, in bytes, on what a .pth file stores per tensor besides the numbers, and on the rest of the file."""
+
+COMFY_PREFIX = "model.diffusion_model."
+"""Start of the names of a transformer's tensors in a single file for ComfyUI."""
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
@@ -52,13 +56,7 @@ def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, prog
             writes .pth files, is not installed.
     """
     component = source.component
-    rows = component.rows(source.config)
-    parameters = abstract_parameters(component, source.config, dtype)
-    check_source(source, parameters)
-    dtypes = {row.name(layout): parameters[row.ours].dtype for row in rows}
-    shapes = expected_shapes(layout, rows, {name: value.shape for name, value in parameters.items()})
-    content = {name: (shape, dtypes[name]) for name, shape in shapes.items()}
-
+    rows, content = _content(source, layout, dtype)
     folder = directory if layout == "original" else directory / component.name
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "original" and component.name in ORIGINAL_FILES:
@@ -66,7 +64,7 @@ def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, prog
         with tempfile.TemporaryDirectory(dir=folder) as scratch, TensorWriter(Path(scratch), "all", content) as writer:
             _fill(writer, source, rows, layout, progress)
             _save_pth(pth, {name: writer[name] for name in content})
-        if fields := sidecar_fields(component, source.config, shapes):
+        if fields := sidecar_fields(component, source.config, {name: shape for name, (shape, _) in content.items()}):
             _write_json(sidecar_file(pth), fields)
         return
     with TensorWriter(folder, "model" if layout == "tfm_jax" else component.stem, content) as writer:
@@ -74,14 +72,48 @@ def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, prog
     _write_json(folder / "config.json", config_json(component.name, layout, source.config))
 
 
-def _fill(writer: TensorWriter, source: Source, rows: list[Row], layout: Layout, progress: Progress | None) -> None:
-    """Copy every tensor of `source` into the files of `writer`."""
+def save_for_comfy(source: Source, file: Path, dtype: DTypeLike, progress: Progress | None = None) -> None:
+    """Write the transformer to one safetensors file for ComfyUI. Its names are those of the original layout, after
+    `COMFY_PREFIX`. On failure, nothing is written.
+
+    Raises:
+        InputError: see `save`.
+    """
+    rows, content = _content(source, "original", dtype)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as scratch:
+        named = {COMFY_PREFIX + name: about for name, about in content.items()}
+        with TensorWriter(Path(scratch), "model", named, max_bytes=sys.maxsize) as writer:
+            _fill(writer, source, rows, "original", progress, COMFY_PREFIX)
+        Path(scratch, "model.safetensors").replace(file)
+
+
+def _content(source: Source, layout: Layout, dtype: DTypeLike) -> tuple[list[Row], dict[str, tuple[Shape, DTypeLike]]]:
+    """Check a source. Return its rows, and the shape and dtype of every tensor in files of `layout`."""
+    component = source.component
+    rows = component.rows(source.config)
+    parameters = abstract_parameters(component, source.config, dtype)
+    check_source(source, parameters)
+    dtypes = {row.name(layout): parameters[row.ours].dtype for row in rows}
+    shapes = expected_shapes(layout, rows, {name: value.shape for name, value in parameters.items()})
+    return rows, {name: (shape, dtypes[name]) for name, shape in shapes.items()}
+
+
+def _fill(
+    writer: TensorWriter,
+    source: Source,
+    rows: list[Row],
+    layout: Layout,
+    progress: Progress | None,
+    prefix: str = "",
+) -> None:
+    """Copy every tensor of `source` into the files of `writer`, where names have this prefix."""
     for row in rows:
         array = source.read(row)
         if not np.isfinite(array).all():
             raise InputError(source.not_finite(row))
         name = row.name(layout)
-        target = writer[name]
+        target = writer[prefix + name]
         if layout != "tfm_jax":
             array = rearrange(array, f"{' '.join(row.our_axes)} -> {' '.join(row.torch_axes)}")
         elif row.layer is not None:

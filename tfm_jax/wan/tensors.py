@@ -117,6 +117,11 @@ def safetensors_metadata(file: Path) -> dict[str, str]:
     return _header(file).get("__metadata__") or {}
 
 
+def safetensors_dtypes(file: Path) -> dict[str, np.dtype]:
+    """Map the names in a safetensors file that `open_safetensors` has accepted to dtypes."""
+    return {name: np.dtype(_DTYPES[about["dtype"]]) for name, about in _header(file).items() if name != "__metadata__"}
+
+
 def _header(file: Path) -> dict[str, Any]:
     """Parse the header strictly, because safetensors itself accepts repeated keys and uses the last one."""
     with open(file, "rb") as stream:
@@ -135,12 +140,19 @@ class TensorWriter:
     Args:
         stem: start of the file names, as in `stem.safetensors` or `stem-00001-of-00002.safetensors`.
         tensors: name -> shape and dtype.
+        max_bytes: maximum size of a file with several tensors.
     """
 
-    def __init__(self, directory: Path, stem: str, tensors: Mapping[str, tuple[Shape, DTypeLike]]):
+    def __init__(
+        self,
+        directory: Path,
+        stem: str,
+        tensors: Mapping[str, tuple[Shape, DTypeLike]],
+        max_bytes: int = MAX_SHARD_BYTES,
+    ):
         self._views: dict[str, np.ndarray] = {}
         self._maps: list[np.memmap] = []
-        shards = _shards(tensors)
+        shards = _shards(tensors, max_bytes)
         weight_map = {}
         for number, names in enumerate(shards, 1):
             part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -214,13 +226,13 @@ def _nbytes(shape: Shape, dtype: DTypeLike) -> int:
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
-def _shards(tensors: Mapping[str, tuple[Shape, DTypeLike]]) -> list[list[str]]:
-    """Split the names, in order, into groups of at most MAX_SHARD_BYTES. A larger tensor gets a group of its own."""
+def _shards(tensors: Mapping[str, tuple[Shape, DTypeLike]], max_bytes: int) -> list[list[str]]:
+    """Split the names, in order, into groups of at most `max_bytes`. A larger tensor gets a group of its own."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, (shape, dtype) in tensors.items():
         nbytes = _nbytes(shape, dtype)
-        if shards[-1] and size + nbytes > MAX_SHARD_BYTES:
+        if shards[-1] and size + nbytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
