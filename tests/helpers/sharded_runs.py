@@ -67,13 +67,13 @@ def batch_on(mesh, latents=LATENTS, seed=0):
 
 
 class Training:
-    def __init__(self, sizes, remat="full"):
+    def __init__(self, sizes, remat="full", accumulate=1):
         self.mesh = mesh_of(sizes)
         graph, lora, self.frozen = split_lora(model_on(self.mesh, adapters=True))
-        optimizer = make_optimizer(OptimizerConfig())
+        optimizer = make_optimizer(OptimizerConfig(), STEPS)
         self.state, placement = init_state(lora, optimizer, self.mesh)
         self.start = {name: np.asarray(x) for name, x in flatten(self.state.lora).items()}
-        self.step = make_step(graph, optimizer, ObjectiveConfig(), 0, placement, remat)
+        self.step = make_step(graph, optimizer, ObjectiveConfig(), 0, placement, remat, accumulate)
 
     def compile(self):
         with jax.set_mesh(self.mesh):

@@ -38,8 +38,8 @@ class Batches:
     def __init__(self, records: Records, batch_size: int, seed: int, mesh: Mesh):
         if batch_size > len(records):
             size = f"{records.folder} has only {len(records)} clips"
-            expected = f"expected a batch size of at most {len(records)}"
-            raise InputError(f"train.batch_size={batch_size}: {size}; {expected}")
+            expected = f"expected at most {len(records)} clips per step"
+            raise InputError(f"train.batch_size x train.accumulate = {batch_size}: {size}; {expected}")
         self.records = records
         self.batch_size = batch_size
         self.rows: Sequence[int] = _local_rows(batch_size, mesh)
