@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 from tfm_jax import video
 from tfm_jax.config import load
 from tfm_jax.data.records import open_records
-from tfm_jax.lora.files import DIALECTS, read_lora
+from tfm_jax.lora.files import read_lora
+from tfm_jax.lora.keys import DIALECTS
 from tfm_jax.moving_shapes.world import write_clips
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.train.loop import TrainRun

@@ -7,7 +7,8 @@ from helpers.lora_files import LAYERS, RANK, assert_same_deltas, deltas, file_me
 from safetensors.torch import load_file
 
 from tfm_jax.errors import InputError
-from tfm_jax.lora.files import DIALECTS, read_lora, write_lora
+from tfm_jax.lora.files import read_lora, write_lora
+from tfm_jax.lora.keys import DIALECTS
 from tfm_jax.wan.names import BLOCK_LINEARS, BlockLinear
 
 

@@ -296,8 +296,9 @@ class SamplingConfig:
     """Text file of prompts, one per line."""
     output: NonEmptyPath
     """Folder for 000.mp4, 001.mp4, ... and contact_sheet.png. Existing videos are kept."""
-    lora: NonEmptyPath | None = None
-    """LoRA file (safetensors, any dialect); null samples from the base model."""
+    lora: NonEmptyPath | tuple[NonEmptyPath, ...] | None = None
+    """LoRA file (safetensors, any dialect), or a list of files; their changes add up. A number after a file is its
+    strength: [a.safetensors:0.7, b.safetensors]. null samples from the base model."""
     steps: Positive = 50
     """Number of Euler steps."""
     shift: Annotated[float, Field(gt=0)] = 5.0
@@ -308,6 +309,11 @@ class SamplingConfig:
     """Text that guidance steers away from."""
     seed: Seed = 0
     """Seed of the initial noise. The noise of each video is drawn from this seed and the number of the prompt."""
+
+    @property
+    def loras(self) -> tuple[Path, ...]:
+        """The LoRA files with their strengths."""
+        return (self.lora,) if isinstance(self.lora, Path) else self.lora or ()
 
 
 @section

@@ -13,10 +13,11 @@ from jaxtyping import Array
 
 from tfm_jax.config import LoraConfig
 from tfm_jax.errors import InputError
+from tfm_jax.lora.applying import check_fits
 from tfm_jax.lora.files import Adapter, Lora
 from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan.layers import Linear
-from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear
+from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear, network_order
 from tfm_jax.wan.transformer import WanTransformer
 
 
@@ -55,18 +56,23 @@ def attach_lora(model: WanTransformer, config: LoraConfig) -> None:
     """
     for name in target_linears(config.targets):
         linear = _linear(model, name)
-        layers, features_in, features_out = linear.kernel.shape
+        _, features_in, features_out = linear.kernel.shape
         if config.rank > min(features_in, features_out):
             width = min(features_in, features_out)
             raise InputError(f"lora.rank={config.rank}: expected at most {width}, the width of {name}")
-        stack, axis_in, axis_out = linear.kernel.get_metadata()["axes"]
-        linear.lora_a = nnx.LoRAParam(
-            jax.ShapeDtypeStruct((layers, features_in, config.rank), jnp.float32), axes=(stack, axis_in, "rank")
-        )
-        linear.lora_b = nnx.LoRAParam(
-            jax.ShapeDtypeStruct((layers, config.rank, features_out), jnp.float32), axes=(stack, "rank", axis_out)
-        )
-        linear.lora_scale = config.alpha / config.rank
+        _attach(linear, config.rank, config.alpha)
+
+
+def _attach(linear: Linear, rank: int, alpha: float) -> None:
+    *stack, features_in, features_out = linear.kernel.shape
+    *layers, axis_in, axis_out = linear.kernel.get_metadata()["axes"]
+    linear.lora_a = nnx.LoRAParam(
+        jax.ShapeDtypeStruct((*stack, features_in, rank), jnp.float32), axes=(*layers, axis_in, "rank")
+    )
+    linear.lora_b = nnx.LoRAParam(
+        jax.ShapeDtypeStruct((*stack, rank, features_out), jnp.float32), axes=(*layers, "rank", axis_out)
+    )
+    linear.lora_scale = alpha / rank
 
 
 def init_lora(model: WanTransformer, key: jax.Array, mesh: Mesh | None = None) -> None:
@@ -110,29 +116,22 @@ def lora_from_checkpoint(arrays: Mapping[str, np.ndarray | Array], alpha: float)
 
 
 def load_adapters(model: WanTransformer, lora: Lora, mesh: Mesh | None = None) -> None:
-    """Attach the adapters of a LoRA file to `model`.
+    """Attach the adapters of a LoRA file to `model`. Its differences are not applied: see `load_base`.
 
     Raises:
         InputError: the adapters do not match the linear layers of this model.
     """
-    layers = model.config.layers
-    names = tuple(dict.fromkeys(linear.name for linear in lora.adapters))
-    expected = {BlockLinear(layer, name) for layer in range(layers) for name in names}
-    for linear in sorted(expected ^ lora.adapters.keys()):
-        problem = "has no adapter for" if linear in expected else "has an adapter for a layer that the model lacks:"
-        raise InputError(f"LoRA {problem} {linear}; expected the same linear layers in each of {layers} blocks")
-    attach_lora(model, LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=names))
-    for name in names:
-        adapters = [lora.adapters[BlockLinear(layer, name)] for layer in range(layers)]
+    check_fits(lora, model.config)
+    stacks: dict[str, list[Adapter]] = {}
+    for linear in sorted(lora.adapters, key=network_order):
+        stacks.setdefault(linear.ours, []).append(lora.adapters[linear])
+    for path, adapters in stacks.items():
+        linear = attrgetter(path)(model)
+        _attach(linear, lora.rank, lora.alpha)
         for factor in ("a", "b"):
+            variable = getattr(linear, f"lora_{factor}")
             value = np.stack([getattr(adapter, factor).T for adapter in adapters])
-            variable = getattr(_linear(model, name), f"lora_{factor}")
-            if value.shape != variable.shape:
-                raise InputError(
-                    f"LoRA {factor.upper()} of {name} is {list(value.shape[:0:-1])}; "
-                    f"expected {list(variable.shape[:0:-1])}"
-                )
-            variable.set_value(jnp.asarray(value, jnp.float32))
+            variable.set_value(jnp.asarray(value.reshape(variable.shape), jnp.float32))
     state = split_lora(model).lora
     nnx.update(model, jax.device_put(state, shardings(state, mesh or one_device_mesh())))
 

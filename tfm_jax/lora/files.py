@@ -17,11 +17,10 @@ rank.
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -33,13 +32,17 @@ from safetensors.numpy import save_file
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
 from tfm_jax.inputs import parse_json, read_json, short_repr, validate
-from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear
+from tfm_jax.lora.keys import DIALECT_KEYS, Dialect, difference_key, is_dora, parse_difference, parse_factor
+from tfm_jax.wan.checks import similar
+from tfm_jax.wan.names import (
+    BLOCK_LINEARS,
+    LORA_TARGETS,
+    BlockLinear,
+    OuterLinear,
+    TransformerLinear,
+    network_order,
+)
 from tfm_jax.wan.tensors import LazyTensor, open_safetensors, safetensors_metadata
-
-Dialect = Literal["comfy", "diffsynth", "diffusers", "kohya"]
-DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
-
-Number = TypeVar("Number", int, float)
 
 
 class Adapter(NamedTuple):
@@ -52,27 +55,18 @@ class Adapter(NamedTuple):
 class Lora(NamedTuple):
     """All adapters of a model."""
 
-    adapters: dict[BlockLinear, Adapter]
+    adapters: dict[TransformerLinear, Adapter]
     rank: int
     alpha: float
     metadata: Mapping[str, str] = MappingProxyType({})
     """Metadata of the file that the adapters were read from, such as the base model and the number of steps."""
+    differences: Mapping[str, Float32[np.ndarray, "..."]] = MappingProxyType({})
+    """Original name of a tensor -> what is added to it, in torch's layout. LoRAs that distil a model have these."""
 
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
-class _Keys(NamedTuple):
-    """How a dialect names the module of a `BlockLinear` (as a format string) and the two factors in the module."""
-
-    module: str
-    a: str
-    b: str
-
-
-_DIALECT_KEYS: dict[Dialect, _Keys] = {
-    "comfy": _Keys("diffusion_model.{0.original}", "lora_A.weight", "lora_B.weight"),
-    "diffsynth": _Keys("{0.original}", "lora_A.default.weight", "lora_B.default.weight"),
-    "diffusers": _Keys("transformer.{0.diffusers}", "lora_A.weight", "lora_B.weight"),
-    "kohya": _Keys("lora_unet_{0.kohya}", "lora_down.weight", "lora_up.weight"),
-}
 
 _PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_PREFIX = "base_model.model."
@@ -98,11 +92,16 @@ def write_lora(
         metadata: how the LoRA was made; added to the metadata of the file.
 
     Raises:
-        InputError: `path` is a directory, a factor would not be finite in `dtype`, or the dialect is `kohya` and a
-            linear layer of a block has no adapter.
+        InputError: `path` is a directory, a factor would not be finite in `dtype`, the dialect cannot store
+            differences, or it is `kohya` and not exactly the linear layers of the blocks have adapters.
     """
     if path.is_dir():
         raise InputError(f"{path}: is a directory; expected the name of a file")
+    if lora.differences and dialect != "comfy":
+        raise InputError(
+            f"{path}: only dialect comfy stores differences of whole tensors, such as {next(iter(lora.differences))}; "
+            "choose it, or merge the LoRA into the model"
+        )
     if dialect == "kohya":
         _require_every_linear(path, lora)
     tensors = _tensors(lora, dialect, dtype)
@@ -120,17 +119,19 @@ def write_lora(
 
 def _tensors(lora: Lora, dialect: Dialect, dtype: DTypeLike) -> dict[str, np.ndarray]:
     """Return the tensors of a file by key. A value that is too large for `dtype` becomes infinite."""
-    factor = math.sqrt(lora.alpha / lora.rank) if dialect in ("comfy", "diffsynth") else 1.0
-    keys = _DIALECT_KEYS[dialect]
+    factor = math.sqrt(lora.scale) if dialect in ("comfy", "diffsynth") else 1.0
+    keys = DIALECT_KEYS[dialect]
     tensors: dict[str, np.ndarray] = {}
     for linear, adapter in lora.adapters.items():
-        module = keys.module.format(linear)
-        for key, value in ((keys.a, adapter.a), (keys.b, adapter.b)):
+        for part, value in (("A", adapter.a), ("B", adapter.b)):
             with np.errstate(over="ignore"):
                 # safetensors ignores the strides of an array, so a transposed view must be copied.
-                tensors[f"{module}.{key}"] = np.array(value * np.float32(factor), dtype, order="C")
+                tensors[keys.key(linear, part)] = np.array(value * np.float32(factor), dtype, order="C")
         if dialect == "kohya":
-            tensors[f"{module}.alpha"] = np.array(lora.alpha, np.float32)
+            tensors[keys.key(linear, "alpha")] = np.array(lora.alpha, np.float32)
+    for name, value in lora.differences.items():
+        with np.errstate(over="ignore"):
+            tensors[difference_key(name)] = np.array(value, dtype, order="C")
     return tensors
 
 
@@ -147,8 +148,14 @@ def _sort_metadata(file: Path) -> None:
 
 
 def _require_every_linear(path: Path, lora: Lora) -> None:
-    """Check what readers of `kohya` assume: that every block has an adapter on each of its ten linear layers."""
-    for layer in range(max(linear.layer for linear in lora.adapters) + 1):
+    """Check what readers of `kohya` assume: that every block has an adapter on each of its ten linear layers, and that
+    there are no others."""
+    layers = set()
+    for linear in lora.adapters:
+        if isinstance(linear, OuterLinear):
+            raise InputError(f"{path}: dialect kohya has no adapter on {linear}; choose comfy or diffusers")
+        layers.add(linear.layer)
+    for layer in range(max(layers) + 1):
         for linear in (BlockLinear(layer, name) for name in BLOCK_LINEARS):
             if linear not in lora.adapters:
                 raise InputError(
@@ -167,18 +174,6 @@ def _diffusers_config(lora: Lora) -> dict[str, object]:
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
-_KEY = re.compile(
-    r"""(?: (?P<prefix> diffusion_model\. | pipe\.dit\. | transformer\. | base_model\.model\. )?
-            blocks\.(?P<layer> 0|[1-9][0-9]{0,5} )\.(?P<name> .+? )
-          | lora_unet_blocks_(?P<kohya_layer> 0|[1-9][0-9]{0,5} )_(?P<kohya_name> .+? ) )
-        \.(?P<part> alpha | lora_(?: A | B | down | up )(?: \.default )?\.weight )""",
-    re.VERBOSE,
-)
-
-_NAMES = {spelling: name for name, names in BLOCK_LINEARS.items() for spelling in (name, names.diffusers)}
-_KOHYA_NAMES = {names.kohya: name for name, names in BLOCK_LINEARS.items()}
-_PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
-
 _Parts = dict[str, LazyTensor]
 """The tensors of one module by part: A, B, and alpha if the file has it."""
 
@@ -194,28 +189,30 @@ def read_lora(path: Path) -> Lora:
 
     Raises:
         InputError: the file is not safetensors, or it has a key that does not belong to a Wan2.1-T2V LoRA (such as
-            that of a layer that only I2V has), a factor without its counterpart, unequal ranks or alphas, `lora_unet_`
-            keys without `.alpha`, or a value that is not finite.
+            that of a layer that only I2V has) or to a DoRA, a factor without its counterpart, `lora_unet_` keys without
+            `.alpha`, or a value that is not finite.
     """
     tensors = open_safetensors(path)
     metadata = safetensors_metadata(path)
-    modules = _modules(path, tensors)
+    named = {key: name for key in tensors if (name := parse_difference(key))}
+    modules = _modules(path, {key: tensor for key, tensor in tensors.items() if key not in named})
     adapters = {linear: _adapter(path, linear, parts) for linear, parts in modules.items()}
-    rank = _common(path, "rank", {linear: adapter.a.shape[0] for linear, adapter in adapters.items()})
     for factor in ("a", "b"):
-        _check_same_shapes(path, factor, adapters)
-    configured = _configured_alpha(path, tensors, metadata, rank)
-    alpha = _alpha(path, tensors, modules, rank, configured)
+        _check_same_widths(path, factor, adapters)
+    configured = _configured_alpha(path, tensors, metadata, {adapter.a.shape[0] for adapter in adapters.values()})
+    alphas = _alphas(path, tensors, modules, adapters, configured)
     kept = {key: value for key, value in metadata.items() if key not in ("format", _PEFT_METADATA)}
-    return Lora(adapters, rank, alpha, kept)
+    return uniform(adapters, alphas)._replace(metadata=kept, differences=_differences(path, tensors, named))
 
 
-def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[BlockLinear, _Parts]:
+def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[TransformerLinear, _Parts]:
     """Group the tensors by linear layer, in the order of the network, and by part. Every key must be recognised."""
-    found: dict[BlockLinear, dict[str, str]] = {}
+    found: dict[TransformerLinear, dict[str, str]] = {}
     unknown = []
     for key in tensors:
-        parsed = _parse_key(key)
+        parsed = parse_factor(key)
+        if is_dora(key):
+            raise InputError(f"{path}: {short_repr(key)} belongs to a DoRA; expected a LoRA, which has only factors")
         if parsed is None:
             unknown.append(key)
             continue
@@ -231,9 +228,10 @@ def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[BlockLinear,
         raise InputError(
             f"{path}: recognised {len(tensors) - len(unknown)} of {len(tensors)} keys{example}; "
             f"expected lora_A and lora_B on {', '.join(BLOCK_LINEARS)} of Wan2.1-T2V blocks"
+            f"{similar(unknown[0], tensors.keys() - set(unknown)) if unknown else ''}"
         )
     whole = sum(keys.keys() >= {"A", "B"} for keys in found.values())
-    ordered = sorted(found, key=lambda linear: (linear.layer, list(BLOCK_LINEARS).index(linear.name)))
+    ordered = sorted(found, key=network_order)
     for linear in ordered:
         for part in ("A", "B"):
             if part not in found[linear]:
@@ -242,18 +240,6 @@ def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[BlockLinear,
                     "expected lora_A and lora_B (or lora_down and lora_up) for each"
                 )
     return {linear: {part: tensors[key] for part, key in found[linear].items()} for linear in ordered}
-
-
-def _parse_key(key: str) -> tuple[BlockLinear, str] | None:
-    """Return the linear layer and the part (A, B or alpha) of a key, or None if a Wan2.1-T2V LoRA has no such key."""
-    match = _KEY.fullmatch(key)
-    if not match:
-        return None
-    if match["kohya_name"]:
-        layer, name = match["kohya_layer"], _KOHYA_NAMES.get(match["kohya_name"])
-    else:
-        layer, name = match["layer"], _NAMES.get(match["name"])
-    return (BlockLinear(int(layer), name), _PARTS[match["part"].split(".")[0]]) if name else None
 
 
 def _adapter(path: Path, linear: BlockLinear, parts: _Parts) -> Adapter:
@@ -269,34 +255,35 @@ def _adapter(path: Path, linear: BlockLinear, parts: _Parts) -> Adapter:
     return Adapter(*factors)
 
 
-def _check_same_shapes(path: Path, factor: Literal["a", "b"], adapters: Mapping[BlockLinear, Adapter]) -> None:
-    """Check that the factor of each linear layer has the same shape in every block."""
-    first: dict[str, BlockLinear] = {}
+def _check_same_widths(path: Path, factor: Literal["a", "b"], adapters: Mapping[TransformerLinear, Adapter]) -> None:
+    """Check that the factor of each linear layer has the same width in every block. The rank may differ."""
+    first: dict[str, TransformerLinear] = {}
+    axis = 1 if factor == "a" else 0
     for linear, adapter in adapters.items():
         shape = getattr(adapter, factor).shape
         other = first.setdefault(linear.name, linear)
         expected = getattr(adapters[other], factor).shape
-        if shape != expected:
+        if shape[axis] != expected[axis]:
             raise InputError(
                 f"{path}: {factor.upper()} of {linear} is {list(shape)}; expected {list(expected)}, as in {other}"
             )
 
 
-def _alpha(
+def _alphas(
     path: Path,
     tensors: Mapping[str, LazyTensor],
-    modules: Mapping[BlockLinear, _Parts],
-    rank: int,
+    modules: Mapping[TransformerLinear, _Parts],
+    adapters: Mapping[TransformerLinear, Adapter],
     configured: float | None,
-) -> float:
-    """Return the alpha of a file: the value of its `.alpha` tensors, otherwise `configured`, otherwise the rank."""
+) -> dict[TransformerLinear, float]:
+    """Return alpha of every module: its `.alpha` tensor, otherwise `configured`, otherwise the rank."""
     if not any("alpha" in parts for parts in modules.values()):
         if any(key.startswith("lora_unet_") for key in tensors):
             raise InputError(
                 f"{path}: has lora_unet_ keys without .alpha, for which readers assume different defaults; "
                 "expected .alpha in every module"
             )
-        return float(rank) if configured is None else configured
+        return {linear: float(configured or adapter.a.shape[0]) for linear, adapter in adapters.items()}
     if configured is not None:
         raise InputError(
             f"{path}: has .alpha tensors, but its metadata or adapter_config.json also gives alpha {configured:g}; "
@@ -312,22 +299,41 @@ def _alpha(
         alphas[linear] = float(parts["alpha"].read(...).item())
         if not 0 < alphas[linear] < math.inf:
             raise InputError(f"{path}: .alpha of {linear} is {alphas[linear]:g}; expected a positive number")
-    return _common(path, "alpha", alphas)
+    return alphas
 
 
-def _common(path: Path, what: str, values: Mapping[BlockLinear, Number]) -> Number:
-    """Return the value that all modules share, called `what` in the error message."""
-    first, value = next(iter(values.items()))
-    for linear, other in values.items():
-        if other != value:
-            raise InputError(
-                f"{path}: {first} has {what} {value:g}, but {linear} has {other:g}; expected the same in all modules"
-            )
-    return value
+def uniform(adapters: dict[TransformerLinear, Adapter], alphas: Mapping[TransformerLinear, float]) -> Lora:
+    """Return a LoRA with one rank and one alpha. If the modules have several, the scales are multiplied into the
+    factors, and zeros fill the factors up to the largest rank.
+
+    Some loaders assume one rank and one scale: diffusers, for example, applies the alpha of one module to all others.
+    """
+    ranks = {linear: adapter.a.shape[0] for linear, adapter in adapters.items()}
+    rank = max(ranks.values())
+    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
+        return Lora(adapters, rank, next(iter(alphas.values())))
+    padded: dict[TransformerLinear, Adapter] = {}
+    for linear, (a, b) in adapters.items():
+        factor = np.float32(math.sqrt(alphas[linear] / ranks[linear]))
+        more = (0, rank - ranks[linear])
+        padded[linear] = Adapter(np.pad(a * factor, (more, (0, 0))), np.pad(b * factor, ((0, 0), more)))
+    return Lora(padded, rank, float(rank))
+
+
+def _differences(path: Path, tensors: Mapping[str, LazyTensor], named: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Read the differences; `named` maps their keys to the names of the tensors to which they are added."""
+    values: dict[str, np.ndarray] = {}
+    for key, name in named.items():
+        if name in values:
+            raise InputError(f"{path}: {short_repr(key)} is a second difference for {name}; expected only one")
+        values[name] = np.asarray(tensors[key].read(...), np.float32)
+        if not np.isfinite(values[name]).all():
+            raise InputError(f"{path}: {short_repr(key)} is not finite; expected finite numbers")
+    return values
 
 
 def _configured_alpha(
-    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], rank: int
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], ranks: set[int]
 ) -> float | None:
     """Return alpha from the `peft.LoraConfig` in the metadata (from diffusers) or in adapter_config.json (from PEFT).
 
@@ -347,8 +353,9 @@ def _configured_alpha(
         if fields.get(field):
             raise InputError(f"{place}: {field} is {short_repr(fields[field])}; expected a plain LoRA without it")
     config = validate(_PeftConfig, fields, place)
-    if config.r != rank:
-        raise InputError(f"{place}: r is {config.r}; expected {rank}, the rank of the tensors")
+    if ranks != {config.r}:
+        expected = " and ".join(map(str, sorted(ranks)))
+        raise InputError(f"{place}: r is {config.r}; expected {expected}, the rank of the tensors")
     return config.lora_alpha
 
 

@@ -13,7 +13,9 @@ import pydantic
 from tfm_jax import config as configs
 from tfm_jax import files, video
 from tfm_jax.config import section
+from tfm_jax.config.reading import shown
 from tfm_jax.errors import InputError
+from tfm_jax.lora.combining import Choice
 
 RECORD = "samples.json"
 """Name of the file that records what the videos in the folder are made from: `Samples` as JSON."""
@@ -48,7 +50,7 @@ class Samples:
     weights: str
     """Fingerprint of the files of the model, from `fingerprint_weights`."""
     lora: str | None
-    """Fingerprint of the LoRA file; None without a LoRA."""
+    """Fingerprint of the LoRA files, from `fingerprint_loras`; None without a LoRA."""
 
     @property
     def folder(self) -> Path:
@@ -98,7 +100,8 @@ class Samples:
             if old != new:
                 raise self._other_run("sampling.prompts", settings.prompts, f"were made with prompt {number} {old!r}")
         if started.lora != self.lora:
-            raise self._other_run("sampling.lora", settings.lora or "null", "were made with another LoRA")
+            value = shown(settings.lora or None)
+            raise self._other_run("sampling.lora", value, "were made with another LoRA")
         if started.weights != self.weights:
             raise self._other_run("model.path", self.run.model.path, "were made with other weights")
 
@@ -172,6 +175,12 @@ def fingerprint_file(file: Path) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of a file."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def fingerprint_loras(choices: Sequence[Choice]) -> str | None:
+    """Return a fingerprint of LoRA files and their strengths; None without files."""
+    terms = [(fingerprint_file(file), strength) for file, strength in choices]
+    return "+".join(digest if strength == 1 else f"{strength!r}*{digest}" for digest, strength in terms) or None
 
 
 def fingerprint_weights(paths: Sequence[Path]) -> str:

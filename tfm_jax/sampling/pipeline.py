@@ -15,12 +15,15 @@ from tqdm import tqdm
 from tfm_jax import config as configs
 from tfm_jax import console, interrupts, video
 from tfm_jax.arrays import Latents, Scalar, Text, pad_text
+from tfm_jax.config.reading import shown
 from tfm_jax.errors import InputError, StoppedEarly
 from tfm_jax.lora.adapters import load_adapters
-from tfm_jax.lora.files import Lora, read_lora
+from tfm_jax.lora.applying import check_fits, weight_change
+from tfm_jax.lora.combining import parse_choice, read_loras
+from tfm_jax.lora.files import Lora
 from tfm_jax.objective import timestep
 from tfm_jax.prompts import read_prompts
-from tfm_jax.sampling.outputs import SampleRun, Samples, fingerprint_file, fingerprint_weights
+from tfm_jax.sampling.outputs import SampleRun, Samples, fingerprint_loras, fingerprint_weights
 from tfm_jax.sampling.solvers import euler, noise_levels
 from tfm_jax.sharding import batch_sharding, check_split, constrain, make_mesh, num_shards
 from tfm_jax.wan import find_base, load_base, load_text_encoder, load_tokenizer, load_vae
@@ -104,10 +107,11 @@ def sample(run: SampleRun) -> None:
     work = f"{len(prompts)} prompts, {settings.steps} steps each, {run.clip.rate:g} frames a second"
     model = f"{run.model.path} ({run.model.layers} blocks of width {run.model.dim}, {run.model.dtype})"
     console.log(f"{work}; {model}; devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
-    lora = read_lora(settings.lora) if settings.lora else None
+    choices = [parse_choice(file) for file in settings.loras]
+    lora = read_loras(choices) if choices else None
     samples = Samples(
         run=run, prompts=prompts, weights=fingerprint_weights(check_model(run.model)),
-        lora=fingerprint_file(settings.lora) if settings.lora else None,
+        lora=fingerprint_loras(choices),
     )  # fmt: skip
     samples.check()
     if not samples.missing() and samples.contact_sheet.exists():
@@ -266,12 +270,14 @@ def _embed(run: SampleRun, prompts: Sequence[str]) -> np.ndarray:
 
 
 def _transformer(run: SampleRun, lora: Lora | None, mesh: Mesh) -> WanTransformer:
-    transformer = load_base(run.model, mesh)
-    if lora:
-        try:
-            load_adapters(transformer, lora, mesh)
-        except InputError as error:
-            raise InputError(f"sampling.lora={run.sampling.lora}: {error}") from None
+    if not lora:
+        return load_base(run.model, mesh)
+    try:
+        check_fits(lora, find_base(run.model).config)
+    except InputError as error:
+        raise InputError(f"sampling.lora={shown(run.sampling.lora)}: {error}") from None
+    transformer = load_base(run.model, mesh, weight_change(lora._replace(adapters={})))
+    load_adapters(transformer, lora, mesh)
     return transformer
 
 

@@ -33,13 +33,13 @@ def check_source(source: Source, parameters: Mapping[str, jax.ShapeDtypeStruct])
         name = min(missing)
         raise InputError(
             f"{source.file}: {len(missing)} of {len(expected)} tensors are missing, such as {name} "
-            f"{list(expected[name])}{_similar(name, extra)}"
+            f"{list(expected[name])}{similar(name, extra)}"
         )
     if extra:
         name = min(extra)
         raise InputError(
             f"{source.file}: {len(extra)} of {len(tensors)} tensors do not belong to this model, such as "
-            f"{short_repr(name)} in {tensors[name].file.name}{_similar(name, expected.keys())}"
+            f"{short_repr(name)} in {tensors[name].file.name}{similar(name, expected.keys())}"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
@@ -48,6 +48,7 @@ def check_source(source: Source, parameters: Mapping[str, jax.ShapeDtypeStruct])
             )
 
 
-def _similar(name: str, others: Set[str]) -> str:
+def similar(name: str, others: Set[str]) -> str:
+    """Return the end of an error message that lists the names most similar to `name`, if there are any."""
     close = difflib.get_close_matches(name, sorted(others), n=3, cutoff=0.6)
     return f" (similar names: {', '.join(close)})" if close else ""

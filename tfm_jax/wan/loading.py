@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan.checks import check_source
 from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE, abstract_model, named_parameters
 from tfm_jax.wan.names import Row
-from tfm_jax.wan.sources import Source, find_source
+from tfm_jax.wan.sources import Source, find_source, no_change
 from tfm_jax.wan.tensors import copy_into
 from tfm_jax.wan.text_encoder import UMT5Encoder
 from tfm_jax.wan.tokenizer import Tokenizer
@@ -43,13 +44,18 @@ def load_transformer(path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Me
     return _load(find_source(Path(path), TRANSFORMER), dtype, mesh)
 
 
-def load_base(model: ModelConfig, mesh: Mesh | None = None) -> WanTransformer:
+def load_base(
+    model: ModelConfig, mesh: Mesh | None = None, change: Callable[[Row], np.ndarray | None] = no_change
+) -> WanTransformer:
     """Load the transformer that a configuration names, in the dtype of the configuration.
+
+    Args:
+        change: see `Source`.
 
     Raises:
         InputError: see `load_transformer` and `find_base`.
     """
-    return _load(find_base(model), model.dtype, mesh)
+    return _load(find_base(model)._replace(change=change), model.dtype, mesh)
 
 
 def find_base(model: ModelConfig) -> Source:

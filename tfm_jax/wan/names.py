@@ -102,7 +102,7 @@ def _linear(layer: int | None, ours: str, original: str, diffusers: str) -> list
 
 
 class LinearNames(NamedTuple):
-    """The names of a linear layer within a transformer block."""
+    """The names of a linear layer; within its block, if it is part of one."""
 
     ours: str
     original: str
@@ -117,12 +117,15 @@ class LinearNames(NamedTuple):
 BLOCK_LINEARS = {names.original: names for names in (LinearNames(*row) for row in _table(_BLOCK_LINEARS))}
 """Original name -> all names, for the ten linear layers of a block in the order of their use."""
 
+OUTER_LINEARS = {names.original: names for names in (LinearNames(*row) for row in _table(_TRANSFORMER_LINEARS))}
+"""Original name -> all names, for the linear layers outside the blocks."""
+
 LORA_TARGETS = tuple(dict.fromkeys(n.removeprefix("self_attn.").removeprefix("cross_attn.") for n in BLOCK_LINEARS))
 """The shortest `lora.targets` that select every linear layer of a block."""
 
 
 class BlockLinear(NamedTuple):
-    """One linear layer of one transformer block. These are the layers that can carry a LoRA adapter.
+    """One linear layer of one transformer block. These are the layers for which this package trains adapters.
 
     `str` returns the original name, because `lora.targets` uses original names.
     """
@@ -131,6 +134,11 @@ class BlockLinear(NamedTuple):
     """Index of the block."""
     name: str
     """Original name within the block, such as `self_attn.q` or `ffn.2`: a key of `BLOCK_LINEARS`."""
+
+    @property
+    def ours(self) -> str:
+        """Dotted path in our module, where the layers of all blocks are stacked."""
+        return f"blocks.{BLOCK_LINEARS[self.name].ours}"
 
     @property
     def original(self) -> str:
@@ -148,6 +156,43 @@ class BlockLinear(NamedTuple):
         return self.original
 
 
+class OuterLinear(NamedTuple):
+    """One of the six linear layers outside the blocks, for which LoRA files of other programs may have adapters."""
+
+    name: str
+    """Original name, such as `text_embedding.0`: a key of `OUTER_LINEARS`."""
+
+    @property
+    def ours(self) -> str:
+        return OUTER_LINEARS[self.name].ours
+
+    @property
+    def original(self) -> str:
+        return self.name
+
+    @property
+    def diffusers(self) -> str:
+        return OUTER_LINEARS[self.name].diffusers
+
+    @property
+    def kohya(self) -> str:
+        return OUTER_LINEARS[self.name].kohya
+
+    def __str__(self) -> str:
+        return self.original
+
+
+TransformerLinear = BlockLinear | OuterLinear
+"""A linear layer of the transformer."""
+
+
+def network_order(linear: TransformerLinear) -> tuple[int, int]:
+    """Return a key that sorts linear layers: those outside the blocks first, then block by block."""
+    if isinstance(linear, OuterLinear):
+        return -1, list(OUTER_LINEARS).index(linear.name)
+    return linear.layer, list(BLOCK_LINEARS).index(linear.name)
+
+
 def transformer_rows(layers: int) -> list[Row]:
     """List the tensors of a Wan2.1-T2V transformer (`wan/modules/model.py`; `transformer_wan.py` in diffusers)."""
     rows = [
@@ -155,7 +200,7 @@ def transformer_rows(layers: int) -> list[Row]:
         Row("patch_in.bias", None, "patch_embedding.bias", "patch_embedding.bias", VECTOR),
         Row("head_modulation", None, "head.modulation", "scale_shift_table", TABLE),
     ]
-    for names in _table(_TRANSFORMER_LINEARS):
+    for names in OUTER_LINEARS.values():
         rows += _linear(None, *names)
     for n in range(layers):
         rows.append(Row("blocks.modulation", n, f"blocks.{n}.modulation", f"blocks.{n}.scale_shift_table", TABLE))

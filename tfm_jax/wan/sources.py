@@ -28,6 +28,10 @@ SIDECAR_SUFFIX = ".tfm_jax.json"
 ORIGINAL_FILES = {"vae": "Wan2.1_VAE.pth", "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth"}
 
 
+def no_change(row: Row) -> None:
+    """The `Source.change` of weights that are used as they are."""
+
+
 class Source(NamedTuple):
     """The weights of one network, which have been found and identified but not read."""
 
@@ -37,12 +41,20 @@ class Source(NamedTuple):
     file: Path
     """The config.json or .pth file that identifies the network; error messages start with its path."""
     tensors: Tensors
+    change: Callable[[Row], np.ndarray | None] = no_change
+    """Returns what is added to the tensor of a row when it is read, in float32 and with our axes; None for nothing."""
 
     def read(self, row: Row, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Read the tensor of a row, or the part that `index` selects.
 
         The result and `index` have our axes, without the axis of stacked layers.
         """
+        change = self.change(row)
+        if change is None:
+            return self._read(row, index)
+        return self._read(row, index).astype(np.float32) + change[index or ...]
+
+    def _read(self, row: Row, index: tuple[slice, ...] | None) -> np.ndarray:
         tensor = self.tensors[row.name(self.layout)]
         if self.layout == "tfm_jax":
             stacked = () if row.layer is None else (row.layer,)

@@ -1,0 +1,61 @@
+"""What a LoRA adds to the weights of a model, and whether it fits the model."""
+
+from collections.abc import Callable
+
+import numpy as np
+from einops import rearrange
+
+from tfm_jax.errors import InputError
+from tfm_jax.lora.files import Lora
+from tfm_jax.wan.checks import expected_shapes, similar
+from tfm_jax.wan.components import TRANSFORMER, abstract_parameters
+from tfm_jax.wan.names import BlockLinear, Row, Shapes, transformer_rows
+from tfm_jax.wan.transformer import TransformerConfig
+
+
+def transformer_shapes(config: TransformerConfig) -> Shapes:
+    """Map the original names of a transformer's tensors to their shapes in torch."""
+    parameters = abstract_parameters(TRANSFORMER, config, np.float32)
+    ours = {name: value.shape for name, value in parameters.items()}
+    return expected_shapes("original", transformer_rows(config.layers), ours)
+
+
+def check_fits(lora: Lora, config: TransformerConfig) -> None:
+    """Check that the adapters and differences of `lora` belong to a transformer of these sizes.
+
+    Raises:
+        InputError: a shape is wrong, the model lacks a layer, or a linear layer has an adapter in some blocks only.
+    """
+    shapes, layers = transformer_shapes(config), range(config.layers)
+    in_blocks = {linear for linear in lora.adapters if isinstance(linear, BlockLinear)}
+    expected = {BlockLinear(layer, linear.name) for layer in layers for linear in in_blocks}
+    for linear in sorted(expected ^ in_blocks):
+        problem = "has no adapter for" if linear in expected else "has an adapter for a layer that the model lacks:"
+        raise InputError(f"LoRA {problem} {linear}; expected the same linear layers in each of {len(layers)} blocks")
+    for linear, adapter in lora.adapters.items():
+        features_out, features_in = shapes[f"{linear}.weight"]
+        wanted = {"A": (adapter.a.shape, (lora.rank, features_in)), "B": (adapter.b.shape, (features_out, lora.rank))}
+        for factor, (shape, want) in wanted.items():
+            if shape != want:
+                raise InputError(f"LoRA {factor} of {linear} is {list(shape)}; expected {list(want)}")
+    for name, difference in lora.differences.items():
+        if name not in shapes:
+            raise InputError(f"LoRA has a difference for {name}, which the model lacks{similar(name, shapes.keys())}")
+        if difference.shape != shapes[name]:
+            raise InputError(
+                f"LoRA has a difference of shape {list(difference.shape)} for {name}; expected {list(shapes[name])}"
+            )
+
+
+def weight_change(lora: Lora) -> Callable[[Row], np.ndarray | None]:
+    """Return a function from the row of a tensor to what `lora` adds to it: the `change` of a `Source`."""
+    adapters = {f"{linear}.weight": adapter for linear, adapter in lora.adapters.items()}
+
+    def change(row: Row) -> np.ndarray | None:
+        total = lora.differences.get(row.original)
+        if adapter := adapters.get(row.original):
+            product = (adapter.b * np.float32(lora.scale)) @ adapter.a
+            total = product if total is None else product + total
+        return None if total is None else rearrange(total, row.axes)
+
+    return change
