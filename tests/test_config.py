@@ -69,6 +69,16 @@ def test_lists_null_and_text_on_the_command_line(file):
     assert config.sampling.negative_prompt == "no: 'rain', 5"
 
 
+def test_mappings_on_the_command_line(file, tmp_path, capsys):
+    options = ["--lora.ranks={q: 4, ffn.0: 16}", "--lora.rslora=true"]
+    config = read(file, *options)
+    assert config.lora.ranks == {"q": 4, "ffn.0": 16}
+    dump(config, tmp_path / "saved.yaml")
+    assert read(tmp_path / "saved.yaml") == config
+    text = help_of(capsys, "--config", str(tmp_path / "saved.yaml"), "--help")
+    assert re.search(r"--lora.ranks {TEXT: INT, ...} [^(]* \(default: {q: 4, ffn.0: 16}\)", text)
+
+
 def test_a_value_may_start_with_a_dash(file):
     assert read(file, "--mesh.data", "-1").mesh.data == -1
     assert read(file, "--sampling.negative_prompt=--no").sampling.negative_prompt == "--no"
@@ -217,6 +227,13 @@ BUCKET = "[frames, height, width]: 4 n + 1 frames, and multiples of 16, such as 
         ("--optimizer.b1=1", "expected less than 1"),
         ("--optimizer.max_grad_norm=0", "expected more than 0"),
         ("--lora.rank=0", "expected at least 1"),
+        ("--objective.logit_std=0", "expected more than 0"),
+        ("--objective.law=paper", "expected 'uniform' or 'logit_normal'"),
+        ("--objective.weight=min_snr", "expected bell or none, because kind=tfm is not fm"),
+        ("--lora.ranks={q: 0}", "expected a rank for each target, such as {q: 16, ffn.0: 64}"),
+        ("--lora.ranks={q: high, k: low}", "expected a rank for each target, such as {q: 16, ffn.0: 64}"),
+        ("--lora.ranks=[q]", "expected a rank for each target, such as {q: 16, ffn.0: 64}"),
+        ("--lora.ranks={q", "not a mapping; expected one, such as {a: 1, b: 2}"),
         ("--lora.targets=[]", "expected at least 1 of them"),
         ("--lora.targets=q", "expected a list, such as [a, b]"),
         ("--lora.targets=[q", "not a list; expected one, such as [a, b]"),

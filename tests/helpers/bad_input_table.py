@@ -129,6 +129,7 @@ VALUES = [
         ("--optimizer.max_grad_norm=0", "expected more than 0"),
         ("--lora.rank=0", "expected at least 1"),
         ("--lora.rank=97", "at most 96, the width of self_attn.q"),
+        ("--lora.ranks={q: 97}", "at most 96, the width of self_attn.q"),
         ("--lora.alpha=0", "expected more than 0"),
         ("--lora.targets=[]", "expected at least 1"),
         ("--lora.targets=q", "expected a list"),
@@ -161,6 +162,8 @@ VALUES = [
             ("--tensorboard=1", "--help"),
         )
     ),
+    row("train", "a rank for an unknown layer", "--lora.ranks={x: 2}", words="lora.ranks: 'x' names no linear layer"),
+    row("train", "no LoRA to start from", "--lora.init=$tmp/none", words=("none: no such file",)),
     malformed(row("train", "--resume=yes", "--resume=yes", words=("Unrecognized options", "yes"))),
     *options(
         "sample",

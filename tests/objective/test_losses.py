@@ -41,7 +41,7 @@ def run(velocity, clean, seed=0, **config):
 def weight_at(timestep):
     index = np.abs(schedule.sigmas()[:, None] * 1000 - np.asarray(timestep)).argmin(axis=0)
     np.testing.assert_allclose(schedule.sigmas()[index] * 1000, timestep, rtol=1e-5)
-    return schedule.weights()[index].astype(np.float64)
+    return schedule.bell_weights()[index].astype(np.float64)
 
 
 def test_flow_matching_is_mean_squared_error_on_the_straight_path():
@@ -81,7 +81,7 @@ def test_weights_are_not_normalised_over_the_batch(kind):
     np.testing.assert_allclose(timestep, 1000 * schedule.sigmas()[500], rtol=1e-6)
     if kind == "tfm":
         assert (terms["direction"], terms["residual"]) == (1, 1)
-    np.testing.assert_allclose(total, schedule.weights()[500] * sum(terms.values()), rtol=1e-5)
+    np.testing.assert_allclose(total, schedule.bell_weights()[500] * sum(terms.values()), rtol=1e-5)
 
 
 def test_objective_is_a_function_of_the_key():

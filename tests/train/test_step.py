@@ -79,7 +79,7 @@ def torch_step(model, adapters, batch, noise, index, optimizer_config, objective
     assert len(factors) == 2 * len(adapters)
 
     sigma = torch.from_numpy(schedule.sigmas(objective.shift)[index])
-    weight = torch.from_numpy(schedule.weights(objective.shift)[index])
+    weight = torch.from_numpy(schedule.bell_weights(objective.shift)[index])
     clean = to_torch(batch.latents)
     x_t = to_torch(temporal_path(batch.latents, noise, jnp.asarray(sigma.numpy()), objective.rho).x_t)
     prediction = model(x_t, 1000 * sigma, torch.from_numpy(np.array(batch.text))).sample
@@ -115,8 +115,8 @@ def test_one_step_equals_pytorch(model_folder):
 
     noise_key, level_key = jax.random.split(jax.random.fold_in(run_keys(seed).steps, 0))
     noise = jax.random.normal(noise_key, batch.latents.shape, jnp.float32)
-    index = np.asarray(schedule.sample_index(level_key, 2))
-    adapters = {diffusers_name(n): a for n, a in lora_from_checkpoint(before, LORA.alpha).adapters.items()}
+    index = np.asarray(schedule.sample_index(level_key, 2, objective))
+    adapters = {diffusers_name(n): a for n, a in lora_from_checkpoint(before, LORA).adapters.items()}
     reference = reference_transformer(CONFIG)
     loss, gradients, after = torch_step(reference, adapters, batch, noise, index, optimizer_config, objective)
 
@@ -126,7 +126,7 @@ def test_one_step_equals_pytorch(model_folder):
     # Adam's first moment after one step is the gradient times 1 - b1: every gradient, through the step itself.
     moments = {n.removeprefix("1/mu/"): x / 0.1 for n, x in flatten(state.optimizer).items() if n.startswith("1/mu/")}
     for ours, theirs in ((moments, gradients), (flatten(state.lora), after)):
-        ours = {diffusers_name(n): a for n, a in lora_from_checkpoint(ours, LORA.alpha).adapters.items()}
+        ours = {diffusers_name(n): a for n, a in lora_from_checkpoint(ours, LORA).adapters.items()}
         for (module, factor), value in theirs.items():
             assert relative(getattr(ours[module], factor), value) <= 1e-4, (module, factor)
 

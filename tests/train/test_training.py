@@ -167,6 +167,27 @@ def test_epochs_accumulation_and_what_is_kept(options, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("is complete: it has 3 steps, and train.epochs=2 needs 3\n")
 
 
+def test_a_run_that_starts_from_the_lora_of_another(options, two_steps, tmp_path, capsys):
+    """Its adapters are those of the file before the first step; a resumed run needs the same file."""
+    options = [*options, "--objective.kind=fm", "--optimizer.learning_rate=1e-30", "--optimizer.weight_decay=0"]
+    file, moved = tmp_path / "lora.safetensors", tmp_path / "moved.safetensors"
+    export(two_steps, file, "diffsynth", np.dtype(np.float32))
+    run = start([*options, f"--lora.init={file}", "--train.steps=1"])
+    assert f"adapters: 30 from {file}\n" in capsys.readouterr().out
+    ours, theirs = saved(run, 1), saved(two_steps, 2)
+    factors = [name for name in ours if name.startswith("lora/")]
+    assert len(factors) == 20
+    assert all((ours[name] == theirs[name]).all() for name in factors)
+
+    file.rename(moved)
+    start([*options, f"--lora.init={moved}", "--train.steps=1"], resume=True)
+    with pytest.raises(InputError, match=r"lora.init=null: this is not the LoRA file that the run in .* started with"):
+        start([*options, "--train.steps=2"], resume=True)
+    with pytest.raises(InputError, match=r"lora.init=.*: the LoRA has rank 4; the configuration gives .* rank 2"):
+        start([*options, f"--lora.init={moved}", "--lora.rank=2", f"--train.output={tmp_path}/other"])
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_run_without_a_moving_average_has_none_to_export(two_steps, tmp_path):
     with pytest.raises(
         InputError, match=r"was trained with train.ema_decay=null; expected a run with a moving average"

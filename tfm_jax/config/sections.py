@@ -56,7 +56,15 @@ def _list_of_buckets(value: Any, check: Callable[[Any], Any]) -> Any:
         raise PydanticCustomError("buckets", f"expected a list of [frames, height, width], such as {example}") from None
 
 
+def _mapping_of_ranks(value: Any, check: Callable[[Any], Any]) -> Any:
+    try:
+        return check(value)
+    except pydantic.ValidationError:
+        raise PydanticCustomError("ranks", "expected a rank for each target, such as {q: 16, ffn.0: 64}") from None
+
+
 Buckets = Annotated[tuple[tuple[int, ...], ...], pydantic.WrapValidator(_list_of_buckets)]
+Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], pydantic.WrapValidator(_mapping_of_ranks)]
 NonEmptyPath = Annotated[Path, pydantic.BeforeValidator(_not_empty)]
 ModelPath = Annotated[NonEmptyPath, pydantic.AfterValidator(_find_model), pydantic.PlainSerializer(_name_model)]
 Positive = Annotated[int, Field(ge=1)]
@@ -166,10 +174,17 @@ class DataConfig:
 class LoraConfig:
     rank: Positive = 32
     """Rank of the adapters."""
+    ranks: Ranks = dataclasses.field(default_factory=dict)
+    """Other ranks for some of the targets, such as {q: 16, ffn.0: 64}."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The output of each adapter is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023)."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
     """Linear layers that get an adapter, selected by how their names end: q selects self_attn.q and cross_attn.q."""
+    init: NonEmptyPath | None = None
+    """LoRA file (safetensors, any dialect) to start from; null starts from new adapters. Linear layers, ranks and scale
+    must be the same as here."""
 
 
 @section
@@ -184,6 +199,17 @@ class ObjectiveConfig:
     """Weight of the residual loss."""
     shift: Annotated[float, Field(gt=0)] = 5.0
     """Shift of the noise levels towards pure noise; 1 means no shift."""
+    law: Literal["uniform", "logit_normal"] = "uniform"
+    """How often each noise level is drawn. uniform: all 1000 levels of the shifted schedule equally often, as in the
+    paper. logit_normal: before the shift, the logit of the noise level has a normal distribution."""
+    logit_mean: float = 0.0
+    """Mean for logit_normal; above 0, noisier levels are drawn more often."""
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation for logit_normal."""
+    weight: Literal["bell", "none", "min_snr"] = "bell"
+    """Weight of the loss at each noise level. bell: highest in the middle, zero at pure noise, as in the paper. none: no
+    weight. min_snr, only for kind=fm: the squared error of the clean latents times the signal-to-noise ratio, at most 5
+    (Hang et al. 2023)."""
     low: Fraction = 0.0
     """Start of the range of noise levels to train on, as a fraction of the schedule of 1000 levels, which runs from
     pure noise (0) to clean (1)."""
@@ -192,6 +218,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _require(self.low < self.high, "low", self.low, f"less than high={self.high}")
+        sound = self.weight != "min_snr" or self.kind == "fm"
+        _require(sound, "weight", self.weight, f"bell or none, because kind={self.kind} is not fm")
 
 
 @section

@@ -48,9 +48,9 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: ObjectiveConfig) -> Dra
     """Draw noise and a noise level for each video of a batch of this shape, in float32."""
     noise_key, level_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, shape, jnp.float32)
-    index = schedule.sample_index(level_key, shape[0], config.low, config.high)
+    index = schedule.sample_index(level_key, shape[0], config)
     sigma = jnp.asarray(schedule.sigmas(config.shift))[index]
-    weight = jnp.asarray(schedule.weights(config.shift))[index]
+    weight = jnp.asarray(schedule.WEIGHTS[config.weight](config.shift))[index]
     return Draws(noise, sigma, weight)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from tfm_jax.checkpoint import Checkpoints
+from tfm_jax.config import LoraConfig, from_plain
+from tfm_jax.config.reading import shown
 from tfm_jax.errors import InputError
 from tfm_jax.lora.adapters import lora_from_checkpoint
 from tfm_jax.lora.files import Dialect, write_lora
@@ -34,17 +36,20 @@ def export(
     if restored is None:
         raise InputError(f"{run}: contains no usable checkpoint; expected at least one")
     config = restored.metadata["config"]
+    settings = from_plain(LoraConfig, config["lora"], str(run / "checkpoints"))
     part = "ema/" if ema else "lora/"
     factors = {n.removeprefix(part): np.asarray(a) for n, a in restored.arrays.items() if n.startswith(part)}
     if not factors:
         raise InputError(
             f"{run}: was trained with train.ema_decay=null; expected a run with a moving average for --ema"
         )
-    lora = lora_from_checkpoint(factors, config["lora"]["alpha"])
+    lora = lora_from_checkpoint(factors, settings)
     metadata = {
         "base_model": config["model"]["path"],
-        "rank": config["lora"]["rank"],
-        "alpha": config["lora"]["alpha"],
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        **({"ranks": shown(settings.ranks)} if settings.ranks else {}),
+        **({"rslora": True} if settings.rslora else {}),
         "steps": restored.step,
         "objective": config["objective"]["kind"],
         "rho": config["objective"]["rho"],

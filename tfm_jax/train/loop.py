@@ -22,7 +22,8 @@ from tfm_jax.config.reading import shown
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import Records, open_records
 from tfm_jax.errors import CompilerError, InputError, NonFiniteLoss, StoppedEarly, Terminated
-from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
+from tfm_jax.lora.adapters import attach_lora, check_lora, init_lora, load_adapters, split_lora
+from tfm_jax.lora.files import Lora, read_lora
 from tfm_jax.sharding import check_batch, check_split, make_mesh
 from tfm_jax.train.metrics import Metrics
 from tfm_jax.train.optimizer import make_optimizer
@@ -33,10 +34,10 @@ from tfm_jax.wan.transformer import WanTransformer, token_grid
 MAY_CHANGE = {"train.output", "train.steps", "train.epochs", "train.batch_size", "train.accumulate",
               "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.log_every",
               "train.max_bad_steps", "train.remat", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
-              "model.path", "data.path"}  # fmt: skip
+              "model.path", "data.path", "lora.init"}  # fmt: skip
 """Fields that may differ when a run is resumed, because they do not change what a step computes, beyond rounding.
-Base weights and data may move, but their fingerprints must stay the same. The number of clips per step must stay the
-same; so must LENGTH, if the learning rate depends on it."""
+Base weights, data and the LoRA to start from may move, but their fingerprints must stay the same. The number of clips
+per step must stay the same; so must LENGTH, if the learning rate depends on it."""
 
 LENGTH = {"train.steps", "train.epochs"}
 
@@ -172,10 +173,10 @@ def _prepare(run: TrainRun) -> _Setup:
         size = f"{len(records)} clips, {settings.clips_per_step} per step"
         processes.print_once(f"train.epochs={settings.epochs}: {steps} steps, for {size}")
 
+    first_lora = _read_first_lora(run.lora)
     model = load_base(run.model, mesh)
     _check_widths(records, model, run)
-    attach_lora(model, run.lora)
-    init_lora(model, run_keys(settings.seed).adapters, mesh)
+    _start_adapters(model, first_lora, run, mesh)
     graphdef, lora, frozen = split_lora(model)
     base_size, adapter_size = _count_parameters(frozen), _count_parameters(lora)
     processes.print_once(f"model: {base_size:,} parameters in the base, {adapter_size:,} in the adapters")
@@ -186,7 +187,33 @@ def _prepare(run: TrainRun) -> _Setup:
         settings.ema_decay,
     )  # fmt: skip
     metadata = {"config": _config_dict(run), "base": _fingerprint(frozen), "data": records.fingerprint}
+    metadata["init"] = run.lora.init and files.fingerprint(run.lora.init)
     return _Setup(mesh, steps, batches, frozen, state, state_sharding, step, metadata)
+
+
+def _read_first_lora(config: configs.LoraConfig) -> Lora | None:
+    """Read the LoRA file to start from, if there is one. Raise InputError unless it is as `config` describes it."""
+    if config.init is None:
+        return None
+    lora = read_lora(config.init)
+    try:
+        check_lora(lora, config)
+    except InputError as error:
+        raise InputError(f"lora.init={config.init}: {error}") from None
+    processes.print_once(f"adapters: {len(lora.adapters)} from {config.init}")
+    return lora
+
+
+def _start_adapters(model: WanTransformer, first_lora: Lora | None, run: TrainRun, mesh: Mesh) -> None:
+    """Attach adapters to the model: those of `first_lora`, or new ones."""
+    if first_lora is None:
+        attach_lora(model, run.lora)
+        init_lora(model, run_keys(run.train.seed).adapters, mesh)
+        return
+    try:
+        load_adapters(model, first_lora, mesh)
+    except InputError as error:
+        raise InputError(f"lora.init={run.lora.init}: {error}") from None
 
 
 def _check_clip_settings(records: Records, run: TrainRun) -> None:
@@ -277,6 +304,8 @@ def _check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) -
         raise InputError(f"data.path={run.data.path}: these are not the clips that {started}")
     if saved["base"] != now["base"]:
         raise InputError(f"model.path={run.model.path}: these are not the base weights that {started}")
+    if saved.get("init") != now.get("init"):
+        raise InputError(f"lora.init={shown(run.lora.init)}: this is not the LoRA file that {started}")
     if config.train.clips_per_step != run.train.clips_per_step:
         given = f"train.batch_size={run.train.batch_size}, train.accumulate={run.train.accumulate}"
         raise InputError(f"{given}: {started} {config.train.clips_per_step} clips per step; expected the same product")
