@@ -207,9 +207,9 @@ class ObjectiveConfig:
     logit_std: Annotated[float, Field(gt=0)] = 1.0
     """Standard deviation for logit_normal."""
     weight: Literal["bell", "none", "min_snr"] = "bell"
-    """Weight of the loss at each noise level. bell: highest in the middle, zero at pure noise, as in the paper. none: no
-    weight. min_snr, only for kind=fm: the squared error of the clean latents times the signal-to-noise ratio, at most 5
-    (Hang et al. 2023)."""
+    """Weight of the loss at each noise level. bell: highest in the middle, zero at pure noise, as in the paper. none:
+    the same for all. min_snr, only for kind=fm: as if the squared error of the clean latents had the signal-to-noise
+    ratio as its weight, or 5 if that is less (Hang et al. 2023)."""
     low: Fraction = 0.0
     """Start of the range of noise levels to train on, as a fraction of the schedule of 1000 levels, which runs from
     pure noise (0) to clean (1)."""

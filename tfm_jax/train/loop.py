@@ -296,7 +296,7 @@ def _check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) -
     started = f"the run in {output} was started with"
     config = configs.from_plain(TrainRun, saved["config"], str(output / "checkpoints"))
     before, after = _fields(_config_dict(config)), _fields(now["config"])
-    may_change = MAY_CHANGE if run.optimizer.schedule == "constant" else MAY_CHANGE - LENGTH
+    may_change = MAY_CHANGE if config.optimizer.schedule == "constant" else MAY_CHANGE - LENGTH
     for name, value in after.items():
         if name not in may_change and before[name] != value:
             raise InputError(f"{name}={shown(value)}: {started} {shown(before[name])}; expected the same value")
