@@ -69,6 +69,16 @@ def test_lists_null_and_text_on_the_command_line(file):
     assert config.sampling.negative_prompt == "no: 'rain', 5"
 
 
+def test_mappings_on_the_command_line(file, tmp_path, capsys):
+    options = ["--lora.ranks={q: 4, ffn.0: 16}", "--lora.rslora=true"]
+    config = read(file, *options)
+    assert config.lora.ranks == {"q": 4, "ffn.0": 16}
+    dump(config, tmp_path / "saved.yaml")
+    assert read(tmp_path / "saved.yaml") == config
+    text = help_of(capsys, "--config", str(tmp_path / "saved.yaml"), "--help")
+    assert re.search(r"--lora.ranks {TEXT: INT, ...} [^(]* \(default: {q: 4, ffn.0: 16}\)", text)
+
+
 def test_a_value_may_start_with_a_dash(file):
     assert read(file, "--mesh.data", "-1").mesh.data == -1
     assert read(file, "--sampling.negative_prompt=--no").sampling.negative_prompt == "--no"
@@ -124,7 +134,7 @@ def test_help_lists_every_field_with_its_value(file, capsys, kind):
 
 def test_help_without_a_file(capsys):
     text = help_of(capsys, "-h")
-    assert re.search(r"--train.steps INT [^-]* \(required\)", text)
+    assert re.search(r"--train.output PATH [^-]* \(required\)", text)
     assert re.search(r"--train.seed INT [^-]* \(default: 0\)", text)
 
 
@@ -201,7 +211,13 @@ BUCKET = "[frames, height, width]: 4 n + 1 frames, and multiples of 16, such as 
         ("--train.steps=2.5", "expected a whole number"),
         ("--train.steps=ten", "expected a whole number"),
         ("--train.steps=", "expected a whole number"),
-        ("--train.steps=null", "expected a whole number"),
+        ("--train.steps=null", "expected a number of steps, or a number of epochs in train.epochs"),
+        ("--train.epochs=2", "expected null, because train.steps=200; for epochs, set train.steps to null"),
+        ("--train.keep_every=7", "expected a multiple of checkpoint_every=500"),
+        ("--train.ema_decay=1", "expected less than 1"),
+        ("--train.accumulate=0", "expected at least 1"),
+        ("--optimizer.final_factor=2", "expected at most 1"),
+        ("--optimizer.schedule=step", "expected 'constant', 'cosine' or 'linear'"),
         ("--train.steps=[1]", "expected a whole number"),
         ("--train.seed=-1", "expected at least 0"),
         ("--train.seed=9223372036854775808", "expected less than 4.29497e+09"),
@@ -212,6 +228,13 @@ BUCKET = "[frames, height, width]: 4 n + 1 frames, and multiples of 16, such as 
         ("--optimizer.b1=1", "expected less than 1"),
         ("--optimizer.max_grad_norm=0", "expected more than 0"),
         ("--lora.rank=0", "expected at least 1"),
+        ("--objective.logit_std=0", "expected more than 0"),
+        ("--objective.law=paper", "expected 'uniform' or 'logit_normal'"),
+        ("--objective.weight=min_snr", "expected bell or none, because kind=tfm is not fm"),
+        ("--lora.ranks={q: 0}", "expected a rank for each target, such as {q: 16, ffn.0: 64}"),
+        ("--lora.ranks={q: high, k: low}", "expected a rank for each target, such as {q: 16, ffn.0: 64}"),
+        ("--lora.ranks=[q]", "expected a rank for each target, such as {q: 16, ffn.0: 64}"),
+        ("--lora.ranks={q", "not a mapping; expected one, such as {a: 1, b: 2}"),
         ("--lora.targets=[]", "expected at least 1 of them"),
         ("--lora.targets=q", "expected a list, such as [a, b]"),
         ("--lora.targets=[q", "not a list; expected one, such as [a, b]"),
@@ -298,8 +321,11 @@ def test_missing(file, capsys):
     assert refusal(file.parent / "none.yaml").startswith(
         f"{file.parent}/none.yaml: no such file; expected a configuration file or one of wan2.1_t2v_1.3b, "
     )
+    file.write_text(TEXT.replace("output: run, ", ""))
+    assert refusal(file) == f"{file}: train.output is missing; expected it in the file or as --train.output=..."
     file.write_text(TEXT.replace("steps: 200", ""))
-    assert refusal(file) == f"{file}: train.steps is missing; expected it in the file or as --train.steps=..."
+    expected = "expected a number of steps, or a number of epochs in train.epochs"
+    assert refusal(file) == f"{file}: train.steps=null: {expected}"
     file.write_text(TEXT.replace("sampling: {output: samples}", ""))
     assert refusal(file, kind=SampleRun) == f"{file}: sampling is missing; expected it in the file"
     with pytest.raises(SystemExit, match="2"):

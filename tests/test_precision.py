@@ -99,7 +99,7 @@ def training_step(dtype: str, kind: str = "tfm") -> jax.stages.Traced:
     model: Any = network(TRANSFORMER, dtype)
     attach_lora(model, LoraConfig(rank=2))
     graph, lora, frozen = split_lora(model)
-    optimizer = make_optimizer(OptimizerConfig())
+    optimizer = make_optimizer(OptimizerConfig(), 1)
     state = TrainState(integers(), integers(), lora, jax.eval_shape(optimizer.init, lora))
     placement = shardings(state, one_device_mesh())
     step: Any = make_step(graph, optimizer, ObjectiveConfig(kind=kind), 0, placement)

@@ -90,6 +90,16 @@ def test_one_compilation_for_each_clip_shape(runs):
     assert runs["compilations"] == {"misses": 2, "compiled": [1, 1, 0, 0, 0, 0]}
 
 
+def test_accumulation_on_a_mesh(runs):
+    """Four parts of two clips on two devices equal eight clips at once. No clip moves to the other device."""
+    result = runs["accumulation"]
+    whole, parts = result["losses"]
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert result["difference"] < 1e-4
+    moved = [shape for kind in ("all-gather", "all-to-all", "collective-permute") for shape in result[kind]]
+    assert not any(shape[-4:] == [5, 4, 8, 4] or shape[-2:] == [512, 16] for shape in moved)
+
+
 def test_sampling_on_a_mesh(runs):
     """The videos are the same, and each step reports to the host once, not once per device."""
     assert runs["samplings"]["difference"] < 1e-5

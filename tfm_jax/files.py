@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,3 +91,9 @@ def lock(file: Path, *, wait: bool = False) -> Iterator[bool]:
                 raise
             print(f"note: {file}: this filesystem does not support locks; make sure that no other program writes here")
         yield True
+
+
+def fingerprint(path: Path) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

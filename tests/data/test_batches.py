@@ -204,6 +204,6 @@ def test_a_batch_with_more_rows_than_clips(dataset):
     records = open_records(dataset)
     with pytest.raises(
         InputError,
-        match=r"train.batch_size=8: .*latents has only 7 clips to choose from; expected a batch size of at most 7",
+        match=r"train.batch_size x train.accumulate = 8: .*latents has only 7 clips to choose from; expected at most 7",
     ):
         Batches(records, 8, 0, one_device_mesh())

@@ -67,13 +67,13 @@ def batch_on(mesh, latents=LATENTS, seed=0):
 
 
 class Training:
-    def __init__(self, sizes, remat="full"):
+    def __init__(self, sizes, remat="full", accumulate=1):
         self.mesh = mesh_of(sizes)
         graph, lora, self.frozen = split_lora(model_on(self.mesh, adapters=True))
-        optimizer = make_optimizer(OptimizerConfig())
+        optimizer = make_optimizer(OptimizerConfig(), STEPS)
         self.state, placement = init_state(lora, optimizer, self.mesh)
         self.start = {name: np.asarray(x) for name, x in flatten(self.state.lora).items()}
-        self.step = make_step(graph, optimizer, ObjectiveConfig(), 0, placement, remat)
+        self.step = make_step(graph, optimizer, ObjectiveConfig(), 0, placement, remat, accumulate)
 
     def compile(self):
         with jax.set_mesh(self.mesh):
@@ -127,6 +127,18 @@ def trainings(folder):
             **collectives(program),
         }
     return results
+
+
+def accumulation():
+    """Compare two steps in four parts on two devices with the same steps at once on one: losses and moments."""
+    whole, parts = Training((1, 1, 1, 1)).compile(), Training((1, 2, 1, 1), accumulate=4).compile()
+    losses = [training.run(2, batch_on(training.mesh)) for training in (whole, parts)]
+    moments = [flatten(training.state.optimizer[1].mu) for training in (whole, parts)]
+    differences = [
+        float(np.linalg.norm(np.asarray(moments[1][name]) - x) / np.linalg.norm(x))
+        for name, x in ((name, np.asarray(x)) for name, x in moments[0].items())
+    ]
+    return {"losses": losses, "difference": max(differences), **collectives(parts.step.as_text())}
 
 
 def compilations():
@@ -190,6 +202,8 @@ def samplings():
 
 
 if __name__ == "__main__":
-    parts = {"attentions": attentions, "samplings": samplings, "compilations": compilations}
+    parts = {
+        "attentions": attentions, "samplings": samplings, "compilations": compilations, "accumulation": accumulation,
+    }  # fmt: skip
     results = {name: make() for name, make in parts.items()}
     print(json.dumps({"trainings": trainings(Path(sys.argv[1])), **results}))

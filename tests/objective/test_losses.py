@@ -9,7 +9,7 @@ import pytest
 from helpers.tfm_clips import BATCH, DEGENERATE, SIGMA, clips, degenerate, distance, loss, path
 
 from tfm_jax.config import ObjectiveConfig
-from tfm_jax.objective import objective_loss, schedule, temporal_path
+from tfm_jax.objective import draw, objective_loss, schedule, temporal_path
 from tfm_jax.objective.losses import OBJECTIVES
 from tfm_jax.objective.temporal import per_frame
 
@@ -27,7 +27,8 @@ def run(velocity, clean, seed=0, **config):
             passed.append(arguments)
             return velocity(*arguments[:2])
 
-        total, terms = objective_loss(network, clean, text, key, ObjectiveConfig(**config))
+        objective = ObjectiveConfig(**config)
+        total, terms = objective_loss(network, clean, text, draw(key, clean.shape, objective), objective)
         ((latents, timestep, given_text),) = passed
         return total, terms, latents, timestep, given_text
 
@@ -40,7 +41,7 @@ def run(velocity, clean, seed=0, **config):
 def weight_at(timestep):
     index = np.abs(schedule.sigmas()[:, None] * 1000 - np.asarray(timestep)).argmin(axis=0)
     np.testing.assert_allclose(schedule.sigmas()[index] * 1000, timestep, rtol=1e-5)
-    return schedule.weights()[index].astype(np.float64)
+    return schedule.bell_weights()[index].astype(np.float64)
 
 
 def test_flow_matching_is_mean_squared_error_on_the_straight_path():
@@ -80,7 +81,7 @@ def test_weights_are_not_normalised_over_the_batch(kind):
     np.testing.assert_allclose(timestep, 1000 * schedule.sigmas()[500], rtol=1e-6)
     if kind == "tfm":
         assert (terms["direction"], terms["residual"]) == (1, 1)
-    np.testing.assert_allclose(total, schedule.weights()[500] * sum(terms.values()), rtol=1e-5)
+    np.testing.assert_allclose(total, schedule.bell_weights()[500] * sum(terms.values()), rtol=1e-5)
 
 
 def test_objective_is_a_function_of_the_key():
@@ -89,7 +90,9 @@ def test_objective_is_a_function_of_the_key():
 
     @jax.jit
     def total(key):
-        return objective_loss(lambda x, t, _: 0.5 * x, clean, text, key, ObjectiveConfig(kind="fm"))[0]
+        objective = ObjectiveConfig(kind="fm")
+        draws = draw(key, clean.shape, objective)
+        return objective_loss(lambda x, t, _: 0.5 * x, clean, text, draws, objective)[0]
 
     first, again, other = (total(jax.random.key(seed)) for seed in (0, 0, 1))
     assert first == again
@@ -103,7 +106,9 @@ def test_objective_differentiates_a_bfloat16_network(kind):
 
     def total(scale):
         network = lambda latents, timestep, text: latents.astype(jnp.bfloat16) * scale  # noqa: E731
-        return objective_loss(network, clean, text, jax.random.key(0), ObjectiveConfig(kind=kind))[0]
+        objective = ObjectiveConfig(kind=kind)
+        draws = draw(jax.random.key(0), clean.shape, objective)
+        return objective_loss(network, clean, text, draws, objective)[0]
 
     value, slope = jax.jit(jax.value_and_grad(total))(jnp.asarray(0.5, jnp.bfloat16))
     assert value.dtype == jnp.float32
@@ -119,7 +124,7 @@ AFFINE = (lambda x, t: 0.7 * x + 0.1, lambda x, t: jnp.flip(x, axis=2))
 
 
 def noise_of(clean, seed=0):
-    """The noise that objective_loss draws for seed."""
+    """The noise that is drawn for seed."""
     return jax.random.normal(jax.random.split(jax.random.key(seed))[0], clean.shape)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +13,17 @@ from helpers.training_runs import CLIP, CONFIG, assert_same, saved, start, write
 from helpers.wan_reference import reference_transformer
 
 from tfm_jax.checkpoint import Checkpoints
-from tfm_jax.config import ClipConfig, OptimizerConfig
+from tfm_jax.config import ClipConfig, OptimizerConfig, TrainConfig
 from tfm_jax.data.batches import Batches
 from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly, Terminated
 from tfm_jax.files import lock
+from tfm_jax.lora.files import read_lora
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.train import loop
+from tfm_jax.train.export import export
 from tfm_jax.train.loop import TrainRun
 from tfm_jax.train.metrics import read_metrics
+from tfm_jax.wan.names import BlockLinear
 
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
@@ -85,7 +89,16 @@ def test_the_base_is_not_saved_and_the_adapters_change(two_steps):
     [
         ("--lora.rank=8", "lora.rank=8: the run in .* was started with 4"),
         ("--train.seed=1", "train.seed=1"),
-        ("--train.batch_size=4", "train.batch_size=4"),
+        (
+            "--train.batch_size=4",
+            "train.batch_size=4, train.accumulate=1: the run in .* with 2 clips per step; expected",
+        ),
+        (
+            "--train.accumulate=2",
+            "train.batch_size=2, train.accumulate=2: the run in .* with 2 clips per step; expected",
+        ),
+        ("--train.ema_decay=0.9", "train.ema_decay=0.9: the run in .* was started with null"),
+        ("--optimizer.schedule=linear", "optimizer.schedule=linear: the run in .* was started with constant"),
         ("--objective.rho=5", "objective.rho=5"),
         ("--data.held_out=0.1", "data.held_out=0.1"),
         ("--data.caption_dropout=0.1", "data.caption_dropout=0.1"),
@@ -127,9 +140,92 @@ def test_fields_that_a_saved_configuration_lacks_have_their_defaults(options):
     now["config"]["objective"]["beta"] = 0.5
     with pytest.raises(InputError, match=r"objective.beta=0.5: the run in .* was started with 1.0"):
         loop._check_same_run(saved, now, run)
+    now["config"]["objective"]["beta"] = 1.0
+    now["config"]["train"] |= {"steps": 9, "batch_size": 1, "accumulate": 2}
+    loop._check_same_run(saved, now, configured(TrainRun, [*options, "--train.batch_size=1", "--train.accumulate=2"]))
     saved["config"]["lora"]["dropout"] = 0.1
     with pytest.raises(InputError, match=r"checkpoints: lora.dropout=0.1: expected a field of this version"):
         loop._check_same_run(saved, now, run)
+
+
+def test_a_falling_learning_rate_needs_the_same_number_of_steps(options):
+    run = configured(TrainRun, [*options, "--optimizer.schedule=cosine"])
+    saved = {"config": loop._config_dict(run), "base": "b", "data": "d"}
+    loop._check_same_run(saved, saved, run)
+    longer = configured(TrainRun, [*options, "--optimizer.schedule=cosine", "--train.steps=5"])
+    with pytest.raises(InputError, match=r"train.steps=5: the run in .* was started with 4; expected the same value"):
+        loop._check_same_run(saved, saved | {"config": loop._config_dict(longer)}, longer)
+
+
+# --- The length of a run, and what is kept of it ---------------------------------------------------------------------
+
+
+def test_epochs_accumulation_and_what_is_kept(options, tmp_path, capsys):
+    """Two epochs of 12 clips in steps of 2 x 4 clips: 3 steps. The moving average is that of the saved adapters."""
+    more = ["--train.steps=null", "--train.epochs=2", "--train.batch_size=2", "--train.accumulate=4"]
+    more += ["--train.keep_checkpoints=1", "--train.keep_every=2", "--train.ema_decay=0.2", "--objective.kind=fm"]
+    run = start([*options, *more, "--train.checkpoint_every=2"])
+    out = capsys.readouterr().out
+    assert f"training a LoRA in {run}: 2 epochs, batches of 2 x 4\n" in out
+    assert "train.epochs=2: 3 steps, for 12 clips, 8 per step\n" in out
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+    assert Checkpoints(run / "checkpoints").steps == [2, 3]
+
+    two, three = saved(run, 2), saved(run, 3)
+    averages = [name for name in three if name.startswith("ema/")]
+    assert len(averages) == 20
+    for name in averages:
+        expected = 0.2 * two[name] + 0.8 * three[name.replace("ema/", "lora/")]  # 3 / 12 is above 0.2
+        np.testing.assert_allclose(three[name], expected, rtol=1e-5, atol=1e-8)
+    for ema, part in ((True, "ema"), (False, "lora")):
+        export(run, tmp_path / part, "comfy", np.dtype(np.float32), ema=ema)
+        a = read_lora(tmp_path / part).adapters[BlockLinear(1, "self_attn.q")].a
+        np.testing.assert_array_equal(a, three[f"{part}/blocks/self_attn/q/lora_a/value"][1].T)
+    start([*options, *more, "--train.checkpoint_every=2"], resume=True)
+    assert capsys.readouterr().out.endswith("is complete: it has 3 steps, and train.epochs=2 needs 3\n")
+
+
+def test_a_run_that_starts_from_the_lora_of_another(options, two_steps, tmp_path, capsys):
+    """Its adapters are those of the file before the first step; a resumed run needs the same file."""
+    options = [*options, "--objective.kind=fm", "--optimizer.learning_rate=1e-30", "--optimizer.weight_decay=0"]
+    file, moved = tmp_path / "lora.safetensors", tmp_path / "moved.safetensors"
+    export(two_steps, file, "diffsynth", np.dtype(np.float32))
+    run = start([*options, f"--lora.init={file}", "--train.steps=1"])
+    assert f"adapters: 30 from {file}\n" in capsys.readouterr().out
+    ours, theirs = saved(run, 1), saved(two_steps, 2)
+    factors = [name for name in ours if name.startswith("lora/")]
+    assert len(factors) == 20
+    assert all((ours[name] == theirs[name]).all() for name in factors)
+
+    file.rename(moved)
+    start([*options, f"--lora.init={moved}", "--train.steps=1"], resume=True)
+    with pytest.raises(InputError, match=r"lora.init=null: this is not the LoRA file that the run in .* started with"):
+        start([*options, "--train.steps=2"], resume=True)
+    with pytest.raises(InputError, match=r"lora.init=.*: the LoRA has rank 4; the configuration gives .* rank 2"):
+        start([*options, f"--lora.init={moved}", "--lora.rank=2", f"--train.output={tmp_path}/other"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_without_a_moving_average_has_none_to_export(two_steps, tmp_path):
+    with pytest.raises(
+        InputError, match=r"was trained with train.ema_decay=null; expected a run with a moving average"
+    ):
+        export(two_steps, tmp_path / "lora.safetensors", "comfy", np.dtype(np.float32), ema=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "clips", "steps"),
+    [
+        ({"steps": 5}, 100, 5),
+        ({"epochs": 1, "batch_size": 4}, 12, 3),
+        ({"epochs": 1, "batch_size": 4}, 13, 4),
+        ({"epochs": 3, "batch_size": 4}, 13, 10),
+        ({"epochs": 2, "batch_size": 2, "accumulate": 4}, 12, 3),
+    ],
+)
+def test_steps_follow_from_epochs(options, clips, steps):
+    assert TrainConfig(output=Path("run"), **options).number_of_steps(clips) == steps
 
 
 # --- The folder of a run ---------------------------------------------------------------------------------------------
@@ -244,6 +340,7 @@ def spoil(monkeypatch):
 def test_a_bad_step_is_skipped(options, tmp_path, spoil, capsys):
     """It changes only the counters, and resuming after it changes no bit."""
     spoil(2)
+    options = [*options, "--train.ema_decay=0.9"]
     whole = start([*options, f"--train.output={tmp_path}/whole"])
     assert re.search(
         r"step 2/4  skipped: the loss is nan and .*; clips of this step: \d+\.mp4, ", capsys.readouterr().err

@@ -19,16 +19,18 @@ from tfm_jax.errors import InputError, NonFiniteLoss
 class Checkpoints:
     """The checkpoints of one run. Use this class as a context manager, which waits for the last save when it exits.
 
-    With `max_to_keep`, the object is a writer: it keeps only that many of the newest checkpoints, renames damaged ones,
-    and removes what a killed run left unfinished. A run may have only one writer at a time. Without `max_to_keep`, the
-    object is a reader, which changes nothing and may be used while the run is training.
+    With `max_to_keep`, the object is a writer: it keeps only that many of the newest checkpoints, and those of the
+    steps that `keep_every` divides; it renames damaged ones, and removes what a killed run left unfinished. A run may
+    have only one writer at a time. Without `max_to_keep`, the object is a reader, which changes nothing and may be used
+    while the run is training.
 
     In a run of several processes, all processes must make the same calls, and they get the same results.
     """
 
-    def __init__(self, directory: Path, max_to_keep: int | None = None):
+    def __init__(self, directory: Path, max_to_keep: int | None = None, keep_every: int | None = None):
         self.directory = directory.absolute()
         self._max_to_keep = max_to_keep
+        self._keep_every = keep_every
         self._writer: Any = None
 
     def save(self, step: int, arrays: Arrays, metadata: dict[str, Any]) -> None:
@@ -49,7 +51,7 @@ class Checkpoints:
         record = make_record(step, arrays, summaries, metadata)
         try:
             # Open the writer only now: damaged checkpoints must be renamed before it cleans up.
-            self._writer = self._writer or open_writer(self.directory, self._max_to_keep)
+            self._writer = self._writer or open_writer(self.directory, self._max_to_keep, self._keep_every)
             self._writer.save_async(step, arrays, custom_metadata=to_orbax(record))
         except Exception as error:
             self._raise_failed_write(error)

@@ -9,9 +9,14 @@ from orbax.checkpoint import v1 as ocp
 _training: Any = ocp.training  # the annotations reject arguments that the documentation passes
 
 
-def open_writer(directory: Path, max_to_keep: int | None) -> Any:
-    """Return Orbax's checkpointer for a folder. It removes what an earlier run left unfinished."""
+def open_writer(directory: Path, max_to_keep: int | None, keep_every: int | None) -> Any:
+    """Return Orbax's checkpointer for a folder. It removes what an earlier run left unfinished.
+
+    It keeps the newest checkpoints, and those of the steps that `keep_every` divides.
+    """
     context = ocp.Context()
+    policies = _training.preservation_policies
+    kept = [policies.LatestN(max_to_keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
     # If creating the folder failed in the background, threads would wait for 20 minutes and keep the process alive.
     context.asynchronous.create_directories_asynchronously = False
     return _training.Checkpointer(
@@ -19,7 +24,7 @@ def open_writer(directory: Path, max_to_keep: int | None) -> Any:
         context=context,
         # Save at every call: the default skips a save while the previous one is still in progress.
         save_decision_policy=_training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=_training.preservation_policies.LatestN(max_to_keep),
+        preservation_policy=policies.AnyPreservationPolicy(kept),
         cleanup_tmp_directories=True,
     )
 

@@ -232,6 +232,8 @@ def _metavar(hint: Any) -> str:
         return "{" + ",".join(get_args(hint)) + "}"
     if get_origin(hint) is tuple:
         return f"[{_metavar(get_args(hint)[0])}, ...]"
+    if get_origin(hint) is dict:
+        return f"{{{': '.join(map(_metavar, get_args(hint)))}, ...}}"
     return _METAVARS.get(hint) or "|".join(map(_metavar, get_args(hint)))
 
 

@@ -28,12 +28,16 @@ class Options:
     """Data type of the factors."""
     step: int | None = None
     """Step of the checkpoint to export; null exports the newest checkpoint that is not damaged."""
+    ema: bool = False
+    """Export the moving average of the adapters, for runs with train.ema_decay."""
 
 
 def execute(argv: Sequence[str]) -> None:
     options = command.parse(Options, argv, "tfm-export", __doc__).options()
-    step, count = export(options.run_folder, options.file, options.dialect, DTYPES[options.dtype], options.step)
-    print(f"{options.file}: {count} adapters after step {step} ({options.dialect}, {options.dtype})")
+    dtype = DTYPES[options.dtype]
+    step, count = export(options.run_folder, options.file, options.dialect, dtype, options.step, options.ema)
+    average = ", moving average" if options.ema else ""
+    print(f"{options.file}: {count} adapters after step {step} ({options.dialect}, {options.dtype}{average})")
 
 
 def main() -> None:

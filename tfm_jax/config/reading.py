@@ -63,13 +63,14 @@ def locate(file: str | Path) -> Path:
 
 
 def literal(name: str, value: Any) -> Any:
-    """Parse a value from the command line. Lists and null are written as in YAML; anything else stays text."""
-    if not isinstance(value, str) or not (value.startswith("[") or value == "null"):
+    """Parse a value from the command line. Lists, mappings and null are written as in YAML; all else stays text."""
+    if not isinstance(value, str) or not (value.startswith(("[", "{")) or value == "null"):
         return value
     try:
         return plain_yaml.parse(value, "")
     except InputError:
-        raise InputError(f"--{name}={shown(value)}: not a list; expected one, such as [a, b]") from None
+        kind, example = ("list", "[a, b]") if value.startswith("[") else ("mapping", "{a: 1, b: 2}")
+        raise InputError(f"--{name}={shown(value)}: not a {kind}; expected one, such as {example}") from None
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -211,5 +212,10 @@ def shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = f"[{', '.join(map(shown, value))}]" if isinstance(value, list | tuple) else " ".join(str(value).split())
+    if isinstance(value, list | tuple):
+        text = f"[{', '.join(map(shown, value))}]"
+    elif isinstance(value, dict):
+        text = f"{{{', '.join(f'{shown(key)}: {shown(part)}' for key, part in value.items())}}}"
+    else:
+        text = " ".join(str(value).split())
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -56,7 +56,15 @@ def _list_of_buckets(value: Any, check: Callable[[Any], Any]) -> Any:
         raise PydanticCustomError("buckets", f"expected a list of [frames, height, width], such as {example}") from None
 
 
+def _mapping_of_ranks(value: Any, check: Callable[[Any], Any]) -> Any:
+    try:
+        return check(value)
+    except pydantic.ValidationError:
+        raise PydanticCustomError("ranks", "expected a rank for each target, such as {q: 16, ffn.0: 64}") from None
+
+
 Buckets = Annotated[tuple[tuple[int, ...], ...], pydantic.WrapValidator(_list_of_buckets)]
+Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], pydantic.WrapValidator(_mapping_of_ranks)]
 NonEmptyPath = Annotated[Path, pydantic.BeforeValidator(_not_empty)]
 ModelPath = Annotated[NonEmptyPath, pydantic.AfterValidator(_find_model), pydantic.PlainSerializer(_name_model)]
 Positive = Annotated[int, Field(ge=1)]
@@ -175,10 +183,17 @@ class DataConfig:
 class LoraConfig:
     rank: Positive = 32
     """Rank of the adapters."""
+    ranks: Ranks = dataclasses.field(default_factory=dict)
+    """Other ranks for some of the targets, such as {q: 16, ffn.0: 64}."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The output of each adapter is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023)."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
     """Linear layers that get an adapter, selected by how their names end: q selects self_attn.q and cross_attn.q."""
+    init: NonEmptyPath | None = None
+    """LoRA file (safetensors, any dialect) to start from; null starts from new adapters. Linear layers, ranks and scale
+    must be the same as here."""
 
 
 @section
@@ -193,6 +208,17 @@ class ObjectiveConfig:
     """Weight of the residual loss."""
     shift: Annotated[float, Field(gt=0)] = 5.0
     """Shift of the noise levels towards pure noise; 1 means no shift."""
+    law: Literal["uniform", "logit_normal"] = "uniform"
+    """How often each noise level is drawn. uniform: all 1000 levels of the shifted schedule equally often, as in the
+    paper. logit_normal: before the shift, the logit of the noise level has a normal distribution."""
+    logit_mean: float = 0.0
+    """Mean for logit_normal; above 0, noisier levels are drawn more often."""
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation for logit_normal."""
+    weight: Literal["bell", "none", "min_snr"] = "bell"
+    """Weight of the loss at each noise level. bell: highest in the middle, zero at pure noise, as in the paper. none:
+    the same for all. min_snr, only for kind=fm: as if the squared error of the clean latents had the signal-to-noise
+    ratio as its weight, or 5 if that is less (Hang et al. 2023)."""
     low: Fraction = 0.0
     """Start of the range of noise levels to train on, as a fraction of the schedule of 1000 levels, which runs from
     pure noise (0) to clean (1)."""
@@ -201,14 +227,21 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _require(self.low < self.high, "low", self.low, f"less than high={self.high}")
+        sound = self.weight != "min_snr" or self.kind == "fm"
+        _require(sound, "weight", self.weight, f"bell or none, because kind={self.kind} is not fm")
 
 
 @section
 class OptimizerConfig:
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Learning rate; constant after the warm-up."""
+    """Learning rate after the warm-up."""
     warmup_steps: NonNegative = 0
     """Number of steps of linear warm-up: step n, counted from 1, uses learning_rate * n / (warmup_steps + 1)."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate changes after the warm-up. constant: not at all. cosine and linear: it falls, along half a
+    cosine or a straight line, and would reach final_factor * learning_rate in the step after the last one."""
+    final_factor: Fraction = 0.0
+    """Where cosine and linear end, as a fraction of learning_rate."""
     b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay rate of the first moment."""
     b2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -227,16 +260,28 @@ class OptimizerConfig:
 class TrainConfig:
     output: NonEmptyPath
     """Folder of the run, for config.yaml, metrics.jsonl and checkpoints/."""
-    steps: Positive
-    """Number of optimizer steps."""
+    steps: Positive | None = None
+    """Number of optimizer steps. Give either this or train.epochs."""
+    epochs: Positive | None = None
+    """Instead of train.steps: how often every clip is seen. The last step may begin another epoch, because the number
+    of steps is rounded up."""
     batch_size: Positive = 1
-    """Number of clips per step over all devices: a multiple of mesh.data x mesh.fsdp."""
+    """Number of clips, over all devices, that are computed at the same time: a multiple of mesh.data x mesh.fsdp."""
+    accumulate: Positive = 1
+    """Number of batches per optimizer step. Their gradients are averaged, so that a step is that of one batch of
+    batch_size x accumulate clips, up to rounding, in the memory of batch_size clips."""
     seed: Seed = 0
     """Seed of the initial adapters, the order of the clips, the noise and the noise levels."""
     checkpoint_every: Positive = 500
     """Number of steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Positive = 3
     """Number of most recent checkpoints to keep."""
+    keep_every: Positive | None = None
+    """The checkpoints of every so many steps are kept for ever, in addition to the most recent ones: a multiple of
+    checkpoint_every. null keeps only the most recent ones."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of an exponential moving average of the adapters, such as 0.999, for tfm-export --ema. Step n,
+    counted from 1, uses at most n / (n + 9), so that the start is forgotten sooner. null: no average."""
     max_bad_steps: Positive = 3
     """A step whose loss, gradient or update is not finite is skipped. The run stops after this many in a row, or after
     train.steps if that is smaller."""
@@ -246,6 +291,23 @@ class TrainConfig:
     """Selects which activations of each block are saved for the backward pass; the others are recomputed. "full": only
     the input of the block is saved. "attention": the outputs of attention, too. "attention_offload": the same, with
     these outputs in host memory. "none": nothing is recomputed. Saving fewer needs less memory but takes longer."""
+
+    def __post_init__(self) -> None:
+        expected = "a number of steps, or a number of epochs in train.epochs"
+        _require(self.steps is not None or self.epochs is not None, "steps", "null", expected)
+        expected = f"null, because train.steps={self.steps}; for epochs, set train.steps to null"
+        _require(self.steps is None or self.epochs is None, "epochs", self.epochs, expected)
+        kept = self.keep_every is None or self.keep_every % self.checkpoint_every == 0
+        _require(kept, "keep_every", self.keep_every, f"a multiple of checkpoint_every={self.checkpoint_every}")
+
+    @property
+    def clips_per_step(self) -> int:
+        """Number of clips of an optimizer step, over all devices."""
+        return self.batch_size * self.accumulate
+
+    def number_of_steps(self, clips: int) -> int:
+        """Return the number of optimizer steps of a run with this number of clips."""
+        return self.steps or -(-(self.epochs or 0) * clips // self.clips_per_step)
 
 
 @section

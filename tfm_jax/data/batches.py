@@ -49,8 +49,8 @@ class Batches:
         self.clips = range(len(records)) if clips is None else clips
         if batch_size > len(self.clips):
             size = f"{records.folder} has only {len(self.clips)} clips to choose from"
-            expected = f"expected a batch size of at most {len(self.clips)}"
-            raise InputError(f"train.batch_size={batch_size}: {size}; {expected}")
+            expected = f"expected at most {len(self.clips)} clips per step"
+            raise InputError(f"train.batch_size x train.accumulate = {batch_size}: {size}; {expected}")
         self.records = records
         self.batch_size = batch_size
         self.rows: Sequence[int] = _local_rows(batch_size, mesh)

@@ -1,6 +1,7 @@
 """Attach, initialise and split off the LoRA adapters of the transformer, and convert them to and from `Lora`."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -12,13 +13,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from tfm_jax.config import LoraConfig
+from tfm_jax.config.reading import shown
 from tfm_jax.errors import InputError
 from tfm_jax.lora.applying import check_fits
-from tfm_jax.lora.files import Adapter, Lora
+from tfm_jax.lora.files import Adapter, Lora, uniform
 from tfm_jax.lora.keys import network_order
 from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan.layers import Linear
-from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear
+from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear, TransformerLinear
 from tfm_jax.wan.transformer import WanTransformer
 
 
@@ -30,10 +32,20 @@ class LoraSplit(NamedTuple):
     frozen: nnx.State
 
 
-def target_linears(targets: tuple[str, ...]) -> list[str]:
+class Size(NamedTuple):
+    """The rank of an adapter and its alpha: its output is scaled by alpha / rank."""
+
+    rank: int
+    alpha: float
+
+
+def target_linears(targets: Iterable[str], field: str = "lora.targets") -> list[str]:
     """Return the original names of the linear layers that `targets` select, in the order of `BLOCK_LINEARS`.
 
     A target is an original name or the end of one: `q` selects `self_attn.q` and `cross_attn.q`.
+
+    Args:
+        field: field of the configuration that contains the targets, for error messages.
 
     Raises:
         InputError: a target selects no layer.
@@ -42,26 +54,47 @@ def target_linears(targets: tuple[str, ...]) -> list[str]:
     for target in targets:
         matches = {name for name in BLOCK_LINEARS if name == target or name.endswith(f".{target}")}
         if not matches:
-            raise InputError(
-                f"lora.targets: {target!r} names no linear layer; expected some of {', '.join(LORA_TARGETS)}"
-            )
+            raise InputError(f"{field}: {target!r} names no linear layer; expected some of {', '.join(LORA_TARGETS)}")
         found |= matches
     return [name for name in BLOCK_LINEARS if name in found]
+
+
+def adapter_sizes(config: LoraConfig) -> dict[str, Size]:
+    """Map the original names of the linear layers with an adapter, in the order of `BLOCK_LINEARS`, to its size.
+
+    Raises:
+        InputError: a target or a key of `ranks` selects no layer, a key selects none with an adapter, or two keys
+            select the same layer.
+    """
+    ranks = dict.fromkeys(target_linears(config.targets), config.rank)
+    chosen: dict[str, str] = {}
+    for key, rank in config.ranks.items():
+        names = [name for name in target_linears([key], "lora.ranks") if name in ranks]
+        if not names:
+            raise InputError(
+                f"lora.ranks: lora.targets={shown(config.targets)} does not select {key}; expected it there"
+            )
+        for name in names:
+            if name in chosen:
+                raise InputError(f"lora.ranks: {chosen[name]} and {key} both select {name}; expected only one of them")
+            chosen[name], ranks[name] = key, rank
+    return {name: Size(rank, config.alpha * (math.sqrt(rank) if config.rslora else 1)) for name, rank in ranks.items()}
 
 
 def attach_lora(model: WanTransformer, config: LoraConfig) -> None:
     """Give the targeted linear layers of `model` abstract adapters (only shapes): A `[in, rank]` and B `[rank, out]`.
 
     Raises:
-        InputError: a target is unknown, or the rank exceeds the input or output width of a targeted layer.
+        InputError: a target is unknown, or a rank exceeds the input or output width of a targeted layer.
     """
-    for name in target_linears(config.targets):
+    for name, size in adapter_sizes(config).items():
         linear = _linear(model, name)
         _, features_in, features_out = linear.kernel.shape
-        if config.rank > min(features_in, features_out):
+        if size.rank > min(features_in, features_out):
             width = min(features_in, features_out)
-            raise InputError(f"lora.rank={config.rank}: expected at most {width}, the width of {name}")
-        _attach(linear, config.rank, config.alpha)
+            field = f"lora.rank={size.rank}" if size.rank == config.rank else f"lora.ranks={shown(config.ranks)}"
+            raise InputError(f"{field}: expected at most {width}, the width of {name}")
+        _attach(linear, size.rank, size.alpha)
 
 
 def _attach(linear: Linear, rank: int, alpha: float) -> None:
@@ -101,19 +134,40 @@ def split_lora(model: WanTransformer) -> LoraSplit:
     return LoraSplit(*nnx.split(model, nnx.LoRAParam, ...))
 
 
-def lora_from_checkpoint(arrays: Mapping[str, np.ndarray | Array], alpha: float) -> Lora:
+def lora_from_checkpoint(arrays: Mapping[str, np.ndarray | Array], config: LoraConfig) -> Lora:
     """Convert trained adapters to a `Lora`, which has one pair of factors per linear layer, in torch's layout.
 
     Args:
         arrays: factors stacked over the blocks, by paths such as `blocks/self_attn/q/lora_a/value`.
+        config: the configuration that they were trained with.
     """
-    adapters = {}
-    for name, names in BLOCK_LINEARS.items():
-        paths = [f"blocks/{names.ours.replace('.', '/')}/lora_{factor}/value" for factor in "ab"]
+    adapters: dict[TransformerLinear, Adapter] = {}
+    alphas: dict[TransformerLinear, float] = {}
+    for name, size in adapter_sizes(config).items():
+        paths = [f"blocks/{BLOCK_LINEARS[name].ours.replace('.', '/')}/lora_{factor}/value" for factor in "ab"]
         if paths[0] in arrays:
             for layer, (a, b) in enumerate(zip(*(np.asarray(arrays[path]) for path in paths), strict=True)):
                 adapters[BlockLinear(layer, name)] = Adapter(a.T, b.T)
-    return Lora(adapters, next(iter(adapters.values())).a.shape[0], alpha)
+                alphas[BlockLinear(layer, name)] = size.alpha
+    return uniform(adapters, alphas)
+
+
+def check_lora(lora: Lora, config: LoraConfig) -> None:
+    """Raise InputError unless `lora` has the adapters that `config` describes, and nothing else."""
+    if lora.differences:
+        what = f"a difference of a whole tensor, {next(iter(lora.differences))}"
+        raise InputError(f"the LoRA has {what}; expected only adapters, because only these are trained")
+    sizes = adapter_sizes(config)
+    found = {linear.name for linear in lora.adapters}
+    if found != sizes.keys():
+        names = ", ".join(sorted(found))
+        raise InputError(f"the LoRA has adapters on {names}; lora.targets selects {', '.join(sorted(sizes))}")
+    for name, size in sizes.items():
+        if lora.rank != size.rank:
+            raise InputError(f"the LoRA has rank {lora.rank}; the configuration gives {name} rank {size.rank}")
+        if not math.isclose(lora.alpha, size.alpha, rel_tol=1e-6):
+            scale = f"alpha / rank = {lora.alpha:g} / {lora.rank}"
+            raise InputError(f"the LoRA has the scale {scale}; the configuration gives {size.alpha:g} / {size.rank}")
 
 
 def load_adapters(model: WanTransformer, lora: Lora, mesh: Mesh | None = None) -> None:

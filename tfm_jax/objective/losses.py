@@ -10,6 +10,7 @@ is plain flow matching with TFM's average timing.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,23 +34,39 @@ STRAIGHT_PATH_RHO = 1e6
 """A rho so large that the TFM path equals the straight path of flow matching to float32 accuracy."""
 
 
-def objective_loss(
-    velocity: Velocity, clean: Latents, text: Text, key: jax.Array, config: ObjectiveConfig
-) -> tuple[Scalar, dict[str, Scalar]]:
-    """Return the loss of a batch, for noise and noise levels drawn from `key`.
+class Draws(NamedTuple):
+    """What is drawn at random for each video of a batch."""
 
-    Each video gets its own noise level, and its loss is scaled by the weight of that level. The loss of the batch is
+    noise: Latents
+    sigma: PerVideo
+    """Noise level."""
+    weight: PerVideo
+    """Weight of the loss at that noise level."""
+
+
+def draw(key: jax.Array, shape: tuple[int, ...], config: ObjectiveConfig) -> Draws:
+    """Draw noise and a noise level for each video of a batch of this shape, in float32."""
+    noise_key, level_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, shape, jnp.float32)
+    index = schedule.sample_index(level_key, shape[0], config)
+    sigma = jnp.asarray(schedule.sigmas(config.shift))[index]
+    weight = jnp.asarray(schedule.WEIGHTS[config.weight](config.shift))[index]
+    return Draws(noise, sigma, weight)
+
+
+def objective_loss(
+    velocity: Velocity, clean: Latents, text: Text, draws: Draws, config: ObjectiveConfig
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """Return the loss of a batch, for the noise and the noise levels in `draws`.
+
+    Each video has its own noise level, and its loss is scaled by the weight of that level. The loss of the batch is
     the mean over the videos.
 
     Returns:
         The loss, and its terms averaged over the videos without any weights: direction and residual for tfm and
         fm_direction, mse for the other objectives. All are float32.
     """
-    noise_key, level_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, clean.shape, jnp.float32)
-    index = schedule.sample_index(level_key, clean.shape[0], config.low, config.high)
-    sigma = jnp.asarray(schedule.sigmas(config.shift))[index]
-    weight = jnp.asarray(schedule.weights(config.shift))[index]
+    noise, sigma, weight = draws
 
     def predict(x_t: Latents) -> Latents:
         return velocity(x_t, schedule.timestep(sigma), text)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import LoraConfig, Remat
-from tfm_jax.lora.adapters import target_linears
+from tfm_jax.lora.adapters import adapter_sizes
 from tfm_jax.wan.transformer import PATCH, TransformerConfig
 
 _TEXT_LINEARS = ("cross_attn.k", "cross_attn.v")
@@ -61,22 +61,22 @@ def training_flops(
             attention repeats: 1 if one kernel computes all gradients (cuDNN, chunked), 3 if separate kernels compute
             the gradients of the queries and of the keys (splash).
     """
-    targets = target_linears(lora.targets)
+    sizes = adapter_sizes(lora)
     attention = _attention(config, tokens, tokens + TEXT_LENGTH)
     forward, backward = attention, 2 * attention
     for layer in _linear_layers(config, tokens):
         video_input = layer.name not in _TEXT_LINEARS
         forward += layer.kernel_flops()
         backward += layer.kernel_flops() if video_input else 0
-        if layer.name in _TEXT_LINEARS and layer.name not in targets:
+        if layer.name in _TEXT_LINEARS and layer.name not in sizes:
             backward -= _attention(config, tokens, TEXT_LENGTH) // 2  # these keys or values need no gradient
-        if layer.name in targets:
-            a, b = layer.adapter_flops(lora.rank)
+        if layer.name in sizes:
+            a, b = layer.adapter_flops(sizes[layer.name].rank)
             forward += a + b
             backward += 2 * b + a + (a if video_input else 0)
     # The last linear layer is not recomputed, because its output is part of the saved input of the next block.
     last = _linear_layers(config, tokens)[-1]
-    unneeded = last.kernel_flops() + (last.adapter_flops(lora.rank)[1] if last.name in targets else 0)
+    unneeded = last.kernel_flops() + (last.adapter_flops(sizes[last.name].rank)[1] if last.name in sizes else 0)
     recomputed = {"full": forward - unneeded, "none": 0}.get(remat, forward - unneeded - attention)
     text, stem, head = _outside_blocks(config, tokens)
     return TrainingFlops(

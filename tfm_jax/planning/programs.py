@@ -66,7 +66,7 @@ def num_tokens(run: TrainPlan | SamplePlan) -> int:
 
 def num_clips(run: TrainPlan | SamplePlan, mesh: Mesh) -> int:
     """Return the number of clips in one call of the program. Sampling takes one per shard of the batch."""
-    return run.train.batch_size if isinstance(run, TrainPlan) else num_shards("batch", mesh)
+    return run.train.clips_per_step if isinstance(run, TrainPlan) else num_shards("batch", mesh)
 
 
 def check_mesh(run: TrainPlan | SamplePlan, mesh: Mesh | AbstractMesh) -> None:
@@ -90,10 +90,15 @@ def _training_step(run: TrainPlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]
     model = _abstract_model(run.model)
     attach_lora(model, run.lora)
     graph, lora, frozen = split_lora(model)
-    optimizer = make_optimizer(run.optimizer)
-    state, placement = _initial_state(lora, optimizer, mesh)
-    step: Any = make_step(graph, optimizer, run.objective, run.train.seed, placement, run.train.remat)
-    clips, text_dim = run.train.batch_size, transformer_config(run.model).text_dim
+    # The program depends on the number of steps only in a constant, so with train.epochs any number will do.
+    optimizer = make_optimizer(run.optimizer, run.train.steps or run.optimizer.warmup_steps + 1)
+    settings = run.train
+    state, placement = _initial_state(lora, optimizer, mesh, settings.ema_decay is not None)
+    step: Any = make_step(
+        graph, optimizer, run.objective, settings.seed, placement, settings.remat, settings.accumulate,
+        settings.ema_decay,
+    )  # fmt: skip
+    clips, text_dim = settings.clips_per_step, transformer_config(run.model).text_dim
     batch = Batch(
         _abstract_batch((clips, *latent_shape(run)), mesh), _abstract_batch((clips, TEXT_LENGTH, text_dim), mesh)
     )
@@ -123,13 +128,13 @@ def _abstract_model(model: configs.ModelConfig) -> WanTransformer:
 
 
 def _initial_state(
-    lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+    lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool
 ) -> tuple[TrainState, TrainState]:
     """Return the shapes of the state before the first step, and its shardings."""
     placements = []  # eval_shape can return only arrays, not shardings
 
     def init(lora: nnx.State) -> TrainState:
-        state, placement = init_state(lora, optimizer, mesh)
+        state, placement = init_state(lora, optimizer, mesh, ema)
         placements.append(placement)
         return state
 

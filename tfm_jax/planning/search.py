@@ -144,7 +144,7 @@ def _variants(run: Run, candidate: Candidate, policies: Sequence[Remat], availab
 
 
 def _recomputed_flops(run: Run, topology: Topology) -> int:
-    return flops(run, topology, run.train.batch_size)["recomputed"] if isinstance(run, TrainPlan) else 0
+    return flops(run, topology, run.train.clips_per_step)["recomputed"] if isinstance(run, TrainPlan) else 0
 
 
 def _estimate(run: Run, mesh: MeshConfig) -> Candidate:

@@ -171,15 +171,9 @@ def _fields(run: SampleRun) -> dict[str, Any]:
 # --- Fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def fingerprint_file(file: Path) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-
-
 def fingerprint_loras(choices: Sequence[Choice]) -> str | None:
     """Return a fingerprint of LoRA files and their strengths; None without files."""
-    terms = [(fingerprint_file(file), strength) for file, strength in choices]
+    terms = [(files.fingerprint(file), strength) for file, strength in choices]
     return "+".join(digest if strength == 1 else f"{strength!r}*{digest}" for digest, strength in terms) or None
 
 

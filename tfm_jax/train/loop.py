@@ -17,21 +17,28 @@ from tfm_jax import config as configs
 from tfm_jax import files, interrupts, processes
 from tfm_jax.checkpoint import Arrays, Checkpoints, fingerprints, flatten, unflatten
 from tfm_jax.config import section
+from tfm_jax.config.reading import shown
 from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.errors import CompilerError, InputError, NonFiniteLoss, StoppedEarly, Terminated
-from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
+from tfm_jax.lora.adapters import attach_lora, check_lora, init_lora, load_adapters, split_lora
+from tfm_jax.lora.files import Lora, read_lora
 from tfm_jax.sharding import check_batch, make_mesh
 from tfm_jax.train.data import check_widths, describe_shape, open_batches
 from tfm_jax.train.metrics import Metrics
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import Step, TrainState, init_state, make_step, run_keys
 from tfm_jax.wan import load_base
+from tfm_jax.wan.transformer import WanTransformer
 
-MAY_CHANGE = {"train.output", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
+MAY_CHANGE = {"train.output", "train.steps", "train.epochs", "train.batch_size", "train.accumulate",
+              "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.log_every",
               "train.max_bad_steps", "train.remat", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
-              "model.path", "data.path"}  # fmt: skip
+              "model.path", "data.path", "lora.init"}  # fmt: skip
 """Fields that may differ when a run is resumed, because they do not change what a step computes, beyond rounding.
-Base weights and data may move, but their fingerprints must stay the same."""
+Base weights, data and the LoRA to start from may move, but their fingerprints must stay the same. The number of clips
+per step must stay the same; so must LENGTH, if the learning rate depends on it."""
+
+LENGTH = {"train.steps", "train.epochs"}
 
 
 @section
@@ -46,6 +53,8 @@ class _Setup(NamedTuple):
     """Everything that a run needs, built by `_prepare`."""
 
     mesh: Mesh
+    steps: int
+    """Number of optimizer steps of the whole run."""
     batches: Batches
     frozen: nnx.State
     initial_state: TrainState
@@ -70,15 +79,22 @@ def train(run: TrainRun, resume: bool = False) -> None:
         CompilerError: the training step could not be compiled.
         StoppedEarly: Ctrl-C or SIGTERM stopped the run before its last step.
     """
-    output, steps = run.train.output, run.train.steps
+    settings, output = run.train, run.train.output
     files.check_output_directory("train.output", output)
-    processes.print_once(f"training a LoRA in {output}: {steps} steps, batches of {run.train.batch_size}")
+    length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs} epochs"
+    times = f" x {settings.accumulate}" if settings.accumulate > 1 else ""
+    processes.print_once(f"training a LoRA in {output}: {length}, batches of {settings.batch_size}{times}")
     with contextlib.ExitStack() as stack:
         with _stop_on_signal():
             setup = stack.enter_context(_prepared_in_folder(run, resume))
             first, state = _restore(run, setup)
-            if first >= steps:
-                processes.print_once(f"{output} is complete: it has {first} steps, and train.steps={steps}")
+            if first >= setup.steps:
+                asked = (
+                    f"train.epochs={settings.epochs} needs {setup.steps}"
+                    if settings.epochs
+                    else (f"train.steps={settings.steps}")
+                )
+                processes.print_once(f"{output} is complete: it has {first} steps, and {asked}")
                 return
             step = _compile(setup, state, first)
         _loop(run, setup._replace(step=step), state, first)
@@ -145,20 +161,53 @@ def _prepare(run: TrainRun) -> _Setup:
     processes.print_once(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}{where}; mesh: {sizes}")
     check_batch(settings.batch_size, mesh)
 
-    batches = open_batches(run.data, run.clip, run.model, settings.batch_size, settings.seed, mesh)
+    batches = open_batches(run.data, run.clip, run.model, settings.clips_per_step, settings.seed, mesh)
+    steps = settings.number_of_steps(len(batches.clips))
+    if settings.epochs:
+        size = f"{len(batches.clips)} clips, {settings.clips_per_step} per step"
+        processes.print_once(f"train.epochs={settings.epochs}: {steps} steps, for {size}")
 
+    first_lora = _read_first_lora(run.lora)
     model = load_base(run.model, mesh)
     check_widths(batches.records, run.model, model.config)
-    attach_lora(model, run.lora)
-    init_lora(model, run_keys(settings.seed).adapters, mesh)
+    _start_adapters(model, first_lora, run, mesh)
     graphdef, lora, frozen = split_lora(model)
     base_size, adapter_size = _count_parameters(frozen), _count_parameters(lora)
     processes.print_once(f"model: {base_size:,} parameters in the base, {adapter_size:,} in the adapters")
-    optimizer = make_optimizer(run.optimizer)
-    state, state_sharding = init_state(lora, optimizer, mesh)
-    step = make_step(graphdef, optimizer, run.objective, settings.seed, state_sharding, settings.remat)
+    optimizer = make_optimizer(run.optimizer, steps)
+    state, state_sharding = init_state(lora, optimizer, mesh, ema=settings.ema_decay is not None)
+    step = make_step(
+        graphdef, optimizer, run.objective, settings.seed, state_sharding, settings.remat, settings.accumulate,
+        settings.ema_decay,
+    )  # fmt: skip
     metadata = {"config": _config_dict(run), "base": _fingerprint(frozen), "data": batches.records.fingerprint}
-    return _Setup(mesh, batches, frozen, state, state_sharding, step, metadata)
+    metadata["init"] = run.lora.init and files.fingerprint(run.lora.init)
+    return _Setup(mesh, steps, batches, frozen, state, state_sharding, step, metadata)
+
+
+def _read_first_lora(config: configs.LoraConfig) -> Lora | None:
+    """Read the LoRA file to start from, if there is one. Raise InputError unless it is as `config` describes it."""
+    if config.init is None:
+        return None
+    lora = read_lora(config.init)
+    try:
+        check_lora(lora, config)
+    except InputError as error:
+        raise InputError(f"lora.init={config.init}: {error}") from None
+    processes.print_once(f"adapters: {len(lora.adapters)} from {config.init}")
+    return lora
+
+
+def _start_adapters(model: WanTransformer, first_lora: Lora | None, run: TrainRun, mesh: Mesh) -> None:
+    """Attach adapters to the model: those of `first_lora`, or new ones."""
+    if first_lora is None:
+        attach_lora(model, run.lora)
+        init_lora(model, run_keys(run.train.seed).adapters, mesh)
+        return
+    try:
+        load_adapters(model, first_lora, mesh)
+    except InputError as error:
+        raise InputError(f"lora.init={run.lora.init}: {error}") from None
 
 
 def _config_dict(run: TrainRun) -> dict[str, dict[str, Any]]:
@@ -201,7 +250,7 @@ def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
     state = unflatten(setup.initial_state, restored.arrays)
     processes.print_once(f"resumed {output} after step {restored.step}")
     bad_steps = int(state.bad_steps)
-    if restored.step >= run.train.steps and bad_steps >= _max_bad_steps(run):
+    if restored.step >= setup.steps and bad_steps >= _max_bad_steps(run, setup):
         reason = f"its last steps were skipped (bad steps in a row: {bad_steps})"
         raise NonFiniteLoss(f"train.output={output}: the run is complete, but {reason}")
     return restored.step, state
@@ -213,13 +262,19 @@ def _check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) -
     started = f"the run in {output} was started with"
     config = configs.from_plain(TrainRun, saved["config"], str(output / "checkpoints"))
     before, after = _fields(_config_dict(config)), _fields(now["config"])
+    may_change = MAY_CHANGE if config.optimizer.schedule == "constant" else MAY_CHANGE - LENGTH
     for name, value in after.items():
-        if name not in MAY_CHANGE and before[name] != value:
-            raise InputError(f"{name}={value}: {started} {before[name]}; expected the same value")
+        if name not in may_change and before[name] != value:
+            raise InputError(f"{name}={shown(value)}: {started} {shown(before[name])}; expected the same value")
     if saved["data"] != now["data"]:
         raise InputError(f"data.path={run.data.path}: these are not the clips that {started}")
     if saved["base"] != now["base"]:
         raise InputError(f"model.path={run.model.path}: these are not the base weights that {started}")
+    if saved.get("init") != now.get("init"):
+        raise InputError(f"lora.init={shown(run.lora.init)}: this is not the LoRA file that {started}")
+    if config.train.clips_per_step != run.train.clips_per_step:
+        given = f"train.batch_size={run.train.batch_size}, train.accumulate={run.train.accumulate}"
+        raise InputError(f"{given}: {started} {config.train.clips_per_step} clips per step; expected the same product")
 
 
 def _fields(sections: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +325,7 @@ def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
     diverged: NonFiniteLoss | None = None
     with (
         interrupts.postponed("saving a checkpoint after this step"),
-        Checkpoints(output / "checkpoints", settings.keep_checkpoints) as checkpoints,
+        Checkpoints(output / "checkpoints", settings.keep_checkpoints, settings.keep_every) as checkpoints,
         jax.set_mesh(setup.mesh),
         _open_metrics(run, setup, first) as metrics,
     ):
@@ -278,7 +333,7 @@ def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
             state, report = setup.step(state, setup.frozen, setup.batches.place(batch))
             done = number + 1
             signal = processes.stop_requested(done)
-            stop = done == settings.steps or signal is not None
+            stop = done == setup.steps or signal is not None
             save = stop or done % settings.checkpoint_every == 0
             try:
                 metrics.add(done, report, clips)
@@ -296,10 +351,9 @@ def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
     processes.barrier("the last checkpoint is complete")
     if diverged:
         raise NonFiniteLoss(f"{diverged}; the adapters from before the bad steps are saved in {output}")
-    if done < settings.steps:
+    if done < setup.steps:
         raise StoppedEarly(
-            f"stopped by {signal} after step {done} of {settings.steps}; "
-            "to continue, run the same command with --resume"
+            f"stopped by {signal} after step {done} of {setup.steps}; to continue, run the same command with --resume"
         )
 
 
@@ -311,14 +365,14 @@ def _open_metrics(run: TrainRun, setup: _Setup, first: int) -> Metrics:
         file = output / "metrics.jsonl"
         configs.dump(_config_dict(run), output / "config.yaml")
     return Metrics(
-        file, first, settings.steps, settings.batch_size, settings.log_every, _max_bad_steps(run),
+        file, first, setup.steps, settings.clips_per_step, settings.log_every, _max_bad_steps(run, setup),
         lambda clip: setup.batches.records[clip].video,
     )  # fmt: skip
 
 
-def _max_bad_steps(run: TrainRun) -> int:
+def _max_bad_steps(run: TrainRun, setup: _Setup) -> int:
     """Return the number of bad steps in a row that ends the run, capped at the number of steps of the run."""
-    return min(run.train.max_bad_steps, run.train.steps)
+    return min(run.train.max_bad_steps, setup.steps)
 
 
 def _fingerprint(frozen: Any) -> str:

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 from tfm_jax.arrays import Scalar
 from tfm_jax.config import ObjectiveConfig, Remat
 from tfm_jax.data.batches import Batch
-from tfm_jax.objective import objective_loss
-from tfm_jax.sharding import shardings
+from tfm_jax.objective import Draws, draw, objective_loss
+from tfm_jax.sharding import constrain, shardings
 from tfm_jax.train.optimizer import last_learning_rate
 
 
@@ -29,6 +29,8 @@ class TrainState(NamedTuple):
     """Number of steps skipped in a row, up to and including the last step; 0 if the last step was not skipped."""
     lora: nnx.State
     optimizer: Any
+    ema: nnx.State | None = None
+    """Exponential moving average of the adapters, if the run keeps one."""
 
 
 Report = dict[str, Shaped[Array, ""]]
@@ -49,12 +51,18 @@ def run_keys(seed: int) -> RunKeys:
     return RunKeys(*jax.random.split(jax.random.key(seed)))
 
 
-def init_state(lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """Return the state before the first step, and its sharding. The optimizer's moments are split like the adapters."""
+def init_state(
+    lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool = False
+) -> tuple[TrainState, TrainState]:
+    """Return the state before the first step, and its sharding. The optimizer's moments are split like the adapters.
+
+    With `ema`, the state has an average of the adapters, too.
+    """
 
     def init(lora: nnx.State) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, lora, optimizer.init(lora))
+        # The average needs buffers of its own, because those of the adapters are donated to the first step.
+        return TrainState(zero, zero, lora, optimizer.init(lora), jax.tree.map(jnp.copy, lora) if ema else None)
 
     state_sharding = shardings(jax.eval_shape(init, lora), mesh)
     return jax.jit(init, out_shardings=state_sharding)(lora), state_sharding
@@ -67,41 +75,86 @@ def make_step(
     seed: int,
     state_sharding: TrainState,
     remat: Remat = "full",
+    accumulate: int = 1,
+    ema_decay: float | None = None,
 ) -> Step:
     """Return the jitted step (state, frozen weights, batch) -> (new state, report), which donates the old state.
 
     The noise and the noise levels depend only on the seed and the index of the step, so a resumed run draws the same.
 
     If the loss, one of its terms, the gradient norm, an updated adapter or the updated optimizer state is not finite,
-    the adapters and the optimizer state stay unchanged. The report contains loss, its terms, grad_norm, learning_rate
-    and the new state's bad_steps.
+    the adapters, their average and the optimizer state stay unchanged. The report contains loss, its terms, grad_norm,
+    learning_rate and the new state's bad_steps.
 
     Args:
         graphdef: graph definition of the transformer with its adapters.
         state_sharding: sharding of every part of the state, from `init_state`.
         remat: which activations are saved for the backward pass; see `TrainConfig.remat`.
+        accumulate: number of parts in which the batch is computed, one after the other. It must divide the batch.
+        ema_decay: decay of the average in the state; None if the state has none.
     """
     key = run_keys(seed).steps
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Report]:
-        def loss_of(lora: nnx.State) -> tuple[Scalar, dict[str, Scalar]]:
+        def loss_of(lora: nnx.State, part: tuple[Batch, Draws]) -> tuple[Scalar, dict[str, Scalar]]:
             velocity = nnx.merge(graphdef, lora, frozen)
             velocity.remat = remat
-            step_key = jax.random.fold_in(key, state.step)
-            clean, text = (jnp.asarray(values, jnp.float32) for values in batch)
-            return objective_loss(velocity, clean, text, step_key, objective)
+            (latents, text), draws = part
+            clean, text = jnp.asarray(latents, jnp.float32), jnp.asarray(text, jnp.float32)
+            return objective_loss(velocity, clean, text, draws, objective)
 
-        (loss, terms), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.lora)
+        draws = draw(jax.random.fold_in(key, state.step), batch.latents.shape, objective)
+        gradient_of = _accumulated(jax.value_and_grad(loss_of, has_aux=True), accumulate, state_sharding.lora)
+        (loss, terms), gradient = gradient_of(state.lora, (batch, draws))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.lora)
         report: Report = {"loss": loss, **terms, "grad_norm": optax.tree.norm(gradient)}
-        updated: Any = (optax.apply_updates(state.lora, updates), optimizer_state)
-        good = _all_finite((report, updated))
-        lora, kept = jax.tree.map(lambda x, y: jnp.where(good, x, y), updated, (state.lora, state.optimizer))
+        lora: Any = optax.apply_updates(state.lora, updates)
+        ema = None if ema_decay is None else _moving_average(state.ema, lora, ema_decay, state.step)
+        before, after = (state.lora, state.optimizer, state.ema), (lora, optimizer_state, ema)
+        good = _all_finite((report, after))
+        lora, kept, ema = jax.tree.map(lambda x, y: jnp.where(good, x, y), after, before)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         report |= {"learning_rate": last_learning_rate(optimizer_state), "bad_steps": bad_steps}
-        return TrainState(state.step + 1, bad_steps, lora, kept), report
+        return TrainState(state.step + 1, bad_steps, lora, kept, ema), report
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None))
+
+
+def _accumulated(function: Callable[..., Any], parts: int, lora_sharding: Any) -> Callable[..., Any]:
+    """Return `function`(lora, batch) -> (loss and terms, gradient), computed as the mean over equal parts of the batch.
+
+    Each device gets an equal share of the rows of every part, from the rows that it holds anyway.
+    """
+    if parts == 1:
+        return function
+
+    def split(x: Array) -> Array:
+        # Rows n, n + parts, ... form part n.
+        by_part = jnp.swapaxes(jnp.reshape(x, (-1, parts, *x.shape[1:])), 0, 1)
+        return constrain(by_part, (None, "batch", *(None,) * (x.ndim - 1)))
+
+    def mean(lora: nnx.State, batch: Any) -> Any:
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            values, gradient = jax.tree.map(jnp.add, total, function(lora, part))
+            return (values, jax.lax.with_sharding_constraint(gradient, lora_sharding)), None
+
+        batches = jax.tree.map(split, batch)
+        shapes = jax.eval_shape(function, lora, jax.tree.map(lambda x: x[0], batches))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add, zero, batches)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return mean
+
+
+def _moving_average(average: Any, value: Any, decay: float, step: Int[Array, ""]) -> Any:
+    """Return the exponential moving average after the update of `step`, counted from 0.
+
+    The decay rises from 1/10 to `decay`, as in `tf.train.ExponentialMovingAverage` with `num_updates`.
+    """
+    count = step.astype(jnp.float32)
+    decay_now = jnp.minimum(decay, (1 + count) / (10 + count))
+    return jax.tree.map(lambda x, y: decay_now * x + (1 - decay_now) * y, average, value)
 
 
 def _all_finite(tree: Any) -> Bool[Array, ""]:

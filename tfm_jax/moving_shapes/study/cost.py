@@ -30,8 +30,9 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
     attach_lora(model, run.lora)
     init_lora(model, jax.random.key(run.train.seed), mesh)
     graph, lora, frozen = split_lora(model)
-    optimizer = make_optimizer(run.optimizer)
-    batch, _ = Batches(open_records(run.data.path), run.train.batch_size, run.train.seed, mesh).read(0)
+    records = open_records(run.data.path)
+    optimizer = make_optimizer(run.optimizer, run.train.number_of_steps(len(records)))
+    batch, _ = Batches(records, run.train.batch_size, run.train.seed, mesh).read(0)
     with jax.set_mesh(mesh):
 
         def make_timed(objective: ObjectiveConfig) -> Callable[[], None]:

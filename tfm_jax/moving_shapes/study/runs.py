@@ -165,9 +165,12 @@ def _train_run(study: Study, run: Run, world: World) -> TrainRun:
             study.run.train,
             output=study.folder(run),
             steps=run.lengths[-1],
+            epochs=None,
             seed=run.seed,
+            accumulate=1,
             checkpoint_every=every,
             keep_checkpoints=run.lengths[-1] + 1,  # all
+            keep_every=None,
             log_every=every,
         ),
         lora=study.run.lora,
