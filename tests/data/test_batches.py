@@ -92,7 +92,7 @@ def test_only_the_given_clips_are_drawn(two_sizes):
     drawn = [batches.read(step)[1] for step in range(8)]
     assert {clip for clips in drawn for clip in clips} == {0, 2, 3, 7}
     assert drawn.count([2, 2]) == 2  # the only one of its size
-    with pytest.raises(InputError, match=r"train.batch_size=5: .*two has only 4 clips to choose from; expected .* 4"):
+    with pytest.raises(InputError, match=r"= 5: .*two has only 4 clips to choose from; expected .* 4 clips"):
         batches_of(two_sizes, 5, seed=1, clips=[0, 2, 3, 7])
 
 
