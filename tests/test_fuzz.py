@@ -19,6 +19,7 @@ from helpers.clips import encode
 from helpers.configured import configured
 from helpers.fuzzing import DEEP, JUNK, TEXT, damaged_bytes, damaged_json, damaged_text
 from helpers.paths import ROOT, WAN_TINY
+from helpers.records import write_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,9 +28,10 @@ from safetensors.numpy import save
 from tfm_jax import config, video
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.config import reading
+from tfm_jax.data.format import Record
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.data.prepare import PrepareRun
-from tfm_jax.data.records import Record, RecordWriter, open_records
+from tfm_jax.data.records import open_records
 from tfm_jax.errors import InputError
 from tfm_jax.lora.files import read_lora
 from tfm_jax.prompts import read_prompts
@@ -326,8 +328,7 @@ def records(data: st.DataObject, folder: Path) -> None:
     rng = np.random.default_rng(0)
     latents, text = rng.standard_normal((1, 2, 2, 4), np.float32), rng.standard_normal((3, 4), np.float32)
     if not place.exists():
-        with RecordWriter(place, {"model": "none"}) as writer:
-            writer.write(Record(latents, text, "a disc", "0.mp4"))
+        write_dataset(place, [Record(latents, text, "a disc", "0.mp4")])
     files = sorted(place.iterdir())
     file = data.draw(st.sampled_from(files))
     sound = file.read_bytes()

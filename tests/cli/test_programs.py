@@ -60,7 +60,7 @@ def test_prepared_data_and_run(world):
     records = open_records(world / "latents")
     assert len(records) == 4
     assert records[0].latents.shape == (2, 4, 6, 16)
-    assert records.metadata["model"] == str(world / "model")
+    assert records.manifest.model == str(world / "model")
     assert not (world / "latents.partial").exists()
     assert [line["step"] for line in read_metrics(world / "run" / "metrics.jsonl")] == [1, 2]
     names = [".lock", "checkpoints", "config.yaml", "metrics.jsonl"]
@@ -239,7 +239,7 @@ def test_a_shipped_configuration_from_another_directory(tmp_path):
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout == "latents: 1 clip\n", done.stderr
-    assert open_records(tmp_path / "latents").metadata["model"] == "wan_tiny"
+    assert open_records(tmp_path / "latents").manifest.model == "wan_tiny"
 
 
 def test_planning_does_not_touch_accelerators():

@@ -3,21 +3,28 @@
 import itertools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from helpers.records import SHAPE, TEXT_DIM, flip_a_bit, shard
+from helpers.records import SHAPE, TEXT_DIM, flip_a_bit, make_records, shard, write_dataset
 
+from tfm_jax.arrays import DTYPES
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.records import Records, open_records
 from tfm_jax.errors import InputError
 from tfm_jax.sharding import one_device_mesh
 
+OTHER = (2, 6, 4, 16)
+"""Another shape of latents."""
 
-def batches_of(records: Records, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> Batches:
+
+def batches_of(
+    records: Records, batch_size: int, seed: int, rows: Sequence[int] | None = None, **options: Any
+) -> Batches:
     """Batches on one device, of a process that reads only `rows` if they are given."""
-    batches = Batches(records, batch_size, seed, one_device_mesh())
+    batches = Batches(records, batch_size, seed, one_device_mesh(), **options)
     batches.rows = batches.rows if rows is None else rows
     return batches
 
@@ -58,13 +65,67 @@ def test_every_epoch_has_every_clip_once(dataset, batch_size):
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_processes_share_the_batch(dataset):
-    records = open_records(dataset)
-    everything = batches_of(records, 6, seed=1)
-    for step in range(3):
+@pytest.fixture
+def two_sizes(tmp_path):
+    """Nine clips, of which those with numbers 0, 1, 3, 4, 6, 7 have one shape, in bfloat16."""
+    write_dataset(tmp_path / "two", make_records(9, (SHAPE, SHAPE, OTHER), "bfloat16"))
+    return open_records(tmp_path / "two")
+
+
+def test_a_batch_has_one_size(two_sizes):
+    batches = batches_of(two_sizes, 2, seed=1)
+    assert batches.buckets == {SHAPE: 6, OTHER: 3}
+    found = []
+    for step in range(9):
+        batch, clips = batches.read(step)
+        shape = batch.latents.shape[1:]
+        assert batch.latents.dtype == batch.text.dtype == DTYPES["bfloat16"]
+        assert {two_sizes.index[clip].latents for clip in clips} == {shape}
+        assert all(np.array_equal(two_sizes[clip].latents, row) for row, clip in zip(batch.latents, clips, strict=True))
+        found.append(shape)
+    assert (found.count(SHAPE), found.count(OTHER)) == (6, 3)
+
+
+def test_only_the_given_clips_are_drawn(two_sizes):
+    batches = batches_of(two_sizes, 2, seed=1, clips=[0, 2, 3, 7])
+    assert batches.buckets == {SHAPE: 3, OTHER: 1}
+    drawn = [batches.read(step)[1] for step in range(8)]
+    assert {clip for clips in drawn for clip in clips} == {0, 2, 3, 7}
+    assert drawn.count([2, 2]) == 2  # the only one of its size
+    with pytest.raises(InputError, match=r"train.batch_size=5: .*two has only 4 clips to choose from; expected .* 4"):
+        batches_of(two_sizes, 5, seed=1, clips=[0, 2, 3, 7])
+
+
+def test_some_captions_are_dropped(two_sizes):
+    """Which rows get the empty prompt depends on the seed and the step."""
+    empty = two_sizes.empty_prompt
+
+    def dropped(share: float, seed: int = 1) -> list[bool]:
+        """Return, for each row of ten batches, whether it has the empty prompt."""
+        batches, found = batches_of(two_sizes, 4, seed, caption_dropout=share), []
+        for batch, clips in map(batches.read, range(10)):
+            for row, clip in zip(batch.text, clips, strict=True):
+                own = two_sizes[clip].text
+                found.append(not np.array_equal(row[: len(own)], own))
+                expected = empty if found[-1] else own
+                assert np.array_equal(row[: len(expected)], expected)
+                assert not row[len(expected) :].any()
+        return found
+
+    half = dropped(0.5)
+    assert 8 <= sum(half) <= 32
+    assert len({tuple(half[start : start + 4]) for start in range(0, 40, 4)}) > 2
+    assert dropped(0.5) == half != dropped(0.5, seed=2)
+    assert (sum(dropped(0.0)), sum(dropped(1.0))) == (0, 40)
+
+
+def test_processes_share_the_batch(two_sizes):
+    options = {"clips": [0, 1, 2, 3, 4, 5, 7], "caption_dropout": 0.5}
+    everything = batches_of(two_sizes, 6, seed=1, **options)
+    for step in range(4):
         whole, clips = everything.read(step)
         for rows in ([0, 1, 2], [1, 4], [5]):
-            part, known = batches_of(records, 6, seed=1, rows=rows).read(step)
+            part, known = batches_of(two_sizes, 6, seed=1, rows=rows, **options).read(step)
             assert known == clips
             assert np.array_equal(part.latents, whole.latents[rows])
             assert np.array_equal(part.text, whole.text[rows])
@@ -142,6 +203,7 @@ def test_each_process_places_its_own_rows(dataset, monkeypatch):
 def test_a_batch_with_more_rows_than_clips(dataset):
     records = open_records(dataset)
     with pytest.raises(
-        InputError, match=r"train.batch_size=8: .*latents has only 7 clips; expected a batch size of at most 7"
+        InputError,
+        match=r"train.batch_size=8: .*latents has only 7 clips to choose from; expected a batch size of at most 7",
     ):
         Batches(records, 8, 0, one_device_mesh())

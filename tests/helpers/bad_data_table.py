@@ -39,16 +39,23 @@ PREPARED = [
         words=("train.batch_size=5", "only 4 clips"),
     ),
     row("train", "a mesh with more devices than available", "--mesh.fsdp=2", words=("mesh.fsdp=2", "1 devices")),
-    data("without its information", remove("latents/dataset_info.json"), "tfm-prepare"),
-    data("whose information is cut off", cut("latents/dataset_info.json"), "tfm-prepare"),
-    data("whose information is not JSON", write("latents/dataset_info.json", "what"), "tfm-prepare"),
-    data("whose information is nested", write("latents/dataset_info.json", DEEP), "tfm-prepare"),
-    data("that claims to have a hundred clips", replace("latents/dataset_info.json", '"4"', '"100"')),
-    data("whose features are cut off", cut("latents/features.json"), "tfm-prepare"),
-    data("without its features", remove("latents/features.json"), "tfm-prepare"),
-    data("that claims another shape of the latents", replace("latents/features.json", '"6"', '"12"')),
-    data("that claims another rank of the latents", replace("latents/features.json", '"6",', "")),
-    data("that claims another width of the text", replace("latents/features.json", '"64"', '"32"')),
+    data(
+        "of an earlier version", remove("latents/manifest.json"), "an earlier version wrote it; prepare the data again"
+    ),
+    data("whose manifest is cut off", cut("latents/manifest.json"), "manifest.json: cannot be used"),
+    data("whose manifest is not JSON", write("latents/manifest.json", "what"), "manifest.json: cannot be used"),
+    data("whose manifest is nested", write("latents/manifest.json", DEEP), "manifest.json: cannot be used"),
+    data("that claims to have a hundred clips", replace("latents/manifest.json", '"records": 4', '"records": 100')),
+    data("without its index", remove("latents/index.jsonl"), "index.jsonl: no such file"),
+    data("whose index is cut off", cut("latents/index.jsonl"), "index.jsonl", "prepare the data again"),
+    data(
+        "that claims another shape of the latents", replace("latents/index.jsonl", "4, 6, 16]", "4, 8, 16]"), "differs"
+    ),
+    data("that claims another rank of the latents", replace("latents/index.jsonl", "4, 6, 16]", "4, 16]"), ":1"),
+    data(
+        "without its empty prompt", remove("latents/empty_prompt.safetensors"), "empty_prompt.safetensors: is missing"
+    ),
+    data("whose empty prompt is cut off", cut("latents/empty_prompt.safetensors"), "missing or damaged"),
     data("without its shard", remove(SHARD), "missing"),
     data("with a shard cut off", cut(SHARD), "prepare the data again"),
     data("with an empty shard", write(SHARD, ""), "prepare the data again"),

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from helpers import virtual_devices
 from helpers.paths import ROOT
+from helpers.records import write_dataset
 from helpers.wan_reference import SIZES, reference_transformer
 
 from tfm_jax.checkpoint import Checkpoints
-from tfm_jax.data.records import Record, RecordWriter, open_records
+from tfm_jax.data.format import Record
+from tfm_jax.data.records import open_records
 from tfm_jax.errors import InputError
 
 CONFIG = SIZES["small"]
@@ -59,10 +61,11 @@ def write_run(path: Path) -> None:
     """Write a transformer, prepared clips and the configuration of a run that shards the weights over eight devices."""
     reference_transformer(CONFIG).save_pretrained(path / "model" / "transformer")
     rng = np.random.default_rng(0)
-    with RecordWriter(path / "latents", CLIP) as writer:
-        for number in range(CLIPS):
-            clip = rng.standard_normal((2, 4, 4, CONFIG.channels), np.float32)
-            writer.write(Record(clip, rng.standard_normal((3, CONFIG.text_dim), np.float32), "", f"{number}.mp4"))
+    records = []
+    for number in range(CLIPS):
+        clip = rng.standard_normal((2, 4, 4, CONFIG.channels), np.float32)
+        records.append(Record(clip, rng.standard_normal((3, CONFIG.text_dim), np.float32), "", f"{number}.mp4"))
+    write_dataset(path / "latents", records, CLIP, per_shard=CLIPS)
     values = {
         "model": {"path": str(path / "model"), "dim": CONFIG.dim, "ffn_dim": CONFIG.ffn_dim, "heads": CONFIG.heads,
                   "layers": CONFIG.layers, "dtype": "float32"},

@@ -7,23 +7,21 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tfm_jax.arrays import TEXT_LENGTH
+from tfm_jax.arrays import DTYPES, Dtype
 from tfm_jax.data import format as files
 from tfm_jax.data.format import Manifest, Record
-from tfm_jax.data.records import RecordWriter
 
-METADATA = {"model": "weights/wan", "frames": 17, "fps": 16.0}
+CLIP = {"frames": 17, "height": 32, "width": 48}
 SHAPE, TEXT_DIM = (5, 4, 6, 16), 24
-RECORD_BYTES = 4 * (int(np.prod(SHAPE)) + TEXT_LENGTH * TEXT_DIM)
-"""The maximum size of a record, from which the number of records per shard follows."""
 
 
-def make_records(count: int) -> list[Record]:
+def make_records(count: int, shapes: Sequence[tuple[int, ...]] = (SHAPE,), dtype: Dtype = "float32") -> list[Record]:
+    """Draw records whose latents have these shapes in turns."""
     rng = np.random.default_rng(0)
     return [
         Record(
-            rng.normal(size=SHAPE).astype(np.float32),
-            rng.normal(size=(1 + 3 * n, TEXT_DIM)).astype(np.float32),
+            rng.normal(size=shapes[n % len(shapes)]).astype(DTYPES[dtype]),
+            rng.normal(size=(1 + 3 * n, TEXT_DIM)).astype(DTYPES[dtype]),
             f"prompt {n}, 猫\0",
             f"clip {n}.mp4",
         )
@@ -33,9 +31,7 @@ def make_records(count: int) -> list[Record]:
 
 def write_records(folder: Path, count: int = 7) -> list[Record]:
     written = make_records(count)
-    with RecordWriter(folder, METADATA) as writer:
-        for record in written:
-            writer.write(record)
+    write_dataset(folder, written)
     return written
 
 
@@ -49,7 +45,7 @@ def write_dataset(
     """Write a folder of prepared clips as tfm-prepare does, in their dtype.
 
     Args:
-        clip: the section of the configuration; METADATA by default.
+        clip: the section of the configuration; CLIP by default.
         encoders: the fingerprints of the encoders; of none by default.
         per_shard: number of records in each shard.
     """
@@ -63,11 +59,11 @@ def write_dataset(
     dtype: Any = text.dtype.name
     files.write_description(folder, dtype, records[0].latents.shape[-1], text.shape[-1], shards)
     files.write_index(folder, [entry for _, entries in written for entry in entries])
-    files.write_empty_prompt(folder, np.zeros_like(text[:1]))
+    files.write_empty_prompt(folder, np.full_like(text[:2], 0.5))
     manifest = Manifest(
         encoders=dict(encoders or {}),
         dtype=dtype,
-        clip=dict(METADATA if clip is None else clip),
+        clip=dict(CLIP if clip is None else clip),
         data_seed=0,
         model="weights/wan",
         clips="0123456789abcdef",

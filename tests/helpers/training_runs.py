@@ -1,28 +1,35 @@
 """Training runs of a tiny transformer on random clips, for the tests of training."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from helpers.configured import configured
+from helpers.records import write_dataset
 from helpers.wan_reference import SIZES
 
+from tfm_jax.arrays import DTYPES, Dtype
 from tfm_jax.checkpoint import Checkpoints
-from tfm_jax.data.records import Record, RecordWriter
+from tfm_jax.data.format import Record
 from tfm_jax.train.loop import TrainRun, train
 
 CONFIG = SIZES["many heads"]
 CLIP = {"frames": 9, "height": 32, "width": 48, "fps": 16.0}
 
 
-def write_latents(path: Path, seed: int) -> Path:
-    """Write twelve prepared clips."""
+def write_latents(
+    path: Path, seed: int, sizes: Sequence[tuple[int, int, int]] = ((3, 4, 6),), dtype: Dtype = "float32"
+) -> Path:
+    """Write twelve prepared clips, whose latents have these sizes in turns."""
     rng = np.random.default_rng(seed)
-    with RecordWriter(path, CLIP) as writer:
-        for number in range(12):
-            clip = rng.standard_normal((3, 4, 6, CONFIG.channels), np.float32)
-            text = rng.standard_normal((3 + number, CONFIG.text_dim), np.float32)
-            writer.write(Record(clip, text, f"clip {number}", f"{number}.mp4"))
+    records = []
+    for number in range(12):
+        clip = rng.standard_normal((*sizes[number % len(sizes)], CONFIG.channels), np.float32)
+        text = rng.standard_normal((3 + number, CONFIG.text_dim), np.float32)
+        stored = (array.astype(DTYPES[dtype]) for array in (clip, text))
+        records.append(Record(*stored, f"clip {number}", f"{number}.mp4"))
+    write_dataset(path, records, CLIP)
     return path
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from helpers import virtual_devices
 from helpers.paths import ROOT
+from helpers.records import write_dataset
 from helpers.wan_reference import SIZES, reference_transformer
 
 from tfm_jax.checkpoint import Checkpoints
-from tfm_jax.data.records import Record, RecordWriter
+from tfm_jax.data.format import Record
 
 CONFIG = SIZES["small"]
 SCRIPT = ROOT / "scripts" / "train.py"
@@ -31,10 +32,11 @@ def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
     reference_transformer(CONFIG).save_pretrained(folder / "model" / "transformer")
     rng = np.random.default_rng(0)
-    with RecordWriter(folder / "latents", CLIP) as writer:
-        for number in range(6):
-            clip = rng.standard_normal((2, 4, 4, CONFIG.channels), np.float32)
-            writer.write(Record(clip, rng.standard_normal((3, CONFIG.text_dim), np.float32), "", f"{number}.mp4"))
+    records = []
+    for number in range(6):
+        clip = rng.standard_normal((2, 4, 4, CONFIG.channels), np.float32)
+        records.append(Record(clip, rng.standard_normal((3, CONFIG.text_dim), np.float32), "", f"{number}.mp4"))
+    write_dataset(folder / "latents", records, CLIP)
     values = {
         "model": {"path": str(folder / "model"), "dim": CONFIG.dim, "ffn_dim": CONFIG.ffn_dim, "heads": CONFIG.heads,
                   "layers": CONFIG.layers, "dtype": "float32"},

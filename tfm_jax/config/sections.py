@@ -164,6 +164,11 @@ class DataConfig:
     """Largest fraction of the videos that may turn out to be unusable. If there are more, tfm-prepare stops."""
     path: NonEmptyPath
     """Folder of the latents and text embeddings, which tfm-prepare writes and tfm-train reads."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the videos whose clips are not trained on. Which videos depends only on their names."""
+    caption_dropout: Fraction = 0.0
+    """Probability with which a clip is trained with the empty prompt instead of its own, for classifier-free
+    guidance."""
 
 
 @section

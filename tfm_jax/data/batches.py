@@ -1,5 +1,6 @@
 """Training batches. Which clips a batch contains does not depend on the number of processes."""
 
+import collections
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,16 +9,20 @@ import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tfm_jax.arrays import pad_text
+from tfm_jax.data.order import Order
 from tfm_jax.data.records import Records
 from tfm_jax.errors import InputError
 from tfm_jax.sharding import batch_sharding
 
 
 class Batch(NamedTuple):
-    """The input of one training step: NumPy arrays when read, JAX arrays once placed on the devices."""
+    """The input of one training step: NumPy arrays when read, JAX arrays once placed on the devices.
+
+    They have the data type in which the clips are stored.
+    """
 
     latents: Float[np.ndarray | Array, "b f h w c"]
     text: Float[np.ndarray | Array, "b l d"]
@@ -25,26 +30,40 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Batches of shuffled clips. Each epoch contains every clip once, in a new order; a batch may span two epochs.
+    """Batches of shuffled clips. `Order` describes the order; all clips of a batch have latents of the same shape.
 
-    For given records and batch size, the clips of a batch depend only on the seed and the step.
+    For given clips and batch size, a batch depends only on the seed and the step.
 
-    `rows` are the rows of a batch that the devices of this process hold, in ascending order. Only these are read.
+    Args:
+        clips: indices of the records to draw from; all by default.
+        caption_dropout: probability with which a row of a batch gets the empty prompt instead of its own.
 
     Raises:
         InputError: there are fewer clips than a batch has rows.
     """
 
-    def __init__(self, records: Records, batch_size: int, seed: int, mesh: Mesh):
-        if batch_size > len(records):
-            size = f"{records.folder} has only {len(records)} clips"
-            expected = f"expected a batch size of at most {len(records)}"
+    def __init__(
+        self, records: Records, batch_size: int, seed: int, mesh: Mesh, *,
+        clips: Sequence[int] | None = None, caption_dropout: float = 0.0,
+    ):  # fmt: skip
+        self.clips = range(len(records)) if clips is None else clips
+        if batch_size > len(self.clips):
+            size = f"{records.folder} has only {len(self.clips)} clips to choose from"
+            expected = f"expected a batch size of at most {len(self.clips)}"
             raise InputError(f"train.batch_size={batch_size}: {size}; {expected}")
         self.records = records
         self.batch_size = batch_size
         self.rows: Sequence[int] = _local_rows(batch_size, mesh)
+        """The rows of a batch that the devices of this process hold, in ascending order. Only these are read."""
+        self._seed = seed
+        self._caption_dropout = caption_dropout
         self._sharding = batch_sharding(mesh)
-        self._order: Any = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
+        self._order = Order([records.index[clip].latents for clip in self.clips], batch_size, seed)
+
+    @property
+    def buckets(self) -> dict[tuple[int, ...], int]:
+        """The shapes of the latents, and the number of clips of each, the most frequent first."""
+        return dict(collections.Counter(self.records.index[clip].latents for clip in self.clips).most_common())
 
     def read(self, step: int) -> tuple[Batch, list[int]]:
         """Read this process's rows of the batch of `step`, counted from 0.
@@ -55,11 +74,18 @@ class Batches:
         Raises:
             InputError: a record is damaged, or differs from the one that was prepared.
         """
-        start = step * self.batch_size
-        clips = [int(self._order[row]) for row in range(start, start + self.batch_size)]
+        clips = [self.clips[number] for number in self._order.clips(step)]
+        dropped = self._dropped(step)
         records = [self.records[clips[row]] for row in self.rows]
-        latents = np.stack([record.latents for record in records])
-        return Batch(latents, pad_text([record.text for record in records])), clips
+        prompts = [
+            self.records.empty_prompt if dropped[row] else record.text
+            for row, record in zip(self.rows, records, strict=True)
+        ]
+        return Batch(np.stack([record.latents for record in records]), pad_text(prompts)), clips
+
+    def _dropped(self, step: int) -> Bool[np.ndarray, "b"]:
+        """Choose the rows of a whole batch that get the empty prompt."""
+        return np.random.default_rng([self._seed, step]).random(self.batch_size) < self._caption_dropout
 
     def iterate(self, start: int = 0) -> Iterator[tuple[int, Batch, list[int]]]:
         """Yield `(step, *read(step))` for step = start, start + 1, ... for ever. Threads read a few steps ahead."""

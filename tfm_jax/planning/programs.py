@@ -15,6 +15,7 @@ from tfm_jax import config as configs
 from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import section
 from tfm_jax.data.batches import Batch
+from tfm_jax.data.buckets import list_buckets
 from tfm_jax.lora.adapters import attach_lora, split_lora
 from tfm_jax.sampling.outputs import SampleRun
 from tfm_jax.sampling.pipeline import guided_velocity
@@ -52,8 +53,10 @@ def transformer_config(model: configs.ModelConfig) -> TransformerConfig:
 
 
 def latent_shape(run: TrainPlan | SamplePlan) -> tuple[int, int, int, int]:
-    """Return the frames, height, width and channels of the latents of one clip."""
-    return *run.clip.latent_size, transformer_config(run.model).channels
+    """Return the frames, height, width and channels of the latents of one clip. Training clips have the largest size
+    that the configuration allows."""
+    sizes = [bucket.latent_size for bucket in list_buckets(run.clip)] if isinstance(run, TrainPlan) else []
+    return *max(sizes, key=math.prod, default=run.clip.latent_size), transformer_config(run.model).channels
 
 
 def num_tokens(run: TrainPlan | SamplePlan) -> int:

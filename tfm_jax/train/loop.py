@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +17,15 @@ from tfm_jax import config as configs
 from tfm_jax import files, interrupts, processes
 from tfm_jax.checkpoint import Arrays, Checkpoints, fingerprints, flatten, unflatten
 from tfm_jax.config import section
-from tfm_jax.config.reading import shown
-from tfm_jax.data.batches import Batches
-from tfm_jax.data.records import Records, open_records
+from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.errors import CompilerError, InputError, NonFiniteLoss, StoppedEarly, Terminated
 from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
-from tfm_jax.sharding import check_batch, check_split, make_mesh
+from tfm_jax.sharding import check_batch, make_mesh
+from tfm_jax.train.data import check_widths, describe_shape, open_batches
 from tfm_jax.train.metrics import Metrics
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import Step, TrainState, init_state, make_step, run_keys
 from tfm_jax.wan import load_base
-from tfm_jax.wan.transformer import WanTransformer, token_grid
 
 MAY_CHANGE = {"train.output", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
               "train.max_bad_steps", "train.remat", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
@@ -148,15 +145,10 @@ def _prepare(run: TrainRun) -> _Setup:
     processes.print_once(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}{where}; mesh: {sizes}")
     check_batch(settings.batch_size, mesh)
 
-    records = open_records(run.data.path)
-    _check_clip_settings(records, run)
-    shape = records[0].latents.shape
-    processes.print_once(f"data: {len(records)} clips in {run.data.path}, latents {' x '.join(map(str, shape))}")
-    check_split(run.model.heads, math.prod(token_grid(shape)), mesh)
-    batches = Batches(records, settings.batch_size, settings.seed, mesh)
+    batches = open_batches(run.data, run.clip, run.model, settings.batch_size, settings.seed, mesh)
 
     model = load_base(run.model, mesh)
-    _check_widths(records, model, run)
+    check_widths(batches.records, run.model, model.config)
     attach_lora(model, run.lora)
     init_lora(model, run_keys(settings.seed).adapters, mesh)
     graphdef, lora, frozen = split_lora(model)
@@ -165,42 +157,14 @@ def _prepare(run: TrainRun) -> _Setup:
     optimizer = make_optimizer(run.optimizer)
     state, state_sharding = init_state(lora, optimizer, mesh)
     step = make_step(graphdef, optimizer, run.objective, settings.seed, state_sharding, settings.remat)
-    metadata = {"config": _config_dict(run), "base": _fingerprint(frozen), "data": records.fingerprint}
+    metadata = {"config": _config_dict(run), "base": _fingerprint(frozen), "data": batches.records.fingerprint}
     return _Setup(mesh, batches, frozen, state, state_sharding, step, metadata)
-
-
-def _check_clip_settings(records: Records, run: TrainRun) -> None:
-    """Raise InputError unless the clips were prepared with the clip settings of the configuration.
-
-    Fields that did not exist yet when the clips were prepared have their defaults.
-    """
-    names = [field.name for field in dataclasses.fields(run.clip)]
-    stored = {name: records.metadata[name] for name in names if name in records.metadata}
-    prepared = configs.from_plain(configs.ClipConfig, stored, f"{run.data.path}: metadata")
-    for name in names:
-        value, before = getattr(run.clip, name), getattr(prepared, name)
-        if value != before:
-            found = f"clip.{name}={shown(value)}: data.path={run.data.path} was prepared with {shown(before)}"
-            raise InputError(f"{found}; expected the same value")
-
-
-def _check_widths(records: Records, model: WanTransformer, run: TrainRun) -> None:
-    """Raise InputError unless the latents and the text embeddings have the widths that the transformer takes."""
-    record = records[0]
-    channels, text_dim = record.latents.shape[-1], record.text.shape[-1]
-    if (channels, text_dim) != (model.config.channels, model.config.text_dim):
-        raise InputError(
-            f"{run.data.path}: prepared with {channels} channels and text width {text_dim}; the transformer of "
-            f"{run.model.path} takes {model.config.channels} channels and text width {model.config.text_dim}; "
-            "prepare the data with this model"
-        )
 
 
 def _config_dict(run: TrainRun) -> dict[str, dict[str, Any]]:
     """Return the configuration that is saved: nested dictionaries, without the fields that only tfm-prepare uses."""
     values = configs.plain(run)
-    for name in ("source", "absolute_paths", "seed"):
-        del values["data"][name]
+    values["data"] = {name: values["data"][name] for name in ("path", "held_out", "caption_dropout")}
     return values
 
 
@@ -267,16 +231,34 @@ def _fields(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
-    """Compile the training step ahead of time, so that the measured speed does not include compilation."""
-    processes.print_once("compiling the training step ...")
-    start = time.monotonic()
+    """Compile the training step for the batch of step `first`, so that the measured speed does not include compilation.
+
+    The result compiles the step for every other size of clips when the size first occurs.
+    """
+    compiled: dict[tuple[int, ...], Step] = {}
+
+    def compiled_for(state: TrainState, batch: Batch) -> Step:
+        shape = batch.latents.shape
+        if shape not in compiled:
+            compiled[shape] = _compile_for(setup, state, batch)
+        return compiled[shape]
+
     batch, _ = setup.batches.read(first)
+    with jax.set_mesh(setup.mesh):
+        compiled_for(state, setup.batches.place(batch))
+    return lambda state, frozen, batch: compiled_for(state, batch)(state, frozen, batch)
+
+
+def _compile_for(setup: _Setup, state: TrainState, batch: Batch) -> Step:
+    size = describe_shape(batch.latents.shape[1:])
+    processes.print_once(f"compiling the training step for latents {size} ...")
+    start = time.monotonic()
     program: Any = setup.step
     try:
-        with jax.set_mesh(setup.mesh):
-            compiled = program.lower(state, setup.frozen, setup.batches.place(batch)).compile()
+        compiled = program.lower(state, setup.frozen, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise CompilerError(f"compiling the training step failed: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise CompilerError(f"compiling the training step for latents {size} failed: {reason}") from error
     processes.print_once(f"compiled in {time.monotonic() - start:.1f} s")
     return compiled
 

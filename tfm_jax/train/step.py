@@ -88,7 +88,7 @@ def make_step(
             velocity = nnx.merge(graphdef, lora, frozen)
             velocity.remat = remat
             step_key = jax.random.fold_in(key, state.step)
-            clean, text = jnp.asarray(batch.latents), jnp.asarray(batch.text)
+            clean, text = (jnp.asarray(values, jnp.float32) for values in batch)
             return objective_loss(velocity, clean, text, step_key, objective)
 
         (loss, terms), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.lora)

@@ -36,7 +36,7 @@ def measure_autoencoder(study: Study, law: str, world: World) -> Record:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for number, record in enumerate(world.numbers):
-        pixels = vae.decode(jnp.asarray(world.held_out[record].latents)[None])
+        pixels = vae.decode(jnp.asarray(world.held_out[record].latents, jnp.float32)[None])
         video.write_clip(folder / f"{number:03d}.mp4", video.to_uint8(np.asarray(pixels)[0]), study.run.clip.rate)
     rows, compared = _compare(study, folder, world)
     columns = {side: column(rows, side) for side in ("generated", "reference", "floor")}
@@ -58,7 +58,8 @@ def measure_order(study: Study, world: World, lora: Path | None) -> dict[str, li
         load_adapters(transformer, read_lora(lora))
     count = min(protocol.SENSITIVITY_CLIPS, len(world.held_out))
     batch, _ = Batches(world.held_out, count, 0, one_device_mesh()).read(0)
-    return measure_sensitivity(transformer, np.asarray(batch.latents), np.asarray(batch.text), seed=0)
+    latents, text = (np.asarray(values, np.float32) for values in batch)
+    return measure_sensitivity(transformer, latents, text, seed=0)
 
 
 def _compare(study: Study, folder: Path, world: World) -> tuple[list[Row], int]:
