@@ -256,6 +256,8 @@ BUCKET = "[frames, height, width]: 4 n + 1 frames, and multiples of 16, such as 
         ("--clip.buckets=[[81, 480, 840]]", f"expected {BUCKET}"),
         ("--clip.buckets=[[81, 0, 832]]", f"expected {BUCKET}"),
         ("--objective.low=1", "expected less than high=1.0"),
+        ("--data.held_out=1", "expected less than 1"),
+        ("--data.caption_dropout=1.5", "expected at most 1"),
         ("--objective.high=1.5", "expected at most 1"),
         ("--objective.kind=mse", "expected 'tfm', 'fm', 'fm_direction', 'tfm_mse' or 'fm_warp'"),
         ("--model.dtype=float16", "expected 'float32' or 'bfloat16'"),

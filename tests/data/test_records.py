@@ -201,7 +201,7 @@ def test_a_damaged_empty_prompt(dataset):
             r"text is float64 \[1, 24\]; expected float32 \[tokens, width\]",
         ),
         ({"text": np.ones((513, TEXT_DIM), np.float32)}, "text is .* at most 512 tokens"),
-        ({"text": np.full((1, TEXT_DIM), np.nan, np.float32)}, "has a NaN or infinite value"),
+        ({"text": np.full((1, TEXT_DIM), np.nan, np.float32)}, "text has a NaN or infinite value"),
     ):
         file.unlink(missing_ok=True)
         if isinstance(content, dict):

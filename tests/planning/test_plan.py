@@ -91,3 +91,10 @@ def test_a_failure_of_the_compiler_is_reported(tiny_run, monkeypatch):
     with pytest.raises(CompilerError) as caught:
         make_plan(tiny_run(TrainPlan, "--mesh.sequence=2", "--mesh.fsdp=2"), find_topology("v5e:2x2"))
     assert errors.describe(caught.value) == ("the compiler failed: INTERNAL: no way", 3)
+
+
+def test_training_is_planned_for_the_largest_size_of_clips(tiny_run):
+    sizes = "--clip.buckets=[[17, 32, 64], [9, 96, 64], [17, 48, 48]]"
+    assert programs.latent_shape(tiny_run(TrainPlan, sizes))[:3] == (3, 12, 8)
+    alone = programs.latent_shape(tiny_run(TrainPlan))
+    assert programs.latent_shape(tiny_run(SamplePlan, sizes, "--sampling.output=x")) == alone
