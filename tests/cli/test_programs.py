@@ -268,11 +268,13 @@ def test_a_clip_that_cannot_be_used(call, world, tmp_path):
     """It is known only once the encoders are at work."""
     shutil.copytree(world / "clips", tmp_path / "clips")
     (tmp_path / "clips" / "0002.mp4").write_text("not a video")
-    options = [f"--data.path={tmp_path}/latents", f"--data.source={tmp_path}/clips"]
+    options = [f"--data.path={tmp_path}/latents", f"--data.source={tmp_path}/clips", "--data.max_rejected=0.25"]
     outcome = call("prepare_data", *config(world), *options)
     file = tmp_path / "latents" / "rejected.jsonl"
-    assert (outcome.code, outcome.out) == (0, f"{file.parent}: 3 of 4 clips; 1 rejected: see {file}\n"), outcome.err
-    assert "clips/0002.mp4: is damaged or not a video" in file.read_text()
+    assert (outcome.code, outcome.out) == (0, f"{file.parent}: 3 clips; 1 video rejected: see {file}\n"), outcome.err
+    [line] = map(json.loads, file.read_text().splitlines())
+    assert (line["line"], line["video"]) == (4, "0002.mp4")
+    assert line["reason"].startswith("is damaged or not a video")
     assert len(open_records(file.parent)) == 3
 
 

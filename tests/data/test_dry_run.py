@@ -1,6 +1,7 @@
 """The dry run of tfm-prepare: its table, its summary, and that it encodes nothing."""
 
 import csv
+import dataclasses
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_the_summary(clips, capsys):
     said = capsys.readouterr()
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
     found = [" ".join(line.split()[:9]) for line in lines[1:5]]
-    per_frame, text = 8 * 12 * 16 * 4, 512 * 4096 * 4
+    per_frame, text = 8 * 12 * 16 * 2, 512 * 4096 * 2
     assert found == [
         f"17 x 64 x 96 3 3 0 {3 * 5 * per_frame / 1000:.1f}",
         f"9 x 64 x 96 1 1 0 {3 * per_frame / 1000:.1f}",
@@ -77,15 +78,24 @@ def test_the_summary(clips, capsys):
     assert "3 of 7 files, 0 seconds, are left out:" in lines
     assert "2 too short" in lines
     assert "to encode: 5 seconds of video, in 5 calls of the autoencoder" in lines
-    assert "the clips have 3 sizes" in said.out
+    problem = "data.max_rejected=0.05: 3 of the 7 videos cannot be used: 1 like e.mp4: has 3 frames"
+    assert f"note: without --dry-run this is an error: {problem}" in said.out
     assert f"{clips.parent}/latents.report.csv: a line for each of the 7 files" in lines
     assert "reading headers" in said.err
+
+
+def test_float32_takes_twice_the_space(clips, capsys):
+    whole = run(clips)
+    dry_run(dataclasses.replace(whole, data=dataclasses.replace(whole.data, dtype="float32", max_rejected=0.5)))
+    said = capsys.readouterr().out
+    assert f"disk: at most {(23 * 8 * 12 * 16 * 4 + 5 * 512 * 4096 * 4) / 1e6:.1f} MB; " in said
+    assert "this is an error" not in said
 
 
 def test_a_disk_that_is_too_small(clips, capsys, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 100))
     dry_run(run(clips))
-    assert "disk: at most 42.1 MB; 100 B are free, which is too little" in capsys.readouterr().out
+    assert "disk: at most 21.0 MB; 100 B are free, which is too little" in capsys.readouterr().out
 
 
 def test_short_videos_are_refused_after_the_report(clips, capsys):
@@ -97,7 +107,7 @@ def test_short_videos_are_refused_after_the_report(clips, capsys):
 
 def test_no_clip_can_be_used(clips, capsys):
     dry_run(run(clips, ClipConfig(frames=81, height=64, width=96)))
-    assert "none of the 7 clips can be used; the first problem" in capsys.readouterr().out
+    assert "7 of the 7 videos cannot be used" in capsys.readouterr().out
 
 
 def test_rates_and_sizes():

@@ -93,7 +93,6 @@ BAD_OBJECTS = {
     "half a surrogate": (r'{"video": "a.mp4", "prompt": "\ud83d"}', r"prompt contains '\\ud83d', which is not Unicode"),
     "half in a name": (r'{"video": "\ud83d.mp4", "prompt": ""}', r"video contains '\\ud83d', which is not Unicode"),
     "NUL": (r'{"video": "a\u0000.mp4", "prompt": ""}', r"video='a\\x00.mp4': contains a NUL"),
-    "missing video": ('{"video": "z.mp4", "prompt": ""}', r"video='z.mp4': no such file; expected it in"),
     "parent": ('{"video": "../outside.mp4", "prompt": ""}', r"video='../outside.mp4': is outside the folder"),
     "absolute": ('{"video": "/etc/passwd", "prompt": ""}', r"is an absolute path; .*data.absolute_paths=true"),
     "URL": ('{"video": "http://a.org/a.mp4", "prompt": ""}', r"is a URL; .*download it first"),
@@ -338,13 +337,10 @@ def test_absolute_paths(folder):
 def test_what_absolute_paths_do_not_allow(folder):
     (folder / "out.mp4").symlink_to(folder.parent / "outside.mp4")
     for name, message in {
-        "/nowhere/a.mp4": "no such file",
-        "/etc": "no such file",
         "file:///etc/passwd": "is a URL",
         "../outside.mp4": "is outside the folder",
         "out.mp4": "is outside the folder",
         "/etc/passwd\0.mp4": "contains a NUL",
-        f"/{'x' * 300}.mp4": "File name too long",
     }.items():
         write(folder, "metadata.jsonl", lines({"video": name, "prompt": ""}))
         refused(folder, rf"metadata.jsonl:1: video=.*: {message}", absolute_paths=True)

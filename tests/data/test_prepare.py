@@ -1,70 +1,119 @@
-"""Preparing clips: which are kept, which are rejected, and what is refused."""
+"""Preparing clips: which are kept, which are rejected, what is refused, and how a stopped run continues."""
 
 import dataclasses
 import json
+import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from helpers.clips import smooth_clip
-from helpers.records import make_records
+from helpers.fake_encoders import CHANNELS, TEXT_DIM, FakeEncoders, use_fakes
+from helpers.records import read_dataset
 from PIL import Image
+from safetensors.numpy import load_file
 
 from tfm_jax import video
 from tfm_jax.config import ClipConfig, DataConfig, ModelConfig
+from tfm_jax.data import blocks as blocks_module
 from tfm_jax.data import prepare as prepare_module
 from tfm_jax.data import survey as survey_module
+from tfm_jax.data.format import read_index, read_manifest
 from tfm_jax.data.prepare import Prepared, PrepareRun, prepare
-from tfm_jax.data.records import Record, open_records
-from tfm_jax.errors import InputError
+from tfm_jax.errors import InputError, Terminated
+from tfm_jax.files import lock
 from tfm_jax.video_headers import read_header
 
 
 @pytest.fixture
 def clips(tmp_path, monkeypatch) -> Path:
-    """Five clips of 5 frames, and a fake encoder that needs no model."""
+    """Five clips of 5 frames, encoders that need no model, and blocks of two rows."""
     folder = tmp_path / "clips"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for n in range(5):
         video.write_clip(folder / f"{n}.mp4", rng.integers(0, 255, (5, 16, 16, 3), np.uint8), 16)
     (folder / "metadata.csv").write_text("video,prompt\n" + "".join(f"{n}.mp4,prompt {n}\n" for n in range(5)))
-    latents, text = make_records(1)[0][:2]
-
-    def encoder(model):
-        return lambda row, pixels: Record(latents + pixels.mean(dtype=np.float32), text, row.prompt, row.video)
-
-    monkeypatch.setattr(prepare_module, "_encoder", encoder)
+    use_fakes(monkeypatch)
+    monkeypatch.setattr(blocks_module, "MAX_ROWS", 2)
     return folder
 
 
-def prepare_run(clips: Path, path: Path | None = None) -> PrepareRun:
+def prepare_run(clips: Path, path: Path | None = None, **data) -> PrepareRun:
     return PrepareRun(
         model=ModelConfig(path=Path("weights"), dim=96, ffn_dim=256, heads=4, layers=4),
         clip=ClipConfig(frames=5, height=16, width=16),
-        data=DataConfig(source=clips, path=clips.with_name("latents") if path is None else path),
+        data=DataConfig(source=clips, path=path or clips.with_name("latents"), **{"max_rejected": 0.5} | data),
     )
+
+
+def with_clip(run: PrepareRun, **fields) -> PrepareRun:
+    return dataclasses.replace(run, clip=dataclasses.replace(run.clip, **fields))
+
+
+def rejections(run: PrepareRun) -> list[dict]:
+    return [json.loads(line) for line in (run.data.path / "rejected.jsonl").read_text().splitlines()]
+
+
+def beside(clips: Path) -> list[str]:
+    """Return the names of what a run has left beside the folder of the clips."""
+    return sorted(path.name for path in clips.parent.iterdir() if path != clips)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def never(*_, **__):
+    pytest.fail("called")
+
+
+# --- What is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_folder(clips, dtype):
+    run = prepare_run(clips, dtype=dtype)
+    assert prepare(run) == Prepared(5, 0)
+    records = read_dataset(run.data.path)
+    assert [(record.video, record.prompt) for record in records] == [(f"{n}.mp4", f"prompt {n}") for n in range(5)]
+    for record in records:
+        assert record.latents.shape == (2, 2, 2, CHANNELS)
+        assert (record.latents.dtype.name, record.text.dtype.name) == (dtype, dtype)
+        pixels = video.read_clip(clips / record.video, 5, 16, 16, 16)
+        np.testing.assert_allclose(record.latents.astype(np.float32), pixels.mean(), rtol=0.01)
+        assert record.text.shape == (9, TEXT_DIM)
+    entries = read_index(run.data.path)
+    assert [entry.video for entry in entries] == [f"{n}.mp4" for n in range(5)]
+    assert {(entry.latents, entry.tokens) for entry in entries} == {((2, 2, 2, CHANNELS), 9)}
+    assert [entry.fingerprint for entry in entries] == [record.fingerprint for record in records]
+    manifest = read_manifest(run.data.path)
+    assert manifest.encoders == {"vae": "0" * 16, "text_encoder": "1" * 16}
+    assert (manifest.dtype, manifest.data_seed, manifest.model) == (dtype, 0, "weights")
+    assert manifest.clip["frames"] == 5
+    assert [shard.records for shard in manifest.shards] == [2, 2, 1]
+    empty = load_file(run.data.path / "empty_prompt.safetensors")["text"]
+    assert (empty.shape, empty.dtype.name) == ((1, TEXT_DIM), dtype)
+    assert beside(clips) == ["latents"]
+    others = {"dataset_info.json", "empty_prompt.safetensors", "features.json", "index.jsonl", "manifest.json"}
+    assert {path.name for path in run.data.path.iterdir()} - {shard.file for shard in manifest.shards} == others
 
 
 def test_bad_clips_are_rejected_and_the_others_are_kept(clips, capsys):
+    (clips / "1.mp4").unlink()
     (clips / "2.mp4").write_bytes(b"not a video")
-    video.write_clip(clips / "4.mp4", np.zeros((3, 16, 16, 3), np.uint8), 16)
     run = prepare_run(clips)
     assert prepare(run) == Prepared(written=3, rejected=2)
-    records = open_records(run.data.path)
-    assert [records[n].video for n in range(len(records))] == ["0.mp4", "1.mp4", "3.mp4"]
-    rejected = [json.loads(line) for line in (run.data.path / "rejected.jsonl").read_text().splitlines()]
-    assert [(entry["line"], entry["video"]) for entry in rejected] == [(4, "2.mp4"), (6, "4.mp4")]
-    assert f"{clips}/2.mp4: is damaged or not a video" in rejected[0]["reason"]
-    assert "expected enough for 5 frames" in rejected[1]["reason"]
+    assert [record.video for record in read_dataset(run.data.path)] == ["0.mp4", "3.mp4", "4.mp4"]
+    missing, damaged = rejections(run)
+    assert missing == {"line": 3, "video": "1.mp4", "reason": "no such file; expected a video or image"}
+    assert (damaged["line"], damaged["video"]) == (4, "2.mp4")
+    assert damaged["reason"].startswith("is damaged or not a video")
     said = capsys.readouterr().err
-    assert (
-        f"{clips}/metadata.csv (CSV): 5 clips, 5 frames of 16 x 16 pixels at 16 frames a second; model weights; 1 x cpu"
-        in said
-    )
-    assert f"rejected: {clips}/2.mp4: is damaged" in said
-    assert len(tfds.builder_from_directory(run.data.path).as_data_source(split="train")) == 3
+    listed = f"{clips}/metadata.csv (CSV): 5 clips, 5 frames of 16 x 16 pixels at 16 frames a second"
+    assert f"{listed}; model weights; 1 x cpu\n" in said
+    assert "rejected: 2.mp4: is damaged" in said
 
 
 @pytest.mark.parametrize(
@@ -81,11 +130,9 @@ def test_rejected_clips_of_other_lists(clips, capsys, name, origin):
         (clips / name).write_text(json.dumps(rows) if name == "metadata.json" else "\n".join(map(json.dumps, rows)))
     run = prepare_run(clips)
     assert prepare(run) == (4, 1)
-    records = open_records(run.data.path)
-    assert [records[n].prompt for n in range(4)] == [f"prompt {n}" for n in (0, 1, 3, 4)]
-    [rejected] = map(json.loads, (run.data.path / "rejected.jsonl").read_text().splitlines())
+    assert [record.prompt for record in read_dataset(run.data.path)] == [f"prompt {n}" for n in (0, 1, 3, 4)]
+    [rejected] = rejections(run)
     assert rejected.items() >= {**origin, "video": "2.mp4"}.items()
-    assert len(rejected) == 3
     kinds = {"metadata.json": "metadata.json (JSON)", "metadata.jsonl": "metadata.jsonl (JSONL)"}
     listed = f"{clips}/{kinds[name]}" if name in kinds else f"{clips} (pairs of clip and text file)"
     assert f"{listed}: 5 clips, 5 frames" in capsys.readouterr().err
@@ -98,78 +145,38 @@ def test_images(clips):
         table.write("5.png,red\n")
     run = prepare_run(clips)
     assert prepare(run) == (5, 1)
-    reason = "5.png: is an image, which has one frame; expected 5"
-    assert reason in (run.data.path / "rejected.jsonl").read_text()
-    run = dataclasses.replace(
-        prepare_run(clips, clips.with_name("images")), clip=ClipConfig(frames=1, height=16, width=16)
-    )
-    assert prepare(run) == (6, 0)
+    assert rejections(run)[0]["reason"] == "is an image, which has one frame; expected 5"
+    assert prepare(with_clip(prepare_run(clips, clips.with_name("images")), frames=1)) == (6, 0)
 
 
-def test_a_clip_that_disappears_is_rejected(clips, monkeypatch):
-    encoder = prepare_module._encoder
-
-    def removing(model):
-        encode = encoder(model)
-        return lambda row, pixels: ((clips / "1.mp4").unlink(missing_ok=True), encode(row, pixels))[1]
-
-    monkeypatch.setattr(prepare_module, "_encoder", removing)
-    run = prepare_run(clips)
-    assert prepare(run) == (4, 1)
-    assert "1.mp4: no such file" in (run.data.path / "rejected.jsonl").read_text()
-
-
-def test_no_clip_can_be_used(clips):
-    for file in clips.glob("*.mp4"):
-        file.write_bytes(b"")
-    with pytest.raises(
-        InputError, match=r"latents: none of the 5 clips can be used; the first problem: .*clips/0.mp4: is damaged"
-    ):
-        prepare(prepare_run(clips))
-    assert [path.name for path in clips.parent.iterdir()] == ["clips"]
+def test_sizes_are_mixed(clips):
+    """In every block, the clips of a size follow each other, and share the calls of the autoencoder."""
+    for n in (0, 3):
+        video.write_clip(clips / f"{n}.mp4", smooth_clip(5, 16, 32), 16)
+    run = with_clip(prepare_run(clips), buckets=((5, 16, 16), (5, 16, 32)))
+    assert prepare(run) == (5, 0)
+    entries = read_index(run.data.path)
+    assert [(entry.video, entry.latents[2]) for entry in entries] == [
+        ("1.mp4", 2), ("0.mp4", 4), ("2.mp4", 2), ("3.mp4", 4), ("4.mp4", 2),
+    ]  # fmt: skip
+    assert FakeEncoders.calls == [1, 1, 1, 1, 1]
 
 
-def test_outputs_are_checked_before_the_model_is_loaded(clips, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_encoder", lambda model: pytest.fail("loaded"))
-    for path, message in (
-        (Path(""), "expected the path of a folder"),
-        (Path("/"), "expected the path of a folder"),
-        (clips, "already exists and is not empty"),
-        (clips / "0.mp4", "is a file; expected a directory"),
-    ):
-        with pytest.raises(InputError, match=f"data.path={path}: {message}"):
-            prepare(prepare_run(clips, path))
-    (clips / "3.mp4").unlink()
-    with pytest.raises(InputError, match=r"metadata.csv:5: video='3.mp4': no such file"):
-        prepare(prepare_run(clips))
-    assert [path.name for path in clips.parent.iterdir()] == ["clips"]
-
-
-def test_an_encoder_that_gives_infinity_is_an_error_not_a_rejected_clip(clips, monkeypatch):
-    record = make_records(1)[0]
-    record.latents[0] = np.inf
-    monkeypatch.setattr(prepare_module, "_encoder", lambda model: lambda row, pixels: record._replace(video=row.video))
-    with pytest.raises(InputError, match=r"0.mp4: the latents or the text embedding are not finite"):
-        prepare(prepare_run(clips))
-    assert [path.name for path in clips.parent.iterdir()] == ["clips"]
-
-
-# --- Parts and sizes -------------------------------------------------------------------------------------------------
-
-
-def with_clip(run: PrepareRun, **fields) -> PrepareRun:
-    return dataclasses.replace(run, clip=dataclasses.replace(run.clip, **fields))
+def test_a_call_encodes_a_clip_for_each_device(clips, monkeypatch):
+    monkeypatch.setattr(blocks_module, "MAX_ROWS", 5)
+    assert prepare(prepare_run(clips)) == (5, 0)
+    assert FakeEncoders.calls == [2, 2, 1]
 
 
 def test_windows_become_records_with_the_prompt_of_the_video(clips):
     video.write_clip(clips / "1.mp4", np.random.default_rng(1).integers(0, 255, (16, 16, 16, 3), np.uint8), 16)
     run = with_clip(prepare_run(clips), part="windows")
     assert prepare(run) == (7, 0)
-    records = open_records(run.data.path)
+    records = read_dataset(run.data.path)
     names = ["0.mp4", "1.mp4", "1.mp4#t=0.312", "1.mp4#t=0.625", "2.mp4", "3.mp4", "4.mp4"]
     assert [record.video for record in records] == names
     assert [record.prompt for record in records][1:4] == ["prompt 1"] * 3
-    assert len({record.latents.tobytes() for record in records}) == 7
+    assert len({record.latents.tobytes() for record in records[1:4]}) > 1
 
 
 def test_windows_before_a_damaged_place_are_kept(clips):
@@ -180,7 +187,8 @@ def test_windows_before_a_damaged_place_are_kept(clips):
     written, rejected = prepare(run)
     assert 5 < written < 4 + 8
     assert rejected == 1
-    assert "1.mp4: is damaged" in (run.data.path / "rejected.jsonl").read_text()
+    assert rejections(run)[0]["video"] == "1.mp4"
+    assert rejections(run)[0]["reason"].startswith("is damaged")
 
 
 def test_a_header_that_promises_too_much(clips, monkeypatch):
@@ -190,7 +198,7 @@ def test_a_header_that_promises_too_much(clips, monkeypatch):
     monkeypatch.setattr(survey_module, "read_header", lambda path: lie)
     run = prepare_run(clips)
     assert prepare(run) == (4, 1)
-    assert "1.mp4: has 3 frames" in (run.data.path / "rejected.jsonl").read_text()
+    assert rejections(run)[0]["reason"].startswith("has 3 frames")
 
 
 def test_native_frames(clips):
@@ -199,34 +207,280 @@ def test_native_frames(clips):
     assert prepare(with_clip(prepare_run(clips), fps="native")) == (5, 0)
 
 
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_checked_before_the_model_is_loaded(clips, monkeypatch):
+    monkeypatch.setattr(prepare_module, "Encoders", never)
+    for path, message in (
+        (Path("."), "expected the path of a folder"),
+        (Path("/"), "expected the path of a folder"),
+        (clips, "already exists and is not empty"),
+        (clips / "0.mp4", "is a file; expected a directory"),
+    ):
+        with pytest.raises(InputError, match=f"data.path={path}: {message}"):
+            prepare(prepare_run(clips, path))
+    (clips / "metadata.csv").write_text("video,prompt\n../3.mp4,a\n")
+    with pytest.raises(InputError, match=r"metadata.csv:2: video='../3.mp4': is outside the folder"):
+        prepare(prepare_run(clips))
+    assert beside(clips) == []
+
+
+def test_a_link_to_an_empty_folder(clips, tmp_path):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
+    assert prepare(prepare_run(clips, tmp_path / "link")) == (5, 0)
+    assert (tmp_path / "link").is_symlink()
+    assert len(read_index(tmp_path / "disk" / "empty")) == 5
+
+
+def test_a_mount_point(clips, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(blocks_module.os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
+    with pytest.raises(InputError, match=r"disk: is a mount point; use a folder inside it, such as .*disk/latents"):
+        prepare(prepare_run(clips, tmp_path / "disk"))
+
+
+def test_two_runs(clips):
+    with lock(clips.with_name("latents.partial") / "lock") as held:
+        assert held
+        with pytest.raises(InputError, match="latents: is in use by another run"):
+            prepare(prepare_run(clips))
+
+
+def test_a_partial_folder_of_somebody_else_is_kept(clips):
+    partial = clips.with_name("latents.partial")
+    partial.mkdir()
+    (partial / "thesis.txt").touch()
+    with pytest.raises(InputError, match=r"latents.partial: was not made by this version of tfm-prepare"):
+        prepare(prepare_run(clips))
+    assert [path.name for path in partial.iterdir()] == ["thesis.txt"]
+
+
 def test_a_short_video_is_refused_before_the_model_is_loaded(clips, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_encoder", lambda model: pytest.fail("loaded"))
+    monkeypatch.setattr(prepare_module, "Encoders", never)
     video.write_clip(clips / "4.mp4", np.zeros((3, 16, 16, 3), np.uint8), 16)
     message = r"clip.short=refuse: 1 of 5 clips are too short; the first one: .*/4.mp4: has 3 frames and lasts 0.19 s"
     with pytest.raises(InputError, match=message):
         prepare(with_clip(prepare_run(clips), short="refuse"))
-    assert [path.name for path in clips.parent.iterdir()] == ["clips"]
+    assert beside(clips) == []
 
 
-def test_clips_of_several_sizes_are_refused_before_the_model_is_loaded(clips, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_encoder", lambda model: pytest.fail("loaded"))
-    video.write_clip(clips / "4.mp4", np.zeros((3, 16, 16, 3), np.uint8), 16)
-    message = r"latents: the clips have 2 sizes \(5 x 16 x 16, 1 x 16 x 16\); expected one"
-    with pytest.raises(InputError, match=message):
-        prepare(with_clip(prepare_run(clips), short="cut"))
-    assert [path.name for path in clips.parent.iterdir()] == ["clips"]
+def test_values_that_are_not_finite_are_an_error_not_a_rejected_clip(clips, monkeypatch):
+    monkeypatch.setattr(FakeEncoders, "latents", lambda self, clips: np.full((2, 2, 2, 2, CHANNELS), np.inf))
+    with pytest.raises(InputError, match=r"0.mp4: the latents or the text embedding are not finite; check the weights"):
+        prepare(prepare_run(clips))
+    assert beside(clips) == []
 
 
-def test_one_bucket(clips, monkeypatch):
-    shapes = []
-    encoder = prepare_module._encoder
+# --- Too many rejected clips -----------------------------------------------------------------------------------------
 
-    def looking(model):
-        encode = encoder(model)
-        return lambda row, pixels: (shapes.append(pixels.shape), encode(row, pixels))[1]
 
-    monkeypatch.setattr(prepare_module, "_encoder", looking)
-    run = with_clip(prepare_run(clips), buckets=((5, 32, 64), (1, 48, 48), (5, 64, 32)), resize="bilinear")
+def test_too_many_bad_headers(clips, monkeypatch):
+    """This is found before the model is loaded, and leaves nothing behind."""
+    monkeypatch.setattr(prepare_module, "Encoders", never)
+    (clips / "1.mp4").unlink()
+    for n, frames in ((2, 3), (4, 4)):
+        video.write_clip(clips / f"{n}.mp4", np.zeros((frames, 16, 16, 3), np.uint8), 16)
+    with pytest.raises(InputError) as caught:
+        prepare(prepare_run(clips, max_rejected=0.5))
+    assert str(caught.value) == (
+        "data.max_rejected=0.5: 3 of the 5 videos cannot be used: 2 like 2.mp4: has 3 frames and lasts 0.19 s; "
+        "expected enough for 5 frames at 16 frames a second; 1 like 1.mp4: no such file; expected a video or image"
+    )
+    assert beside(clips) == []
+
+
+def test_too_many_damaged_clips_stop_the_run_and_the_blocks_stay(clips):
+    for n in (1, 3):
+        content = (clips / f"{n}.mp4").read_bytes()
+        (clips / f"{n}.mp4").write_bytes(content[: len(content) // 2])
+    run = prepare_run(clips, max_rejected=0.2)
+    with pytest.raises(InputError, match=r"data.max_rejected=0.2: 2 of the 5 videos cannot be used: 2 like 1.mp4: "):
+        prepare(run)
+    assert {"block-00000.json", "block-00001.json", "plan.json"} <= contents(clips.with_name("latents.partial")).keys()
+    assert prepare(prepare_run(clips, max_rejected=0.4)) == (3, 2)
+    assert len(FakeEncoders.calls) == 1
+
+
+def test_the_limit_itself_is_allowed(clips):
+    (clips / "1.mp4").unlink()
+    assert prepare(prepare_run(clips, max_rejected=0.2)) == (4, 1)
+    with pytest.raises(InputError, match="data.max_rejected=0.19"):
+        prepare(prepare_run(clips, clips.with_name("other"), max_rejected=0.19))
+
+
+def test_no_clip_can_be_used(clips):
+    for file in clips.glob("*.mp4"):
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match=r"clips: none of the 5 videos can be used: 5 like 0.mp4: is damaged"):
+        prepare(prepare_run(clips, max_rejected=1))
+    assert beside(clips) == []
+
+
+# --- Runs that are stopped -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(clips, monkeypatch):
+    """A function that starts a run and raises an error after some calls of the autoencoder."""
+    latents = FakeEncoders.latents
+
+    def stop(run: PrepareRun, after: int, error: BaseException) -> None:
+        def failing(self, pixels):
+            if len(self.calls) == after:
+                raise error
+            return latents(self, pixels)
+
+        monkeypatch.setattr(FakeEncoders, "latents", failing)
+        with pytest.raises(type(error)):
+            prepare(run)
+        monkeypatch.setattr(FakeEncoders, "latents", latents)
+
+    return stop
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated, ZeroDivisionError])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_stopped_run_is_continued(clips, stopped, capsys, error, after):
+    """In each call, the two clips of a block are encoded."""
+    run = prepare_run(clips)
+    stopped(run, after, error())
+    assert beside(clips) == (["latents.partial"] if after else [])
+    capsys.readouterr()
     assert prepare(run) == (5, 0)
-    assert shapes == [(1, 48, 48, 3)] * 5
-    assert open_records(run.data.path).metadata["buckets"] == [[5, 32, 64], [1, 48, 48], [5, 64, 32]]
+    assert len(FakeEncoders.calls) == 3 - after
+    assert ("blocks are finished" in capsys.readouterr().err) == bool(after)
+    whole = prepare_run(clips, clips.with_name("whole"))
+    prepare(whole)
+    assert contents(run.data.path) == contents(whole.data.path)
+    assert beside(clips) == ["latents", "whole"]
+
+
+def test_a_kill_while_finishing(clips, monkeypatch):
+    """At each step, the process ends without any cleanup; a copy of the folder is what is left."""
+    run = prepare_run(clips)
+    whole = prepare_run(clips, clips.with_name("whole"))
+    prepare(whole)
+    partial, left = clips.with_name("latents.partial"), []
+
+    def watched(owner, name):
+        method = getattr(owner, name)
+
+        def copying(*args, **kwargs):
+            if partial.exists():
+                left.append(clips.with_name(f"{len(left)}.copy"))
+                shutil.copytree(partial, left[-1])
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, copying)
+
+    for name in ("write_index", "write_description", "write_manifest"):
+        watched(blocks_module.files, name)
+    for name in ("unlink", "rename"):
+        watched(Path, name)
+    prepare(run)
+    monkeypatch.undo()
+    use_fakes(monkeypatch)
+    monkeypatch.setattr(blocks_module, "MAX_ROWS", 2)
+    assert len(left) > 8
+    assert any((copy / "manifest.json").exists() and not list(copy.glob("block-*")) for copy in left)
+    for copy in left:
+        shutil.rmtree(run.data.path)
+        copy.rename(partial)
+        assert prepare(run) == (5, 0)
+        assert contents(run.data.path) == contents(whole.data.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda run: with_clip(run, frames=1), "clip.frames=5, not 1"),
+        (lambda run: with_clip(run, fps="native"), "clip.fps=16.0, not native"),
+        (lambda run: prepare_run(run.data.source, dtype="float32"), "data.dtype=bfloat16, not float32"),
+        (lambda run: prepare_run(run.data.source, seed=1), "data.seed=0, not 1"),
+        (
+            lambda run: dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float32")),
+            "model.dtype=bfloat16, not float32",
+        ),
+    ],
+)
+def test_other_settings_are_refused(clips, stopped, change, difference):
+    run = prepare_run(clips)
+    stopped(run, 1, KeyboardInterrupt())
+    before = contents(clips.with_name("latents.partial"))
+    with pytest.raises(InputError) as caught:
+        prepare(change(run))
+    partial = clips.with_name("latents.partial")
+    remedy = f"use the old settings to continue, or remove {partial}"
+    assert str(caught.value) == f"{partial}: was begun with {difference}; {remedy}"
+    assert contents(partial) == before
+
+
+def test_another_list_is_refused(clips, stopped):
+    run = prepare_run(clips)
+    stopped(run, 1, KeyboardInterrupt())
+    with (clips / "metadata.csv").open("a") as table:
+        table.write("4.mp4,another prompt\n")
+    with pytest.raises(InputError, match="was begun with data.source=a list of 5 clips .*, not a list of 6 clips"):
+        prepare(run)
+
+
+def test_other_weights_are_refused(clips, stopped, monkeypatch):
+    run = prepare_run(clips)
+    stopped(run, 1, KeyboardInterrupt())
+    found = prepare_module.find_encoders(Path())
+    other = found._replace(fingerprints=found.fingerprints | {"vae": "f" * 16})
+    monkeypatch.setattr(prepare_module, "find_encoders", lambda model: other)
+    message = r"was begun with model.path: vae=the weights 0{16}, not the weights f{16}"
+    with pytest.raises(InputError, match=message):
+        prepare(run)
+
+
+def test_max_rejected_may_change(clips, stopped):
+    stopped(prepare_run(clips), 1, KeyboardInterrupt())
+    assert prepare(prepare_run(clips, max_rejected=0)) == (5, 0)
+
+
+def test_damaged_files_of_an_unfinished_run(clips, stopped):
+    run = prepare_run(clips)
+    stopped(run, 2, KeyboardInterrupt())
+    partial = clips.with_name("latents.partial")
+    marker, shard = partial / "block-00000.json", next(partial.glob("*-00001-of-*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=rf"{shard}: is missing or damaged; remove .*block-00001.json to continue"):
+        prepare(run)
+    shard.write_bytes(content)
+    marker.write_text("{}")
+    with pytest.raises(InputError, match=rf"{marker}: cannot be used .*; remove it to continue without this block"):
+        prepare(run)
+    marker.unlink()
+    assert prepare(run) == (5, 0)
+    assert len(FakeEncoders.calls) == 2
+
+
+def test_a_full_disk(clips, monkeypatch):
+    """The blocks that were finished before stay, and the same command continues when there is space again."""
+    run = prepare_run(clips)
+    write = prepare_module.files.write_shard
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(path, records):
+        if "-00001-" not in path.name:
+            return write(path, records)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            return write(path, records)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module.files, "write_shard", full)
+        with pytest.raises(Exception, match="File too large"):
+            prepare(run)
+    names = contents(clips.with_name("latents.partial")).keys()
+    assert "block-00000.json" in names
+    assert not [name for name in names if "00001" in name]
+    assert prepare(run) == (5, 0)
+    assert len(FakeEncoders.calls) == 2

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from tfm_jax.arrays import DTYPES, Dtype
 from tfm_jax.data import format as files
@@ -69,6 +70,15 @@ def write_dataset(
         shards=shards,
     )
     files.write_manifest(folder, manifest)
+
+
+def read_dataset(folder: Path) -> list[Record]:
+    """Read all records of a folder with TFDS alone."""
+    source = tfds.builder_from_directory(folder).as_data_source(split="train")
+    return [
+        Record(fields["latents"], fields["text"], fields["prompt"].decode(), fields["video"].decode())
+        for fields in source
+    ]
 
 
 def same(a: Record, b: Record) -> bool:

@@ -24,7 +24,7 @@ from tfm_jax.train.metrics import read_metrics
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
 
-def test_resuming_changes_no_bit(options, stopped, tmp_path, capsys):
+def test_resuming_changes_no_bit(options, model_folder, stopped, tmp_path, capsys):
     """Even if metrics.jsonl has lines from after the last checkpoint, the last of which was cut off."""
     whole = start([*options, f"--train.output={tmp_path}/whole"])
     with open(stopped / "metrics.jsonl", "a") as stream:
@@ -39,18 +39,34 @@ def test_resuming_changes_no_bit(options, stopped, tmp_path, capsys):
 
     out = capsys.readouterr().out.splitlines()
     first, second = out[: len(out) // 2], out[len(out) // 2 :]
-    assert first[:5] == [
+    assert first[:6] == [
         f"training a LoRA in {whole}: 4 steps, batches of 2",
         "devices: 1 x cpu; mesh: data=1, fsdp=1, sequence=1, tensor=1",
+        f"note: {model_folder} has no vae and no text_encoder, so nothing could be compared with that of the clips",
         f"data: 12 clips in {options_data(options)}, latents 3 x 4 x 6 x 16",
         "model: 402,904 parameters in the base, 24,000 in the adapters",
         f"started {whole}",
     ]
-    assert second[4] == f"resumed {stopped} after step 2"
+    assert second[5] == f"resumed {stopped} after step 2"
     for lines in first, second:
-        assert lines[5] == "compiling the training step ..."
-        assert re.fullmatch(r"compiled in \d+\.\d s", lines[6])
-        assert len(lines) == 7
+        assert lines[6] == "compiling the training step for latents 3 x 4 x 6 x 16 ..."
+        assert re.fullmatch(r"compiled in \d+\.\d s", lines[7])
+        assert len(lines) == 8
+
+
+def test_clips_of_two_sizes(options, tmp_path, capsys):
+    """The step is compiled when a size first occurs, and resuming changes no bit."""
+    write_latents(tmp_path / "two", seed=2, sizes=((3, 4, 6), (1, 4, 4)), dtype="bfloat16")
+    options = [*options, f"--data.path={tmp_path}/two", "--data.caption_dropout=0.5", "--objective.kind=fm"]
+    whole = start([*options, f"--train.output={tmp_path}/whole"])
+    out = capsys.readouterr().out
+    assert "two, latents 3 x 4 x 6 x 16 (6), 1 x 4 x 4 x 16 (6)\n" in out
+    sizes = re.findall("compiling the training step for latents (.*) ...", out)
+    assert sorted(sizes) == ["1 x 4 x 4 x 16", "3 x 4 x 6 x 16"]
+    parts = start([*options, "--train.steps=2"])
+    start(options, resume=True)
+    assert_same(saved(whole, 4), saved(parts, 4))
+    assert read_metrics(parts / "metrics.jsonl") == read_metrics(whole / "metrics.jsonl")
 
 
 def options_data(options: list[str]) -> str:
@@ -71,6 +87,8 @@ def test_the_base_is_not_saved_and_the_adapters_change(two_steps):
         ("--train.seed=1", "train.seed=1"),
         ("--train.batch_size=4", "train.batch_size=4"),
         ("--objective.rho=5", "objective.rho=5"),
+        ("--data.held_out=0.1", "data.held_out=0.1"),
+        ("--data.caption_dropout=0.1", "data.caption_dropout=0.1"),
     ],
 )
 def test_resuming_as_another_run_is_refused(options, stopped, change, message):

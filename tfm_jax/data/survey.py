@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -16,7 +15,6 @@ from tfm_jax.data.clips import Rejected, Windows, choose_windows
 from tfm_jax.data.format import Line
 from tfm_jax.data.metadata import Clip
 from tfm_jax.errors import InputError
-from tfm_jax.inputs import short_repr
 from tfm_jax.video_headers import Header, read_header
 
 MAX_THREADS = 32
@@ -82,18 +80,18 @@ def check_rejected(rejected: Sequence[Line], rows: int, data: DataConfig) -> Non
 
 
 def count_reasons(rejected: Sequence[Line]) -> str:
-    """Return the most frequent reasons of rejections in one line, each with their number and an example."""
+    """Return `list_reasons` in one line."""
     return "; ".join(list_reasons(rejected))
 
 
 def list_reasons(rejected: Sequence[Line]) -> list[str]:
-    """Return the most frequent reasons of rejections, each with their number and an example."""
-    counts = Counter(_kind(line) for line in rejected)
-    examples = {_kind(line): line["video"] for line in reversed(rejected)}
-    reasons = [
-        f"{count} x {kind} (such as {short_repr(examples[kind])})" for kind, count in counts.most_common(REASONS_SHOWN)
-    ]
-    return [*reasons, "..."] if len(counts) > REASONS_SHOWN else reasons
+    """Return the most frequent reasons of rejections, each with its number and its first video."""
+    alike: dict[str, list[Line]] = {}
+    for line in rejected:
+        alike.setdefault(_kind(line), []).append(line)
+    kinds = sorted(alike.values(), key=len, reverse=True)
+    shown = [f"{len(lines)} like {lines[0]['video']}: {lines[0]['reason']}" for lines in kinds[:REASONS_SHOWN]]
+    return [*shown, *(["..."] if len(kinds) > REASONS_SHOWN else [])]
 
 
 def _kind(line: Line) -> str:

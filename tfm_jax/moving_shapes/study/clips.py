@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tfm_jax import config as configs
-from tfm_jax.data.format import REJECTED
 from tfm_jax.data.metadata import read_metadata
 from tfm_jax.data.prepare import PrepareRun, prepare
 from tfm_jax.data.records import Records, open_records
@@ -78,9 +77,7 @@ def _make_clips(study: Study, law: str, name: str, count: int, without: list[str
 
 def _make_latents(study: Study, source: Path) -> Path:
     """Make the latents of a folder of clips, unless they exist, and return their folder."""
-    data = configs.DataConfig(source=source, path=source.with_name(f"{source.name}_latents"))
+    data = configs.DataConfig(source=source, path=source.with_name(f"{source.name}_latents"), max_rejected=0)
     if not data.path.exists():
         prepare(PrepareRun(model=study.run.model, clip=study.run.clip, data=data))
-    if (data.path / REJECTED).exists():
-        raise InputError(f"{data.path / REJECTED}: lists rejected clips; remove {source} and {data.path}")
     return data.path
