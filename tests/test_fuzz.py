@@ -81,7 +81,7 @@ def metadata(data: st.DataObject, folder: Path) -> None:
 
 
 def metadata_lists(data: st.DataObject, folder: Path) -> None:
-    """JSON, JSONL, ShareGPT4Video and pairs. What is accepted is a path in the right place and text that can be stored."""
+    """JSON, JSONL, ShareGPT4Video and pairs. What is accepted is in the right place and can be stored."""
     fresh(folder / "0.mp4", "")
     row = {"video": "0.mp4", "prompt": "a disc"}
     caption = {"idx": "-1", "content": "a disc"}

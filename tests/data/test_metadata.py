@@ -90,7 +90,8 @@ def test_all_bad_rows_are_reported_at_once(folder):
         read_metadata(table(folder, text))
     assert str(caught.value) == (
         f"{folder}/metadata.csv: 4 bad rows; line 2: video='/z.mp4': is an absolute path; expected a path relative to "
-        f"{folder} (tfm-prepare accepts it with data.absolute_paths=true); line 4: video='../b.mp4': is outside the folder; expected a path relative to {folder}; "
+        f"{folder} (tfm-prepare accepts it with data.absolute_paths=true); "
+        f"line 4: video='../b.mp4': is outside the folder; expected a path relative to {folder}; "
         "line 5: repeats the video and prompt of line 3; expected each pair once; and 1 more"
     )
 

@@ -6,6 +6,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.clips import smooth_clip
@@ -267,7 +268,7 @@ def test_a_short_video_is_refused_before_the_model_is_loaded(clips, monkeypatch)
 
 
 def test_values_that_are_not_finite_are_an_error_not_a_rejected_clip(clips, monkeypatch):
-    monkeypatch.setattr(FakeEncoders, "latents", lambda self, clips: np.full((2, 2, 2, 2, CHANNELS), np.inf))
+    monkeypatch.setattr(FakeEncoders, "latents", lambda self, clips: jnp.full((2, 2, 2, 2, CHANNELS), jnp.inf))
     with pytest.raises(InputError, match=r"0.mp4: the latents or the text embedding are not finite; check the weights"):
         prepare(prepare_run(clips))
     assert beside(clips) == []
@@ -306,7 +307,7 @@ def test_too_many_damaged_clips_stop_the_run_and_the_blocks_stay(clips):
 def test_the_limit_itself_is_allowed(clips):
     (clips / "1.mp4").unlink()
     assert prepare(prepare_run(clips, max_rejected=0.2)) == (4, 1)
-    with pytest.raises(InputError, match="data.max_rejected=0.19"):
+    with pytest.raises(InputError, match=r"data.max_rejected=0.19"):
         prepare(prepare_run(clips, clips.with_name("other"), max_rejected=0.19))
 
 
@@ -422,7 +423,7 @@ def test_another_list_is_refused(clips, stopped):
     stopped(run, 1, KeyboardInterrupt())
     with (clips / "metadata.csv").open("a") as table:
         table.write("4.mp4,another prompt\n")
-    with pytest.raises(InputError, match="was begun with data.source=a list of 5 clips .*, not a list of 6 clips"):
+    with pytest.raises(InputError, match=r"was begun with data.source=a list of 5 clips .*, not a list of 6 clips"):
         prepare(run)
 
 

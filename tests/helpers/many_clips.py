@@ -71,7 +71,7 @@ def _backwards(path: Path) -> None:
 
 
 def _image(path: Path, share: float = 1, alpha: int | None = None) -> None:
-    picture = Image.fromarray(smooth_clip(1)[0])
+    picture = Image.fromarray(smooth_clip(1, 64, 64)[0])
     if alpha is not None:
         picture.putalpha(alpha)
     picture.save(path)
@@ -79,7 +79,7 @@ def _image(path: Path, share: float = 1, alpha: int | None = None) -> None:
 
 
 def _animation(path: Path) -> None:
-    first, *others = map(Image.fromarray, smooth_clip(3))
+    first, *others = map(Image.fromarray, smooth_clip(3, 64, 64))
     first.save(path, save_all=True, append_images=others)
 
 
@@ -93,7 +93,7 @@ BAD = {
     "html": Bad(".avi", lambda path: path.write_text("<!DOCTYPE html>"), "is damaged or not a video"),
     "playlist": Bad(".mov", lambda path: path.write_text("#EXTM3U\n/etc/passwd\n"), "is damaged or not a video"),
     "type": Bad(".gif", lambda path: path.write_bytes(b"GIF89a"), "unknown file type"),
-    "header": Bad(".mp4", lambda path: _cut(path, 0.02), "is damaged or not a video"),
+    "header": Bad(".mp4", lambda path: _cut(path, 0.001), "is damaged or not a video"),
     "cut": Bad(".mp4", lambda path: _cut(path, 0.2), "expected"),
     "sound": Bad(".mp4", _sound, "contains no video stream"),
     "short": Bad(".mp4", lambda path: encode(path, smooth_clip(3, 32, 64)), "expected enough for 5 frames"),

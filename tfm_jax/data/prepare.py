@@ -139,10 +139,11 @@ def _survey_missing(run: PrepareRun, plan: Plan, rows: Sequence[Clip], place: Un
         return _Missing({}, {})
     rejected = {number: block.rejected for number, block in place.read_blocks().items()}
     numbers = [number for number in range(plan.blocks) if number not in rejected]
-    surveyed = iter(survey([rows[row] for number in numbers for row in plan.rows_of(number)], run.clip, run.data.seed))
-    missing = {number: list(itertools.islice(surveyed, len(plan.rows_of(number)))) for number in numbers}
+    surveyed = survey([rows[row] for number in numbers for row in plan.rows_of(number)], run.clip, run.data.seed)
+    check_length(surveyed, run.clip)
+    left = iter(surveyed)
+    missing = {number: list(itertools.islice(left, len(plan.rows_of(number)))) for number in numbers}
     for number, entries in missing.items():
-        check_length(entries, run.clip)
         rejected[number] = [rejection(row, chosen.reason) for row, _, chosen in entries if isinstance(chosen, Rejected)]
     _check_rejected(rejected, plan, run)
     return _Missing(missing, rejected)
