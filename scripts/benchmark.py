@@ -12,13 +12,13 @@ attention: compare our attention in float32, with and without gradients, with th
 chunks of queries that JAX differentiates, and JAX's own, which keeps all scores in memory. The four take turns, so that
 their ratios are meaningful even on a busy machine.
 
-data: the speed of tfm-prepare with the embedded model, beside a plain loop over the same clips; how long it takes to
-open 40,000 records; and how fast clips of the size of Wan2.1 at 480p are read, beside what training can use. This takes
-a minute and needs 0.5 GB of free space in --directory. All files are removed at the end.
+data: how fast tfm-prepare reads and encodes clips with the embedded model, beside a plain loop over the same clips;
+how long it takes to open 40,000 records; and how fast clips of the size of Wan2.1 at 480p are read, beside what
+training can use. This takes a minute and needs 0.5 GB of free space in --directory. All files are removed at the end.
 """
 
 import argparse
-import csv
+import itertools
 import json
 import math
 import os
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,10 +43,13 @@ from tfm_jax.cli import command
 from tfm_jax.config import ClipConfig, LoraConfig, load
 from tfm_jax.data import format as files
 from tfm_jax.data.batches import Batches
+from tfm_jax.data.decoding import Pixels, read_clips
+from tfm_jax.data.encoding import Encoders, Unencoded, encode
 from tfm_jax.data.format import Manifest, Record
-from tfm_jax.data.metadata import METADATA_FILE
-from tfm_jax.data.prepare import PrepareRun, prepare
+from tfm_jax.data.metadata import Clip
+from tfm_jax.data.prepare import PrepareRun, read_list
 from tfm_jax.data.records import open_records
+from tfm_jax.data.survey import survey
 from tfm_jax.moving_shapes import world
 from tfm_jax.planning.chips import CHIPS
 from tfm_jax.planning.flops import training_flops
@@ -220,34 +223,40 @@ def measure_data(directory: Path) -> None:
 
 
 def measure_preparation(scratch: Path) -> None:
-    """Encode few and many clips, and divide the difference in clips by that in time: this leaves out the start."""
+    """Read and encode the same clips as tfm-prepare does, and one by one. Nothing is written."""
     world.write_clips(scratch / "clips", WARM_UP + TIMED)
-    rows = (scratch / "clips" / METADATA_FILE).read_text(encoding="utf-8").splitlines()
-    seconds = []
-    for count in (WARM_UP, WARM_UP + TIMED):
-        source = scratch / "clips" / f"first_{count}.csv"
-        source.write_text("\n".join(rows[: 1 + count]), encoding="utf-8")
-        run = load(PrepareRun, "wan_tiny", {"data.source": str(source), "data.path": str(scratch / f"latents_{count}")})
-        start = time.monotonic()
-        prepare(run)
-        seconds.append(time.monotonic() - start)
-    ours, plain = TIMED / (seconds[1] - seconds[0]), TIMED / _encode_one_by_one(run, rows[1:])
+    paths = {"data.source": str(scratch / "clips"), "data.path": str(scratch / "latents")}
+    run = load(PrepareRun, "wan_tiny", paths)
+    _, rows = read_list(run)
+    ours, plain = (TIMED / _seconds(encoded) for encoded in (_encode_ahead(run, rows), _encode_one_by_one(run, rows)))
     print(f"tfm-prepare: {ours:.2f} clips/s; a plain loop: {plain:.2f} clips/s; ratio {ours / plain:.2f}", flush=True)
 
 
-def _encode_one_by_one(run: PrepareRun, rows: Sequence[str]) -> float:
-    """Read and encode the clips of a table in the simplest way. Return the seconds that all but the first few take."""
-    tokenizer, encoder, vae = (
-        load_tokenizer(run.model.path), load_text_encoder(run.model.path, run.model.dtype), load_vae(run.model.path)
-    )  # fmt: skip
-    folder, clip, start = Path(run.data.source or "").parent, run.clip, 0.0
-    for number, (name, prompt) in enumerate(csv.reader(rows)):
-        if number == WARM_UP:
-            start = time.monotonic()
-        pixels = video.read_clip(folder / name, clip.frames, clip.height, clip.width, clip.rate)
-        np.asarray(vae.encode(jnp.asarray(video.from_uint8(pixels))[None]))
-        encode_prompts(tokenizer, encoder, [prompt])
+def _seconds(clips: Iterator[object]) -> float:
+    """Return how long the clips after the warm-up take."""
+    for _ in itertools.islice(clips, WARM_UP):
+        pass
+    start = time.monotonic()
+    for _ in clips:
+        pass
     return time.monotonic() - start
+
+
+def _encode_ahead(run: PrepareRun, rows: Sequence[Clip]) -> Iterator[bytes]:
+    decoded = read_clips(survey(rows, run.clip, run.data.seed), run.clip)
+    clips = (
+        Unencoded(found.video, row.prompt, found.pixels) for (row, *_), found in decoded if isinstance(found, Pixels)
+    )
+    return map(files.serialise, encode(clips, Encoders(run.model), run.data.dtype))
+
+
+def _encode_one_by_one(run: PrepareRun, rows: Sequence[Clip]) -> Iterator[np.ndarray]:
+    tokenizer, vae = load_tokenizer(run.model.path), load_vae(run.model.path)
+    encoder = load_text_encoder(run.model.path, run.model.dtype)
+    for row in rows:
+        pixels = video.read_clip(row.path, run.clip.frames, run.clip.height, run.clip.width, run.clip.rate)
+        encode_prompts(tokenizer, encoder, [row.prompt])
+        yield np.asarray(vae.encode(jnp.asarray(video.from_uint8(pixels))[None]))
 
 
 def measure_opening(folder: Path, count: int) -> None:

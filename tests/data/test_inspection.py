@@ -65,8 +65,8 @@ def test_statistics(folder, fake_vae, capsys):
     assert lines[3:5] == ["1 x 16 x 24 1 x 2 x 3 x 16 3", "5 x 16 x 24 2 x 2 x 3 x 16 1"]
     assert lines[5].startswith("prompts: 2 to 512 tokens, 131 on average; 1 have 512")
     assert lines[6] == "rejected: 3"
-    assert lines[7].startswith("2 x has N frames; expected N")
-    assert lines[8].startswith("1 x contains no video stream")
+    assert lines[7] == "2 like bad 0.mp4: has 60 frames; expected 81"
+    assert lines[8] == "1 like bad 2.mp4: contains no video stream"
     held_out = sum(is_held_out(f"{n}.mp4", 0.5) for n in range(4))
     assert lines[9] == f"held out: {held_out} of 4 clips (data.held_out=0.5)"
     assert lines[10] == f"{folder}/{CONTACT_SHEET}: 4 clips, decoded from their latents"

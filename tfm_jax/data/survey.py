@@ -80,7 +80,7 @@ def check_rejected(rejected: Sequence[Line], rows: int, data: DataConfig) -> Non
 
 
 def count_reasons(rejected: Sequence[Line]) -> str:
-    """Return the most frequent reasons of rejections in one line, each with its number and its first video."""
+    """Return `list_reasons` in one line."""
     return "; ".join(list_reasons(rejected))
 
 
