@@ -79,6 +79,20 @@ def test_mappings_on_the_command_line(file, tmp_path, capsys):
     assert re.search(r"--lora.ranks {TEXT: INT, ...} [^(]* \(default: {q: 4, ffn.0: 16}\)", text)
 
 
+def test_one_lora_or_several(file, tmp_path):
+    """Read from the command line, written to a file and read again."""
+    for option, expected in {
+        "null": (),
+        "a.safetensors": ("a.safetensors",),
+        "a.safetensors:0.7": ("a.safetensors:0.7",),
+        "[a.safetensors:0.7, b.safetensors]": ("a.safetensors:0.7", "b.safetensors"),
+    }.items():
+        config = configured(SampleRun, ["--config", str(file), f"--sampling.lora={option}"])
+        dump(config, tmp_path / "again.yaml")
+        for read_config in (config, load(SampleRun, tmp_path / "again.yaml")):
+            assert tuple(map(str, read_config.sampling.loras)) == expected
+
+
 def test_a_value_may_start_with_a_dash(file):
     assert read(file, "--mesh.data", "-1").mesh.data == -1
     assert read(file, "--sampling.negative_prompt=--no").sampling.negative_prompt == "--no"

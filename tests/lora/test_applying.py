@@ -256,7 +256,10 @@ def test_merging_refuses_what_does_not_fit(call, folder, tmp_path):
     write_lora(tmp_path / "wide", wide)
     base = ("lora", "merge", f"--model={folder}/diffusers")
     for arguments, words in (
-        ((f"--lora={tmp_path}/wide", tmp_path / "new"), "lacks: blocks.2.self_attn.q"),
+        (
+            (f"--lora={tmp_path}/wide", tmp_path / "new"),
+            f"--lora={tmp_path}/wide: LoRA has an adapter for a layer that the model lacks",
+        ),
         ((f"--lora={folder}/a.safetensors:x", tmp_path / "new"), "a.safetensors:x: no such file"),
         ((f"--lora=[{folder}/a.safetensors, {tmp_path}/wide]", tmp_path / "new"), "the widths of blocks.0.self_attn.q"),
         ((f"--lora={folder}/a.safetensors", folder), "not empty"),

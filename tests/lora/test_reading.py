@@ -45,6 +45,25 @@ def test_reads_lora_down_lora_up_and_alpha_with_dots(tmp_path):
     assert_same_deltas(deltas(back), deltas(make_lora(6)))
 
 
+def test_reads_differences(tmp_path):
+    differences = {
+        "diffusion_model.blocks.1.self_attn.q.diff": ("blocks.1.self_attn.q.weight", (DIM, DIM)),
+        "diffusion_model.blocks.0.ffn.2.diff_b": ("blocks.0.ffn.2.bias", (DIM,)),
+        "diffusion_model.blocks.0.norm3.diff": ("blocks.0.norm3.weight", (DIM,)),
+        "diffusion_model.blocks.1.cross_attn.norm_k.diff": ("blocks.1.cross_attn.norm_k.weight", (DIM,)),
+        "diffusion_model.blocks.0.diff_m": ("blocks.0.modulation", (1, 6, DIM)),
+        "diffusion_model.blocks.1.modulation.diff": ("blocks.1.modulation", (1, 6, DIM)),
+        "diffusion_model.head.diff_m": ("head.modulation", (1, 2, DIM)),
+        "patch_embedding.diff": ("patch_embedding.weight", (DIM, 4, 1, 2, 2)),
+    }
+    values = {key: torch.full(shape, number + 1.0) for number, (key, (_, shape)) in enumerate(differences.items())}
+    back = read_lora(rewritten(tmp_path / "lora.safetensors", lambda tensors: tensors.update(values)))
+    assert back.differences.keys() == {name for name, _ in differences.values()}
+    for key, (name, _) in differences.items():
+        assert (back.differences[name] == values[key].numpy()).all()
+    assert_same_deltas(deltas(back), deltas(make_lora()))
+
+
 @pytest.mark.parametrize("dialect", ["comfy", "kohya"])
 def test_several_ranks_and_alphas_become_one(tmp_path, dialect):
     want = deltas(make_lora())

@@ -11,9 +11,10 @@ from helpers.sampling_runs import SIZE, run_of
 
 from tfm_jax.config import SamplingConfig, load
 from tfm_jax.errors import InputError, StoppedEarly
+from tfm_jax.lora.combining import parse_choice
 from tfm_jax.moving_shapes.pretraining.network import initialise
 from tfm_jax.sampling import outputs, pipeline
-from tfm_jax.sampling.outputs import Samples, fingerprint_weights
+from tfm_jax.sampling.outputs import Samples, fingerprint_file, fingerprint_loras, fingerprint_weights
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.wan.components import TEXT_ENCODER
 from tfm_jax.wan.saving import save_model
@@ -96,6 +97,18 @@ def test_fingerprints_of_weights(tmp_path, monkeypatch):
         whole = bytes(size)
         changed = [whole[:n] + b"x" + whole[n + 1 :] for n in noticed]
         assert len({fingerprint(data) for data in [whole, *changed, whole + b"\0"]}) == len(changed) + 2
+
+
+def test_fingerprints_of_loras(tmp_path):
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_text(file.name)
+    a, b = ([parse_choice(file)] for file in files)
+    half = [parse_choice(f"{files[0]}:0.5")]
+    found = [fingerprint_loras(choices) for choices in ([], a, b, half, a + b, b + a, half + b)]
+    assert found[0] is None
+    assert found[1] == fingerprint_file(files[0])
+    assert len(set(found)) == len(found)
 
 
 def test_the_configuration_of_a_training_run_is_accepted(model, tmp_path):

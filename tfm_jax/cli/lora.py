@@ -19,6 +19,7 @@ from tfm_jax.arrays import DTYPES, Dtype
 from tfm_jax.cli import command
 from tfm_jax.cli.convert import convert, written
 from tfm_jax.config import NonEmptyPath, Positive, section
+from tfm_jax.config.reading import shown
 from tfm_jax.files import check_new_file
 from tfm_jax.lora.applying import check_fits, weight_change
 from tfm_jax.lora.combining import parse_choice, read_loras
@@ -48,7 +49,7 @@ class Inspect:
         layers = None
         if self.model:
             config = find_source(self.model, TRANSFORMER).config
-            check_fits(contents.lora, config)
+            check_fits(contents.lora, config, self.file)
             layers = config.layers
         print(describe(self.file, contents, layers))
         if self.png:
@@ -100,7 +101,7 @@ class Merge:
             check_new_file(self.target)
         source = find_source(self.model, TRANSFORMER)
         lora = read_loras([parse_choice(file) for file in files])
-        check_fits(lora, source.config)
+        check_fits(lora, source.config, f"--lora={shown(self.lora)}")
         if self.to != "comfy":
             convert(self.model, self.target, self.to, self.dtype, weight_change(lora))
             return

@@ -1,6 +1,8 @@
 """What a LoRA adds to the weights of a model, and whether it fits the model."""
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from einops import rearrange
@@ -13,6 +15,7 @@ from tfm_jax.wan.names import BlockLinear, Row, Shapes, transformer_rows
 from tfm_jax.wan.transformer import TransformerConfig
 
 
+@functools.cache
 def transformer_shapes(config: TransformerConfig) -> Shapes:
     """Map the original names of a transformer's tensors to their shapes in torch."""
     parameters = abstract_parameters(TRANSFORMER, config, np.float32)
@@ -20,12 +23,23 @@ def transformer_shapes(config: TransformerConfig) -> Shapes:
     return expected_shapes("original", transformer_rows(config.layers), ours)
 
 
-def check_fits(lora: Lora, config: TransformerConfig) -> None:
+def check_fits(lora: Lora, config: TransformerConfig, place: str | Path | None = None) -> None:
     """Check that the adapters and differences of `lora` belong to a transformer of these sizes.
+
+    Args:
+        place: the file or field to name in the error message.
 
     Raises:
         InputError: a shape is wrong, the model lacks a layer, or a linear layer has an adapter in some blocks only.
     """
+    try:
+        _check_adapters(lora, config)
+        _check_differences(lora, config)
+    except InputError as error:
+        raise InputError(f"{place}: {error}" if place else str(error)) from None
+
+
+def _check_adapters(lora: Lora, config: TransformerConfig) -> None:
     shapes, layers = transformer_shapes(config), range(config.layers)
     in_blocks = {linear for linear in lora.adapters if isinstance(linear, BlockLinear)}
     expected = {BlockLinear(layer, linear.name) for layer in layers for linear in in_blocks}
@@ -38,6 +52,10 @@ def check_fits(lora: Lora, config: TransformerConfig) -> None:
         for factor, (shape, want) in wanted.items():
             if shape != want:
                 raise InputError(f"LoRA {factor} of {linear} is {list(shape)}; expected {list(want)}")
+
+
+def _check_differences(lora: Lora, config: TransformerConfig) -> None:
+    shapes = transformer_shapes(config)
     for name, difference in lora.differences.items():
         if name not in shapes:
             raise InputError(f"LoRA has a difference for {name}, which the model lacks{similar(name, shapes.keys())}")

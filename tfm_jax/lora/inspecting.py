@@ -95,7 +95,11 @@ def describe(path: Path, contents: Contents, layers: int | None = None) -> str:
     if outer:
         lines.append(f"adapters outside the blocks: {', '.join(outer)}")
     if lora.differences:
-        lines.append(f"differences of {len(lora.differences)} whole tensors, such as {next(iter(lora.differences))}")
+        example = next(iter(lora.differences))
+        lines.append(
+            f"differences of {len(lora.differences)} whole tensors, such as {example}; besides tfm-sample and "
+            "tfm-lora, only ComfyUI applies all of them"
+        )
     lines += [f"{name}: {value}" for name, value in lora.metadata.items()]
     return "\n".join(
         [*lines, "", "norm of the change of each linear layer, from the first block to the last", *chart(norms(lora))]

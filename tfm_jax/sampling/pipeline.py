@@ -272,10 +272,7 @@ def _embed(run: SampleRun, prompts: Sequence[str]) -> np.ndarray:
 def _transformer(run: SampleRun, lora: Lora | None, mesh: Mesh) -> WanTransformer:
     if not lora:
         return load_base(run.model, mesh)
-    try:
-        check_fits(lora, find_base(run.model).config)
-    except InputError as error:
-        raise InputError(f"sampling.lora={shown(run.sampling.lora)}: {error}") from None
+    check_fits(lora, find_base(run.model).config, f"sampling.lora={shown(run.sampling.lora)}")
     transformer = load_base(run.model, mesh, weight_change(lora._replace(adapters={})))
     load_adapters(transformer, lora, mesh)
     return transformer
