@@ -335,7 +335,7 @@ def test_the_same_mistakes_in_the_file(file):
 
 def test_missing(file, capsys):
     assert refusal(file.parent / "none.yaml").startswith(
-        f"{file.parent}/none.yaml: no such file; expected a configuration file or one of wan2.1_t2v_1.3b, "
+        f"{file.parent}/none.yaml: no such file; expected a configuration file or one of tfm_paper_14b, "
     )
     file.write_text(TEXT.replace("output: run, ", ""))
     assert refusal(file) == f"{file}: train.output is missing; expected it in the file or as --train.output=..."
@@ -380,7 +380,7 @@ def test_unknown_options(file, option, nearest, capsys):
     [
         ("train.stepz", "did you mean train.steps or sampling.steps?"),
         ("trian.log_every", "did you mean train.log_every?"),
-        ("rank", "did you mean lora.rank?"),
+        ("alpha", "did you mean lora.alpha?"),
         ("train.learning_rate", "did you mean optimizer.learning_rate?"),
         ("mesh.pipeline", "expected one of mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor"),
         (
@@ -404,7 +404,7 @@ def test_an_option_of_another_program(file, capsys):
 
 def test_unknown_names_in_the_file(file):
     file.write_text(TEXT.replace("rank:", "ranck:"))
-    assert refusal(file) == f"{file}: unknown field lora.ranck; did you mean lora.rank?"
+    assert refusal(file) == f"{file}: unknown field lora.ranck; did you mean lora.rank or lora.ranks?"
     file.write_text(TEXT + "optimiser: {eps: 1}\n")
     assert refusal(file) == f"{file}: unknown section optimiser; did you mean optimizer?"
     file.write_text(TEXT + "1: {eps: 1}\n")

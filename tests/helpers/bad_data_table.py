@@ -21,7 +21,7 @@ from helpers.breaking import (
 # --- Prepared data ---------------------------------------------------------------------------------------------------
 
 DATA = "--data.path=$tmp/latents"
-SHARD = "latents/tfm_clips-train.array_record-00000"
+SHARD = "latents/tfm_clips-train.array_record-00000-of-00001"
 
 
 def data(wrong: str, broken: Break, *words: str) -> Row:
@@ -36,7 +36,7 @@ PREPARED = [
         "train",
         "a batch larger than the dataset",
         "--train.batch_size=5",
-        words=("train.batch_size=5", "only 4 clips"),
+        words=("train.batch_size x train.accumulate = 5", "only 4 clips"),
     ),
     row("train", "a mesh with more devices than available", "--mesh.fsdp=2", words=("mesh.fsdp=2", "1 devices")),
     data(
