@@ -97,7 +97,7 @@ def describe(path: Path, contents: Contents, layers: int | None = None) -> str:
     if lora.differences:
         example = next(iter(lora.differences))
         lines.append(
-            f"differences of {len(lora.differences)} whole tensors, such as {example}; besides tfm-sample and tfm-lora, "
+            f"differences of {len(lora.differences)} whole tensors, such as {example}; besides this package, "
             "only ComfyUI applies all of them"
         )
     lines += [f"{name}: {value}" for name, value in lora.metadata.items()]
