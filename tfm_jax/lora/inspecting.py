@@ -111,7 +111,7 @@ def describe(path: Path, contents: Contents, layers: int | None = None) -> str:
     )
 
 
-def _span(values: Sequence[float]) -> str:
+def _span(values: Sequence[int | float]) -> str:
     """Format the range of sorted values."""
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
