@@ -67,6 +67,16 @@ def test_inspect_of_some_layers_and_other_spellings(call, tmp_path):
         in call("lora", "inspect", tmp_path / "a").out
     )
 
+    def double(tensors):
+        for part, axis in (("A", 0), ("B", 1)):
+            key = f"diffusion_model.blocks.1.ffn.0.lora_{part}.weight"
+            tensors[key] = torch.cat([tensors[key]] * 2, axis)
+
+    assert (
+        "float32, rank 4 to 8, alpha equal to the rank"
+        in call("lora", "inspect", rewritten(tmp_path / "c", double)).out
+    )
+
     def respell(tensors):
         return {key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for key, t in tensors.items()}
 

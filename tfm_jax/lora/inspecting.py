@@ -1,6 +1,6 @@
 """What a LoRA file contains, and how large its changes are in each linear layer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ class Contents(NamedTuple):
     """Dtypes of the factors and differences."""
     ranks: tuple[int, ...]
     """Ranks of the adapters in the file, in ascending order."""
+    alphas: tuple[float, ...]
+    """Values of the `.alpha` tensors, in ascending order."""
     example: str
     """A key of the file."""
 
@@ -48,9 +50,12 @@ def read_contents(path: Path) -> Contents:
     """
     lora, tensors = read_lora(path), open_safetensors(path)
     keys = [key for key in tensors if not parse_difference(key)]
-    ranks = {tensors[key].shape[0] for key in keys if (found := parse_factor(key)) and found[1] == "A"}
+    parts = {key: found[1] for key in keys if (found := parse_factor(key))}
+    ranks = {tensors[key].shape[0] for key, part in parts.items() if part == "A"}
+    alphas = {float(tensors[key].read(...).item()) for key, part in parts.items() if part == "alpha"}
     dtypes = {dtype for key, dtype in safetensors_dtypes(path).items() if not key.endswith(".alpha")}
-    return Contents(lora, find_dialect(keys), tuple(sorted(dtypes, key=str)), tuple(sorted(ranks)), keys[0])
+    dialect, types = find_dialect(keys), tuple(sorted(dtypes, key=str))
+    return Contents(lora, dialect, types, tuple(sorted(ranks)), tuple(sorted(alphas)), keys[0])
 
 
 def find_dialect(keys: Iterable[str]) -> Dialect | None:
@@ -84,10 +89,10 @@ def describe(path: Path, contents: Contents, layers: int | None = None) -> str:
     layers = layers or max((linear.layer + 1 for linear in blocks), default=0)
     outer = [str(linear) for linear in lora.adapters if isinstance(linear, OuterLinear)]
     spelling = f"dialect {dialect} (for {LOADED_BY[dialect]})" if dialect else "in no dialect that we write"
-    several = f"ranks {contents.ranks[0]} to {contents.ranks[-1]}, each with its own scale"
-    same = f"rank {lora.rank}, alpha {lora.alpha:g}"
+    equal = "equal to the rank" if len(contents.ranks) > 1 else f"{lora.alpha:g}"
+    size = f"rank {_span(contents.ranks)}, alpha {_span(contents.alphas) if contents.alphas else equal}"
     lines = [
-        f"{path}: {spelling}, {', '.join(map(str, contents.dtypes))}, {same if len(contents.ranks) == 1 else several}",
+        f"{path}: {spelling}, {', '.join(map(str, contents.dtypes))}, {size}",
         f"keys such as {contents.example}",
         f"adapters on {len(blocks)} of the {len(BLOCK_LINEARS) * layers} linear layers in {layers} blocks: "
         + ", ".join(dict.fromkeys(linear.name for linear in blocks)),
@@ -97,13 +102,18 @@ def describe(path: Path, contents: Contents, layers: int | None = None) -> str:
     if lora.differences:
         example = next(iter(lora.differences))
         lines.append(
-            f"differences of {len(lora.differences)} whole tensors, such as {example}; besides tfm-sample and "
-            "tfm-lora, only ComfyUI applies all of them"
+            f"differences of {len(lora.differences)} whole tensors, such as {example}; besides this package, "
+            "only ComfyUI applies all of them"
         )
     lines += [f"{name}: {value}" for name, value in lora.metadata.items()]
     return "\n".join(
         [*lines, "", "norm of the change of each linear layer, from the first block to the last", *chart(norms(lora))]
     )
+
+
+def _span(values: Sequence[int | float]) -> str:
+    """Format the range of sorted values."""
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
 def chart(values: Mapping[TransformerLinear, float]) -> list[str]:
