@@ -14,7 +14,7 @@ from tfm_jax.errors import InputError, StoppedEarly
 from tfm_jax.lora.combining import parse_choice
 from tfm_jax.moving_shapes.pretraining.network import initialise
 from tfm_jax.sampling import outputs, pipeline
-from tfm_jax.sampling.outputs import Samples, fingerprint_file, fingerprint_loras, fingerprint_weights
+from tfm_jax.sampling.outputs import Samples, fingerprint_loras, fingerprint_weights
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.wan.components import TEXT_ENCODER
 from tfm_jax.wan.saving import save_model
@@ -107,7 +107,7 @@ def test_fingerprints_of_loras(tmp_path):
     half = [parse_choice(f"{files[0]}:0.5")]
     found = [fingerprint_loras(choices) for choices in ([], a, b, half, a + b, b + a, half + b)]
     assert found[0] is None
-    assert found[1] == fingerprint_file(files[0])
+    assert found[1] == file_fingerprint(files[0])
     assert len(set(found)) == len(found)
 
 
