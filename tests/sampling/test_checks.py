@@ -11,6 +11,7 @@ from helpers.sampling_runs import SIZE, run_of
 
 from tfm_jax.config import SamplingConfig, load
 from tfm_jax.errors import InputError, StoppedEarly
+from tfm_jax.files import fingerprint as file_fingerprint
 from tfm_jax.lora.combining import parse_choice
 from tfm_jax.moving_shapes.pretraining.network import initialise
 from tfm_jax.sampling import outputs, pipeline
