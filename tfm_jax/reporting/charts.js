@@ -4,8 +4,7 @@
 
 const COLOURS = ["#2f7ed8", "#e0702a", "#2ba36b", "#9a5fd0", "#cf4a7a", "#8f9330"];
 const BETTER_OR_WORSE = [[0, "#2166ac"], [0.5, "#ececec"], [1, "#b2182b"]];
-const CONFIG = {responsive: true, displaylogo: false, doubleClick: "autosize",
-                modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+const CONFIG = {responsive: true, displayModeBar: false, doubleClick: "autosize"};
 const MAX_TICKS = 300;  // skipped steps that a chart marks; plotly draws each of them separately
 
 const places = new Map();  // key of a chart -> the element that plotly draws into
@@ -60,7 +59,7 @@ function smooth(values, weight) {
     if (value === null) return null;
     sum = weight * sum + (1 - weight) * value;
     total = weight * total + (1 - weight);
-    return sum / total;
+    return Number((sum / total).toPrecision(6));  // rounding errors would look like a curve where nothing changes
   });
 }
 

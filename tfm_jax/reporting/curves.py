@@ -37,10 +37,15 @@ LOSS = Panel(
 OTHERS = (
     Panel(
         "Gradient norm",
-        "How strongly the clips of a step pull on the adapters, before clipping, and how far the step moved them. "
-        "Single peaks are normal. A line that keeps rising means that training is becoming unstable: lower the "
-        "learning rate.",
-        {"grad_norm": "gradient norm", "update_norm": "norm of the update"},
+        "How strongly the clips of a step pull on the adapters, before clipping. Single peaks are normal. A line that "
+        "keeps rising means that training is becoming unstable: lower the learning rate.",
+        {"grad_norm": "gradient norm"},
+    ),
+    Panel(
+        "Update norm",
+        "How far a step moved the adapters. It follows the learning rate, because AdamW scales the gradient to about "
+        "the same size in every step.",
+        {"update_norm": "norm of the update"},
     ),
     Panel(
         "Learning rate",

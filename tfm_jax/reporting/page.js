@@ -20,7 +20,7 @@ function drawCurves() {
   byId("name").textContent = run.name;
   byId("state").textContent = run.state;
   byId("summary").textContent = run.summary.join(" · ");
-  byId("updated").textContent = `Last written to on ${run.updated}.` + (live ? " This page follows the run." : "");
+  byId("updated").textContent = `The last line of metrics.jsonl is from ${run.updated}.` + (live ? " This page follows the run." : "");
   byId("notes").replaceChildren(...run.notes.map(note => node("li", {textContent: note})));
   drawTraining();
   const validation = byId("validation-charts");

@@ -1,8 +1,8 @@
 """The page itself: one HTML file that contains its styles, its program, plotly.js and all data.
 
 The charts are drawn by plotly.js, which comes with the Python package plotly, so that pip installs it and nothing is
-fetched. It adds about 5 MB to each page. A smaller chart library would have to be copied into this repository or written
-here; with plotly, zooming, the values under the mouse and heat maps come tested, in a package that pip keeps up to date.
+fetched. It adds about 5 MB to each page. A smaller chart library would have to be copied into this repository or
+written here; with plotly, zooming, the values under the mouse and heat maps come tested.
 
 The data are JSON, in two blocks that change at different times. The program of the page puts every text from a run into
 the page as text, never as HTML. A content security policy forbids the page to load anything from elsewhere.
