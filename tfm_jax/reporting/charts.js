@@ -71,7 +71,7 @@ function drawPanel(parent, panel, steps, marks, view) {
     const name = plain(curve.name);
     const trace = {x: steps, mode, legendgroup: name, hovertemplate: "%{y:.4g}"};
     return [
-      {...trace, y: curve.values, name: `${name}, raw`, line: {...line, width: 1}, opacity: 0.3, showlegend: false},
+      {...trace, y: curve.values, name: `${name}, raw`, line: {...line, width: 1}, opacity: 0.4, showlegend: false},
       {...trace, y: smooth(curve.values, view.smoothing), name, line: {...line, width: 2}, showlegend: true},
     ];
   });
