@@ -9,6 +9,7 @@ loss by noise level, with the base model beside the LoRA; the samples of every s
 environment and events. The run may still be going on, and nothing but its config.yaml and metrics.jsonl has to exist.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -47,10 +48,9 @@ def _serve(run_folder: Path, port: int) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     with make_server(run_folder, port) as server:
         print(f"http://127.0.0.1:{server.server_port}/ shows the run until Ctrl-C", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # SIGTERM, too
             server.serve_forever()
-        finally:
-            _write(run_folder)
+    _write(run_folder)
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def build_curves(metrics: Sequence[Record]) -> dict[str, Any]:
     numbers = {name: series.column(metrics, name) for name in series.numeric_names(metrics) if name not in NO_CURVES}
     named = {name for panel in OTHERS for name in panel.names}
     terms = {name: name for name in numbers if name not in named}
-    panels = [LOSS._replace(names=LOSS.names | terms), *OTHERS]
+    panels = [LOSS._replace(names={**LOSS.names, **terms}), *OTHERS]
     return {
         "steps": series.group_ends([record["step"] for record in metrics], size),
         "per_point": size,
