@@ -30,7 +30,7 @@ def write_run(folder: Path) -> Path:
         {"time": "2030-01-01T10:00:00", "step": 0, "event": "started", "detail": EVIL},
         {"time": "2030-01-01T11:00:00", "step": RESUMED, "event": "resumed", "detail": ""},
     ])  # fmt: skip
-    (folder / "environment.json").write_text(json.dumps({"jax": "0.0", "devices": ["cpu"], "command": EVIL}))
+    (folder / "environment.json").write_text(json.dumps({"versions": {"jax": "0.0"}, "command": ["tfm-train", EVIL]}))
     for name in ("base", "step_000020", "step_000040"):
         for number in range(len(PROMPTS)):
             write_video(folder / "samples" / name / f"{number:03}.mp4")

@@ -15,8 +15,8 @@ from tfm_jax.reporting.records import METRICS, Record, Records
 RECENT = 50
 """The summary shows means over this many of the last steps."""
 
-ENDS = {"finished", "stopped"}
-"""Events after which a run does not go on by itself."""
+STATES = {"started": "unfinished", "resumed": "unfinished", "stopped": "stopped", "finished": "finished"}
+"""Event -> the state of the run after it. Other events, such as checkpoint, leave the state as it is."""
 
 MAX_SKIPPED = 100
 """The page lists at most this many skipped steps."""
@@ -47,7 +47,7 @@ def build_overview(folder: Path, records: Records) -> dict[str, Any]:
             section: [[name, shown(value)] for name, value in fields.items()]
             for section, fields in records.settings.items()
         },
-        "environment": [[name, _text(value)] for name, value in records.environment.items()],
+        "environment": _environment(records.environment),
     }
 
 
@@ -56,11 +56,11 @@ def _state(records: Records) -> str:
 
     A run that was killed leaves no event, so the files cannot tell it from one that is in progress.
     """
-    total, done = _total_steps(records.settings), _last_step(records)
-    last = str(records.events[-1].get("event")) if records.events else ""
-    if last == "finished" or (total is not None and done >= total):
+    total = _total_steps(records.settings)
+    if total is not None and _last_step(records) >= total:
         return "finished"
-    return "stopped" if last in ENDS else "unfinished"
+    states = [STATES[event["event"]] for event in records.events if event.get("event") in STATES]
+    return states[-1] if states else "unfinished"
 
 
 def _summary(records: Records, state: str) -> list[str]:
@@ -103,5 +103,10 @@ def _clips(record: Record) -> str:
     return ", ".join(map(str, clips)) if isinstance(clips, list) else ""
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _environment(environment: Record) -> list[list[str]]:
+    """Return the name and the text of every value, such as `versions.jax`."""
+    rows = []
+    for name, value in environment.items():
+        parts = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        rows += [[name, part if isinstance(part, str) else json.dumps(part)] for name, part in parts.items()]
+    return rows
