@@ -59,7 +59,8 @@ def _state(records: Records) -> str:
     total = _total_steps(records.settings)
     if total is not None and _last_step(records) >= total:
         return "finished"
-    states = [STATES[event["event"]] for event in records.events if event.get("event") in STATES]
+    events = [str(event.get("event")) for event in records.events]
+    states = [STATES[event] for event in events if event in STATES]
     return states[-1] if states else "unfinished"
 
 
