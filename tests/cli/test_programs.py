@@ -196,6 +196,7 @@ def test_images_are_clips_of_one_frame(call, world, tmp_path):
 PROGRAMS = {
     "train": "tfm-train", "sample": "tfm-sample", "convert_weights": "tfm-convert", "prepare_data": "tfm-prepare",
     "export_lora": "tfm-export", "lora": "tfm-lora", "plan": "tfm-plan", "evaluate": "tfm-evaluate",
+    "report": "tfm-report",
 }  # fmt: skip
 """Script -> console command."""
 

@@ -246,6 +246,10 @@ CHECKPOINTS = [
     ),
     row("export_lora", "an empty text for a run", "", "$tmp/new", words="expected"),
     row("export_lora", "a file for a run", "$world/config.yaml", "$tmp/new", words=("config.yaml", "expected")),
+    exactly("report", "no such run", "$tmp/none", words=("$tmp/none", "expected the folder of a training run")),
+    exactly("report", "clips for a run", "$world/clips", words=("$world/clips: contains no config.yaml",)),
+    exactly("report", "an empty text for a run", "", words="expected"),
+    exactly("report", "a port that is none", "$world/run", "--serve=70000", words="--serve=70000"),
     row(
         "export_lora", "a run without checkpoints", "$tmp/run", "$tmp/new", words="$tmp/run", broken=each(STEPS, remove)
     ),
