@@ -64,7 +64,7 @@ def test_prepared_data_and_run(world):
     assert records.manifest.model == str(world / "model")
     assert not (world / "latents.partial").exists()
     assert [line["step"] for line in read_metrics(world / "run" / "metrics.jsonl")] == [1, 2]
-    names = [".lock", "checkpoints", "config.yaml", "metrics.jsonl"]
+    names = [".lock", "checkpoints", "config.yaml", "environment.json", "events.jsonl", "metrics.jsonl"]
     assert sorted(path.name for path in (world / "run").iterdir()) == names
     again = load(TrainRun, world / "run" / "config.yaml", {"data.source": f"{world}/clips"})
     assert again == load(TrainRun, world / "config.yaml")
