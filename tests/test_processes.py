@@ -40,6 +40,7 @@ from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly
 from tfm_jax.sharding import one_device_mesh
 from tfm_jax.train import loop
 from tfm_jax.train.metrics import read_metrics
+from tfm_jax.train.run import TrainRun
 from tfm_jax.train.watching import Reports
 
 
@@ -182,7 +183,7 @@ def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypat
 
     monkeypatch.setattr(Reports, "add", watched)
     options = ["--config", str(folder / "config.yaml"), "--mesh.fsdp=1", "--train.batch_size=1"]
-    run = configured(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"])
+    run = configured(TrainRun, [*options, f"--train.output={tmp_path / 'run'}"])
     with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), processes.distributed():
         loop.train(run)
     (step,) = saved(tmp_path / "run")[0]

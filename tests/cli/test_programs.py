@@ -26,8 +26,8 @@ from tfm_jax.lora.files import read_lora
 from tfm_jax.lora.keys import DIALECTS
 from tfm_jax.moving_shapes.world import write_clips
 from tfm_jax.sampling.pipeline import SampleRun
-from tfm_jax.train.loop import TrainRun
 from tfm_jax.train.metrics import read_metrics
+from tfm_jax.train.run import TrainRun
 from tfm_jax.wan.tensors import open_safetensors
 from tfm_jax.wan.transformer import TransformerConfig
 

@@ -191,7 +191,7 @@ class FakeWandb(SimpleNamespace):
     """Records what is sent, and fails at step 4."""
 
     def __init__(self):
-        super().__init__(util=SimpleNamespace(generate_id=lambda: "abc"), Video=lambda file: Path(file).name)
+        super().__init__(Video=lambda file: Path(file).name)
         self.sent, self.options = [], []
 
     def init(self, **options):
@@ -220,7 +220,8 @@ def test_wandb_gets_metrics_and_samples_until_it_fails(tmp_path, monkeypatch, ca
                 reports.tell(event)
     sent = [(3, {"train/loss": 0.5}), (2, {"validation/lora/fm": 0.25}), (3, {"samples/000": "000.mp4"})]
     assert fake.sent == [*sent, *sent, "finish"]
-    assert fake.options == [("films", "abc", "allow")] * 2
+    identifier = (tmp_path / ".wandb_id").read_text()
+    assert fake.options == [("films", identifier, "allow")] * 2
     assert capsys.readouterr().err == "note: train.wandb=films: no network; training goes on without W&B\n"
 
 

@@ -92,8 +92,14 @@ class SampleVideos(Watcher):
 
     def _write(self, folder: Path, latents: dict[int, np.ndarray]) -> None:
         scratch = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+        scratch.mkdir(exist_ok=True)
+        try:
+            self._write_videos(scratch, latents)
+            scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _write_videos(self, folder: Path, latents: dict[int, np.ndarray]) -> None:
         vae = load_vae(self._run.model.path)
         for number in range(len(self._prompts)):
             _stop_if_requested()
@@ -102,8 +108,7 @@ class SampleVideos(Watcher):
             except InputError as error:  # such as latents that are not finite, which must not stop the training
                 log(f"note: {error}; no video is written")
                 continue
-            video.write_clip(scratch / f"{number:03}.mp4", video.to_uint8(pixels), self._run.clip.rate)
-        scratch.rename(folder)
+            video.write_clip(folder / f"{number:03}.mp4", video.to_uint8(pixels), self._run.clip.rate)
 
 
 class _Stopped(Exception):

@@ -4,6 +4,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from tfm_jax.flops import peak_flops
 
 
@@ -19,7 +21,7 @@ class Speed:
         self._clips_per_step = clips_per_step
         self._num_devices = len(devices)
         self._peak = peak_flops(devices[0].device_kind)
-        self._local_device = next(device for device in devices if device.process_index == device.client.process_index())
+        self._local_device = next(device for device in devices if device.process_index == jax.process_index())
         self._since = time.perf_counter()
 
     def restart(self) -> None:

@@ -120,7 +120,7 @@ def make_step(
         lora, kept, ema = jax.tree.map(lambda x, y: jnp.where(good, x, y), after, before)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         report |= {"learning_rate": last_learning_rate(optimizer_state), "update_norm": optax.tree.norm(updates)}
-        report |= {"loss_by_level": sums / counts, "bad_steps": bad_steps}
+        report |= {"loss_by_level": constrain(sums / counts, (None,)), "bad_steps": bad_steps}
         return TrainState(state.step + 1, bad_steps, lora, kept, ema), report
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None))

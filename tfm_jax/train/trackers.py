@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Wandb(Watcher):
         wandb = importlib.import_module("wandb")
         file = about.output / ".wandb_id"
         if not file.exists():
-            file.write_text(wandb.util.generate_id())
+            file.write_text(secrets.token_hex(8))
         self._run = wandb.init(
             project=self._project, name=about.output.name, id=file.read_text(), resume="allow", dir=str(about.output),
             config=dict(about.config),

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -176,8 +177,8 @@ class Reports:
     def _pass_on(
         self, step: int, report: Mapping[str, Any], clips: Sequence[int], flops: int, data_wait: float
     ) -> None:
-        # Converting the first value waits for the step.
-        values = {name: _plain(report[name]) for name in sorted(report, key=lambda name: name != "loss")}
+        arrays = jax.device_get(dict(report))  # waits for the step
+        values = {name: np.asarray(arrays[name], np.float64).tolist() for name in sorted(arrays, key=_loss_first)}
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         bad_steps = int(values.pop("bad_steps", not all(map(math.isfinite, numbers.values()))))
         if self._speed:
@@ -206,9 +207,8 @@ class Reports:
             self._closing.close()
 
 
-def _plain(value: Any) -> float | list[float]:
-    array = np.asarray(value, np.float64)
-    return array.tolist()
+def _loss_first(name: str) -> bool:
+    return name != "loss"
 
 
 def _reason(numbers: Mapping[str, float], clips: Sequence[str]) -> str:
