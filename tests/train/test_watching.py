@@ -154,11 +154,10 @@ def test_validation_needs_held_out_clips(options):
 
 
 def test_batches_of_validation_have_one_size_and_no_more_rows_than_needed():
-    shapes = [(1, 2, 2, 4), (1, 4, 4, 4)]
-    records: object = SimpleNamespace(index=[SimpleNamespace(latents=shapes[n % 3 == 2]) for n in range(9)])
-    assert _spread(list(range(9)), 4) == [0, 2, 4, 6]
-    assert _batches(records, list(range(9)), 4, 2) == [([0, 1, 3, 4], 4), ([6, 7, 7, 7], 2), ([2, 5, 8, 8], 3)]
-    assert _batches(records, [0, 2, 3], 8, 2) == [([0, 3], 2), ([2, 2], 1)]
+    shapes = {n: (1, 4, 4, 4) if n % 3 == 2 else (1, 2, 2, 4) for n in range(9)}
+    assert _spread(list(shapes), 4) == [0, 2, 4, 6]
+    assert _batches(shapes, 4, 2) == [([0, 1, 3, 4], 4), ([6, 7, 7, 7], 2), ([2, 5, 8, 8], 3)]
+    assert _batches({n: shapes[n] for n in (0, 2, 3)}, 8, 2) == [([0, 3], 2), ([2, 2], 1)]
 
 
 # --- Trackers --------------------------------------------------------------------------------------------------------

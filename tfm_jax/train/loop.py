@@ -331,15 +331,23 @@ def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
                 save()
             if done == setup.steps or signal or diverged:
                 break
-        reason = str(diverged or signal or "")
-        reports.tell(Event("stopped" if diverged or done < setup.steps else "finished", done, {"reason": reason}))
+        ending = _ending(run, setup, done, signal, diverged)
+        reports.tell(Event("stopped" if ending else "finished", done, {"reason": str(ending or "")}))
     processes.barrier("the last checkpoint is complete")
+    if ending:
+        raise ending
+
+
+def _ending(
+    run: TrainRun, setup: _Setup, done: int, signal: str | None, diverged: NonFiniteLoss | None
+) -> Exception | None:
+    """Return why the run ended before its last step or diverged; None if it is finished."""
     if diverged:
-        raise NonFiniteLoss(f"{diverged}; the adapters from before the bad steps are saved in {output}")
+        return NonFiniteLoss(f"{diverged}; the adapters from before the bad steps are saved in {run.train.output}")
     if done < setup.steps:
-        raise StoppedEarly(
-            f"stopped by {signal} after step {done} of {setup.steps}; to continue, run the same command with --resume"
-        )
+        stopped = f"stopped by {signal} after step {done} of {setup.steps}"
+        return StoppedEarly(f"{stopped}; to continue, run the same command with --resume")
+    return None
 
 
 def _timed(batches: Iterable[Any]) -> Iterator[tuple[float, Any]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -58,7 +58,9 @@ class Validation(Watcher):
             found = f"data.held_out={run.data.held_out} holds out no clip of {records.folder}"
             raise InputError(f"train.eval_every={self._every}: {found}; expected at least one, such as with 0.05")
         self._clips = _spread(held_out, run.train.eval_clips)
-        self._batches = _batches(records, self._clips, run.train.batch_size, num_shards("batch", mesh))
+        shapes = {clip: records.index[clip].latents for clip in self._clips}
+        self._batches = _batches(shapes, run.train.batch_size, num_shards("batch", mesh))
+        processes.print_once(f"validation: {len(self._clips)} of {len(held_out)} held-out clips")
         self._losses: Any = jax.jit(_losses(run.objective), out_shardings=replicated(mesh))
         self._lines: Any = None
 
@@ -141,15 +143,20 @@ def _spread(clips: list[int], count: int) -> list[int]:
     return [clips[n * len(clips) // count] for n in range(count)]
 
 
-def _batches(records: Records, clips: list[int], batch_size: int, shards: int) -> list[tuple[list[int], int]]:
-    """Divide the clips into batches of one size of latents, each filled up with copies of its last clip.
+def _batches(shapes: Mapping[int, tuple[int, ...]], batch_size: int, shards: int) -> list[tuple[list[int], int]]:
+    """Divide the clips into batches of one shape of latents, each filled up with copies of its last clip.
+
+    Args:
+        shapes: clip -> shape of its latents.
+        batch_size: largest number of rows.
+        shards: number of parts into which the mesh splits a batch; it divides `batch_size`.
 
     Returns:
         For each batch, its clips and the number of them that are no copies.
     """
     by_shape: dict[tuple[int, ...], list[int]] = {}
-    for clip in clips:
-        by_shape.setdefault(records.index[clip].latents, []).append(clip)
+    for clip, shape in shapes.items():
+        by_shape.setdefault(shape, []).append(clip)
     batches = []
     for group in by_shape.values():
         size = min(batch_size, -(-len(group) // shards) * shards)
