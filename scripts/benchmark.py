@@ -50,9 +50,9 @@ from tfm_jax.data.metadata import Clip
 from tfm_jax.data.prepare import PrepareRun, read_list
 from tfm_jax.data.records import open_records
 from tfm_jax.data.survey import survey
+from tfm_jax.flops import training_flops
 from tfm_jax.moving_shapes import world
 from tfm_jax.planning.chips import CHIPS
-from tfm_jax.planning.flops import training_flops
 from tfm_jax.sharding import one_device_mesh
 from tfm_jax.wan import load_text_encoder, load_tokenizer, load_vae
 from tfm_jax.wan.attention import attention

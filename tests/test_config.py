@@ -12,7 +12,7 @@ from tfm_jax.config import Config, dump, load, plain
 from tfm_jax.data.prepare import PrepareRun
 from tfm_jax.errors import InputError
 from tfm_jax.sampling.pipeline import SampleRun
-from tfm_jax.train.loop import TrainRun
+from tfm_jax.train.run import TrainRun
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RUNS = (TrainRun, PrepareRun, SampleRun)

@@ -36,7 +36,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.lora.files import read_lora
 from tfm_jax.prompts import read_prompts
 from tfm_jax.sampling.outputs import SampleRun
-from tfm_jax.train.loop import TrainRun
+from tfm_jax.train.run import TrainRun
 from tfm_jax.video_headers import MAX_SECONDS, read_header
 from tfm_jax.wan import load_tokenizer
 from tfm_jax.wan.components import COMPONENTS, VAE, abstract_parameters

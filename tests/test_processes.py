@@ -1,6 +1,7 @@
 """Distributed runs: tfm-train itself in two processes of four CPU devices each, which communicate over gloo."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ from helpers.launching import (
     write_run,
 )
 from helpers.paths import ROOT
+from helpers.training_runs import computed
 from safetensors.numpy import load_file
 
 from tfm_jax import interrupts, jax_distributed, processes
@@ -37,7 +39,9 @@ from tfm_jax.data.records import open_records
 from tfm_jax.errors import InputError, NonFiniteLoss, StoppedEarly
 from tfm_jax.sharding import one_device_mesh
 from tfm_jax.train import loop
-from tfm_jax.train.metrics import Metrics, read_metrics
+from tfm_jax.train.metrics import read_metrics
+from tfm_jax.train.run import TrainRun
+from tfm_jax.train.watching import Reports
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +85,11 @@ def test_two_processes_are_stopped_resumed_and_equal_one(folder, launch):
     (one,) = launch(1, training(folder, f"--train.output={folder / 'one'}", steps, "--mesh.data=2", "--mesh.fsdp=4"))
     _, err = one.communicate(timeout=PATIENCE)
     assert one.returncode == 0, err
-    ours, theirs = (read_metrics(folder / name / "metrics.jsonl") for name in ("two", "one"))
+    ours, theirs = (computed(folder / name) for name in ("two", "one"))
     assert len(ours) == len(theirs) == stopped + 2
     for a, b in zip(ours, theirs, strict=True):
+        levels = [[math.nan if x is None else x for x in line.pop("loss_by_level")] for line in (a, b)]
+        assert levels[0] == pytest.approx(levels[1], rel=1e-5, nan_ok=True)
         assert a == pytest.approx(b, rel=1e-5)
     (_, ours), (_, theirs) = saved(folder / "two"), saved(folder / "one")
     assert ours.keys() == theirs.keys()
@@ -166,7 +172,7 @@ def test_a_killed_process_ends_the_other_and_ctrl_c_stops_both(folder, launch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypatch, number):
-    add = Metrics.add
+    add = Reports.add
 
     def watched(self, step, *rest):
         if step == 2:
@@ -175,9 +181,9 @@ def test_a_signal_to_a_process_alone_saves_and_stops(folder, tmp_path, monkeypat
                 time.sleep(0.01)
         add(self, step, *rest)
 
-    monkeypatch.setattr(Metrics, "add", watched)
+    monkeypatch.setattr(Reports, "add", watched)
     options = ["--config", str(folder / "config.yaml"), "--mesh.fsdp=1", "--train.batch_size=1"]
-    run = configured(loop.TrainRun, [*options, f"--train.output={tmp_path / 'run'}"])
+    run = configured(TrainRun, [*options, f"--train.output={tmp_path / 'run'}"])
     with pytest.raises(StoppedEarly) as stopped, interrupts.handled(), processes.distributed():
         loop.train(run)
     (step,) = saved(tmp_path / "run")[0]

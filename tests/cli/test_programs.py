@@ -26,8 +26,8 @@ from tfm_jax.lora.files import read_lora
 from tfm_jax.lora.keys import DIALECTS
 from tfm_jax.moving_shapes.world import write_clips
 from tfm_jax.sampling.pipeline import SampleRun
-from tfm_jax.train.loop import TrainRun
 from tfm_jax.train.metrics import read_metrics
+from tfm_jax.train.run import TrainRun
 from tfm_jax.wan.tensors import open_safetensors
 from tfm_jax.wan.transformer import TransformerConfig
 
@@ -64,7 +64,7 @@ def test_prepared_data_and_run(world):
     assert records.manifest.model == str(world / "model")
     assert not (world / "latents.partial").exists()
     assert [line["step"] for line in read_metrics(world / "run" / "metrics.jsonl")] == [1, 2]
-    names = [".lock", "checkpoints", "config.yaml", "metrics.jsonl"]
+    names = [".lock", "checkpoints", "config.yaml", "environment.json", "events.jsonl", "metrics.jsonl"]
     assert sorted(path.name for path in (world / "run").iterdir()) == names
     again = load(TrainRun, world / "run" / "config.yaml", {"data.source": f"{world}/clips"})
     assert again == load(TrainRun, world / "config.yaml")

@@ -12,7 +12,10 @@ from helpers.wan_reference import SIZES
 from tfm_jax.arrays import DTYPES, Dtype
 from tfm_jax.checkpoint import Checkpoints
 from tfm_jax.data.format import Record
-from tfm_jax.train.loop import TrainRun, train
+from tfm_jax.train.loop import train
+from tfm_jax.train.metrics import read_metrics
+from tfm_jax.train.run import TrainRun
+from tfm_jax.train.watching import Watcher
 
 CONFIG = SIZES["many heads"]
 CLIP = {"frames": 9, "height": 32, "width": 48, "fps": 16.0}
@@ -50,10 +53,10 @@ def arguments(model: Path, latents: Path, folder: Path) -> list[str]:
     return ["--config", str(file)]
 
 
-def start(options: list[str], resume: bool = False) -> Path:
+def start(options: list[str], resume: bool = False, watchers: Sequence[Watcher] = ()) -> Path:
     """Train with these options in this process, and return the folder of the run."""
     config = configured(TrainRun, options)
-    train(config, resume)
+    train(config, resume, watchers)
     return config.train.output
 
 
@@ -61,6 +64,13 @@ def saved(output: Path, step: int) -> dict[str, np.ndarray]:
     """Return the arrays of a checkpoint."""
     restored = Checkpoints(output / "checkpoints").restore(step=step)
     return {name: np.asarray(array) for name, array in restored.arrays.items()}
+
+
+def computed(output: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl without the fields that differ from run to run."""
+    measured = ("seconds", "clips_per_second", "data_wait", "tflops", "mfu", "memory_bytes")
+    lines = read_metrics(output / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in measured} for line in lines]
 
 
 def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:

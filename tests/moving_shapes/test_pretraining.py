@@ -24,7 +24,8 @@ from tfm_jax.moving_shapes.pretraining.network import make_optimizer
 from tfm_jax.moving_shapes.pretraining.recipe import Recipe, pretrain
 from tfm_jax.moving_shapes.pretraining.scenes import VAE_LAWS, Purpose, draw_clips, draw_scene
 from tfm_jax.moving_shapes.world import make_scene
-from tfm_jax.train.metrics import Metrics, read_metrics
+from tfm_jax.train.metrics import read_metrics
+from tfm_jax.train.watching import Reports
 from tfm_jax.wan import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.tokenizer import encode_prompts
@@ -102,7 +103,7 @@ def test_the_autoencoder_learns(tmp_path):
 def test_an_interrupted_training_gives_the_same_weights(made, tmp_path, monkeypatch):
     """Both stages are stopped after every step, once by an error instead of a signal, and started again."""
     monkeypatch.setattr(fitting, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    add, fail_at = Metrics.add, {2}
+    add, fail_at = Reports.add, {2}
 
     def add_and_stop(self, step, report, clips):
         add(self, step, report, clips)
@@ -110,7 +111,7 @@ def test_an_interrupted_training_gives_the_same_weights(made, tmp_path, monkeypa
             fail_at.remove(step)
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Metrics, "add", add_and_stop)
+    monkeypatch.setattr(Reports, "add", add_and_stop)
     monkeypatch.setattr(interrupts, "requested", lambda: "SIGTERM")
     for _ in range(20):
         with contextlib.suppress(StoppedEarly, OSError):

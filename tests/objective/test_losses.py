@@ -28,7 +28,7 @@ def run(velocity, clean, seed=0, **config):
             return velocity(*arguments[:2])
 
         objective = ObjectiveConfig(**config)
-        total, terms = objective_loss(network, clean, text, draw(key, clean.shape, objective), objective)
+        total, terms, _ = objective_loss(network, clean, text, draw(key, clean.shape, objective), objective)
         ((latents, timestep, given_text),) = passed
         return total, terms, latents, timestep, given_text
 

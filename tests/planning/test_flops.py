@@ -11,8 +11,8 @@ from helpers.paths import ROOT, WAN_TINY
 from helpers.plans import fake_topology, run_14b
 
 from tfm_jax.config import LoraConfig, ModelConfig
+from tfm_jax.flops import sampling_flops, training_flops
 from tfm_jax.planning import hlo, programs
-from tfm_jax.planning.flops import sampling_flops, training_flops
 from tfm_jax.planning.plan import flops
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.sharding import make_mesh

@@ -237,10 +237,10 @@ def test_noise_is_a_function_of_seed_and_number(model, tmp_path, rounds):
 
 
 def test_rounds_do_not_depend_on_what_is_missing():
-    assert pipeline._rounds(5, 2, {0, 1, 2, 3, 4}) == [[0, 1], [2, 3], [4, 4]]
-    assert pipeline._rounds(5, 2, {3}) == [[2, 3]]
-    assert pipeline._rounds(5, 2, {1, 4}) == [[0, 1], [4, 4]]
-    assert pipeline._rounds(2, 4, {1}) == [[0, 1, 1, 1]]
+    assert pipeline.make_rounds(5, 2, {0, 1, 2, 3, 4}) == [[0, 1], [2, 3], [4, 4]]
+    assert pipeline.make_rounds(5, 2, {3}) == [[2, 3]]
+    assert pipeline.make_rounds(5, 2, {1, 4}) == [[0, 1], [4, 4]]
+    assert pipeline.make_rounds(2, 4, {1}) == [[0, 1, 1, 1]]
 
 
 ON_TWO_DEVICES = """

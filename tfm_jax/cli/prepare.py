@@ -18,7 +18,7 @@ describes what was written, and draws some of it into contact_sheet.png in data.
 from collections.abc import Sequence
 from pathlib import Path
 
-from tfm_jax import processes
+from tfm_jax import compile_cache, processes
 from tfm_jax.cli import command
 from tfm_jax.config import section
 from tfm_jax.data.dry_run import dry_run
@@ -42,6 +42,7 @@ class Options:
 
 def execute(argv: Sequence[str]) -> None:
     line = command.parse(Options, argv, "tfm-prepare", __doc__)
+    compile_cache.enable()
     with processes.distributed():  # invalid values are reported once for all processes
         options = line.options()
         if options.dry_run and options.inspect:

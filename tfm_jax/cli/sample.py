@@ -10,6 +10,7 @@ a second signal ends it at once. To make the missing videos, run the same comman
 from collections.abc import Sequence
 from pathlib import Path
 
+from tfm_jax import compile_cache
 from tfm_jax.cli import command
 from tfm_jax.config import section
 from tfm_jax.sampling.pipeline import SampleRun, sample
@@ -23,7 +24,9 @@ class Options:
 
 
 def execute(argv: Sequence[str]) -> None:
-    sample(command.parse(Options, argv, "tfm-sample", __doc__).options().run)
+    line = command.parse(Options, argv, "tfm-sample", __doc__)
+    compile_cache.enable()
+    sample(line.options().run)
 
 
 def main() -> None:

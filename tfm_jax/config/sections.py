@@ -259,7 +259,7 @@ class OptimizerConfig:
 @section
 class TrainConfig:
     output: NonEmptyPath
-    """Folder of the run, for config.yaml, metrics.jsonl and checkpoints/."""
+    """Folder of the run, for config.yaml, metrics.jsonl, checkpoints/, validation.jsonl and samples/."""
     steps: Positive | None = None
     """Number of optimizer steps. Give either this or train.epochs."""
     epochs: Positive | None = None
@@ -287,6 +287,19 @@ class TrainConfig:
     train.steps if that is smaller."""
     log_every: Positive = 1
     """Number of steps between the lines printed on the console; metrics.jsonl records every step."""
+    eval_every: Positive | None = None
+    """Number of steps between evaluations on the held-out clips (data.held_out); the last step is evaluated, too. null:
+    no evaluation."""
+    eval_clips: Positive = 32
+    """Largest number of held-out clips to evaluate. Each takes 20 passes through the transformer: ten noise levels for
+    two losses."""
+    sample_every: Positive | None = None
+    """Number of steps between samples from the prompts in sampling.prompts, with the other settings of sampling, at the
+    size of clip; the last step is sampled, too. null: no samples."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard to tensorboard/ in the folder of the run."""
+    wandb: str | None = None
+    """Project of Weights & Biases to which metrics and samples are sent. null: none."""
     remat: Remat = "full"
     """Selects which activations of each block are saved for the backward pass; the others are recomputed. "full": only
     the input of the block is saved. "attention": the outputs of attention, too. "attention_offload": the same, with
@@ -331,7 +344,7 @@ class MeshConfig:
 class SamplingConfig:
     prompts: NonEmptyPath = Path("prompts.txt")
     """Text file of prompts, one per line."""
-    output: NonEmptyPath
+    output: NonEmptyPath = Path("samples")
     """Folder for 000.mp4, 001.mp4, ... and contact_sheet.png. Existing videos are kept."""
     lora: NonEmptyPath | tuple[NonEmptyPath, ...] | None = None
     """LoRA file (safetensors, any dialect), or a list of files; their changes add up. A number after a file is its

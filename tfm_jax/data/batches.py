@@ -57,7 +57,7 @@ class Batches:
         """The rows of a batch that the devices of this process hold, in ascending order. Only these are read."""
         self._seed = seed
         self._caption_dropout = caption_dropout
-        self._sharding = batch_sharding(mesh)
+        self._mesh = mesh
         self._order = Order([records.index[clip].latents for clip in self.clips], batch_size, seed)
 
     @property
@@ -95,16 +95,35 @@ class Batches:
 
     def place(self, batch: Batch) -> Batch:
         """Make global JAX arrays, split over the devices of all processes, from the rows of this process."""
+        return _place(batch, self.batch_size, self.rows, self._mesh)
 
-        def place(values: np.ndarray) -> jax.Array:
-            def part(index: Any) -> np.ndarray:
-                wanted = range(*index[0].indices(self.batch_size))
-                start = self.rows.index(wanted.start)
-                return values[(slice(start, start + len(wanted)), *index[1:])]
 
-            return jax.make_array_from_callback((self.batch_size, *values.shape[1:]), self._sharding, part)
+def read_clips(records: Records, clips: Sequence[int], mesh: Mesh) -> Batch:
+    """Return a batch of the records with these indices, split over the devices of all processes.
 
-        return Batch(*(place(np.asarray(values)) for values in batch))
+    The number of clips must be a multiple of the number of parts of a batch, and their latents must have one shape.
+
+    Raises:
+        InputError: a record is damaged, or differs from the one that was prepared.
+    """
+    rows = _local_rows(len(clips), mesh)
+    read = [records[clips[row]] for row in rows]
+    batch = Batch(np.stack([record.latents for record in read]), pad_text([record.text for record in read]))
+    return _place(batch, len(clips), rows, mesh)
+
+
+def _place(batch: Batch, batch_size: int, rows: Sequence[int], mesh: Mesh) -> Batch:
+    """Make global JAX arrays of `batch_size` rows from the `rows` of this process."""
+
+    def place(values: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            wanted = range(*index[0].indices(batch_size))
+            start = rows.index(wanted.start)
+            return values[(slice(start, start + len(wanted)), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *values.shape[1:]), batch_sharding(mesh), part)
+
+    return Batch(*(place(np.asarray(values)) for values in batch))
 
 
 def _local_rows(batch_size: int, mesh: Mesh) -> list[int]:

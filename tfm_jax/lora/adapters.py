@@ -134,6 +134,12 @@ def split_lora(model: WanTransformer) -> LoraSplit:
     return LoraSplit(*nnx.split(model, nnx.LoRAParam, ...))
 
 
+def without_lora(model: WanTransformer) -> WanTransformer:
+    """Return the base model, as `model` with adapters of zeros, so that it runs the same programs."""
+    graph, lora, frozen = split_lora(model)
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), lora), frozen)
+
+
 def lora_from_checkpoint(arrays: Mapping[str, np.ndarray | Array], config: LoraConfig) -> Lora:
     """Convert trained adapters to a `Lora`, which has one pair of factors per linear layer, in torch's layout.
 

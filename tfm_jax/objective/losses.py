@@ -56,15 +56,16 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: ObjectiveConfig) -> Dra
 
 def objective_loss(
     velocity: Velocity, clean: Latents, text: Text, draws: Draws, config: ObjectiveConfig
-) -> tuple[Scalar, dict[str, Scalar]]:
+) -> tuple[Scalar, dict[str, Scalar], PerVideo]:
     """Return the loss of a batch, for the noise and the noise levels in `draws`.
 
     Each video has its own noise level, and its loss is scaled by the weight of that level. The loss of the batch is
     the mean over the videos.
 
     Returns:
-        The loss, and its terms averaged over the videos without any weights: direction and residual for tfm and
-        fm_direction, mse for the other objectives. All are float32.
+        The loss; its terms averaged over the videos without any weights: direction and residual for tfm and
+        fm_direction, mse for the other objectives; and the loss of each video, without the weight of its noise level.
+        All are float32.
     """
     noise, sigma, weight = draws
 
@@ -72,7 +73,7 @@ def objective_loss(
         return velocity(x_t, schedule.timestep(sigma), text)
 
     loss, terms = OBJECTIVES[config.kind](predict, clean.astype(jnp.float32), noise, sigma, config)
-    return jnp.mean(weight * loss), {name: jnp.mean(term) for name, term in terms.items()}
+    return jnp.mean(weight * loss), {name: jnp.mean(term) for name, term in terms.items()}, loss
 
 
 def temporal_flow_matching(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from jax.experimental import topologies
 
 from tfm_jax.errors import InputError
+from tfm_jax.flops import PEAKS
 
 GIB = 2**30
 
@@ -56,23 +57,22 @@ def _gpu(name: str, capability: str, cores: int, lanes: int, memory: int, bandwi
     return Chip(memory, peak, target=target)
 
 
-# TPUs: the memory is what libtpu 0.0.42 reports as available when a program exceeds it; the operations per second come
-# from cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x). GPUs: the target comes from OpenXLA's
-# xla/backends/gpu/target_config/specs, and the operations per second come from NVIDIA's data sheets.
+# TPUs: the memory is what libtpu 0.0.42 reports as available when a program exceeds it. GPUs: the target comes from
+# OpenXLA's xla/backends/gpu/target_config/specs.
 CHIPS = {
-    "v4": _tpu(30.75, 275e12),
-    "v5e": _tpu(15.75, 197e12),
-    "v5p": _tpu(95.74, 459e12),
-    "v6e": _tpu(31.25, 918e12),
-    "tpu7x": _tpu(94.75, 2307e12, per_chip=2),
+    "v4": _tpu(30.75, PEAKS["v4"]),
+    "v5e": _tpu(15.75, PEAKS["v5e"]),
+    "v5p": _tpu(95.74, PEAKS["v5p"]),
+    "v6e": _tpu(31.25, PEAKS["v6e"]),
+    "tpu7x": _tpu(94.75, PEAKS["tpu7x"], per_chip=2),
     "a100": _gpu("NVIDIA A100-SXM4-80GB", "8.0", 108, 64, 85_100_068_864, 2_039_040_000_000, 41_943_040, 1.41,
-                 167_936, 312e12),
+                 167_936, PEAKS["a100"]),
     "h100": _gpu("NVIDIA H100 80GB HBM3", "9.0", 132, 128, 84_942_979_072, 3_352_320_000_000, 52_428_800, 1.98,
-                 233_472, 989e12),
+                 233_472, PEAKS["h100"]),
     "h200": _gpu("NVIDIA H200 141GB HBM3e", "9.0", 132, 128, 151_397_597_184, 4_800_000_000_000, 52_428_800, 1.98,
-                 233_472, 989e12),
+                 233_472, PEAKS["h200"]),
     "b200": _gpu("NVIDIA B200", "10.0", 148, 128, 191_514_411_008, 7_672_320_000_000, 132_644_864, 1.965,
-                 233_472, 2250e12),
+                 233_472, PEAKS["b200"]),
 }  # fmt: skip
 
 _NUMBER = r"[1-9]\d{0,3}"

@@ -11,9 +11,9 @@ import jax
 from jax.sharding import Mesh
 
 from tfm_jax.errors import CompilerError
+from tfm_jax.flops import sampling_flops, training_flops
 from tfm_jax.planning import hlo, programs
 from tfm_jax.planning.chips import GIB, Topology
-from tfm_jax.planning.flops import sampling_flops, training_flops
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.sharding import make_mesh
 

@@ -25,7 +25,7 @@ from tfm_jax.objective import timestep
 from tfm_jax.prompts import read_prompts
 from tfm_jax.sampling.outputs import SampleRun, Samples, fingerprint_loras, fingerprint_weights
 from tfm_jax.sampling.solvers import euler, noise_levels
-from tfm_jax.sharding import batch_sharding, check_split, constrain, make_mesh, num_shards
+from tfm_jax.sharding import batch_sharding, check_split, constrain, make_mesh, num_shards, replicated
 from tfm_jax.wan import find_base, load_base, load_text_encoder, load_tokenizer, load_vae
 from tfm_jax.wan.checks import check_source
 from tfm_jax.wan.components import TEXT_ENCODER, VAE, abstract_parameters
@@ -103,7 +103,7 @@ def sample(run: SampleRun) -> None:
     settings = run.sampling
     mesh = make_mesh(run.mesh)
     check_split(run.model.heads, math.prod(token_grid(run.clip.latent_size)), mesh)
-    prompts = _read_prompts(settings.prompts)
+    prompts = read_sampling_prompts(settings.prompts)
     work = f"{len(prompts)} prompts, {settings.steps} steps each, {run.clip.rate:g} frames a second"
     model = f"{run.model.path} ({run.model.layers} blocks of width {run.model.dim}, {run.model.dtype})"
     console.log(f"{work}; {model}; devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
@@ -136,25 +136,14 @@ def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) ->
     with console.timed("loading the autoencoder"):
         vae = load_vae(run.model.path)
     with console.timed("encoding the prompts"):
-        text = _embed(run, [*prompts, run.sampling.negative_prompt])
+        text = embed(run, [*prompts, run.sampling.negative_prompt])
     with console.timed("loading the transformer"):
         transformer = _transformer(run, lora, mesh)
-    rounds = _rounds(len(prompts), num_shards("batch", mesh), missing)
-
-    def sample_round(numbers: list[int], steps: int, on_step: Callable[[], None]) -> np.ndarray:
-        """Sample the latents of the prompts with these numbers."""
-        shape = (*run.clip.latent_size, transformer.config.channels)
-        key = jax.random.key(run.sampling.seed)
-        noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in numbers])
-        rows = jax.device_put((noise, text[numbers], text[[-1] * len(numbers)]), batch_sharding(mesh))
-        settings = {"steps": steps, "shift": run.sampling.shift, "guidance": run.sampling.guidance}
-        with jax.set_mesh(mesh):  # not for the autoencoder, which runs on one device
-            return np.asarray(sample_latents(transformer, *rows, **settings, on_step=on_step))
-
+    rounds = make_rounds(len(prompts), num_shards("batch", mesh), missing)
     with interrupts.postponed("stopping after this step"):
         with console.timed("compiling, and testing one step and the autoencoder"):
-            latents = sample_round(rounds[0], 1, _stop_if_requested)
-            _decode(vae, latents[0], rounds[0][0], run)
+            first = sample_round(run, transformer, text, rounds[0], mesh, _stop_if_requested, steps=1)
+            decode(vae, first[0], rounds[0][0], run)
         samples.begin()
         with tqdm(total=len(rounds) * run.sampling.steps, desc="sampling", unit="step") as bar:
 
@@ -163,11 +152,42 @@ def _make(samples: Samples, missing: set[int], lora: Lora | None, mesh: Mesh) ->
                 _stop_if_requested()
 
             for numbers in rounds:
-                latents = sample_round(numbers, run.sampling.steps, on_step)
+                latents = sample_round(run, transformer, text, numbers, mesh, on_step)
                 _write(samples, missing, vae, dict(zip(sorted(set(numbers)), latents, strict=False)))
 
 
-def _rounds(num_prompts: int, size: int, missing: set[int]) -> list[list[int]]:
+def sample_round(
+    run: SampleRun, transformer: WanTransformer, text: np.ndarray, numbers: Sequence[int], mesh: Mesh,
+    on_step: Callable[[], None], steps: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Sample the latents of one round of prompts. In a run of several processes, all of them call this.
+
+    Args:
+        text: the embeddings of all prompts, then that of the negative prompt, from `embed`.
+        numbers: the numbers of the prompts: one for each shard of a batch, from `make_rounds`.
+        on_step: see `sample_latents`.
+        steps: instead of `run.sampling.steps`.
+    """
+    settings = run.sampling
+    shape = (*run.clip.latent_size, transformer.config.channels)
+    key = jax.random.key(settings.seed)
+    noise = np.stack([jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32) for n in numbers])
+
+    def split(rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), rows.__getitem__)
+
+    rows = (split(each) for each in (noise, text[list(numbers)], text[[-1] * len(numbers)]))
+    with jax.set_mesh(mesh):  # not for the autoencoder, which runs on one device
+        latents = sample_latents(
+            transformer, *rows, steps=steps or settings.steps, shift=settings.shift, guidance=settings.guidance,
+            on_step=on_step,
+        )  # fmt: skip
+        if not latents.is_fully_addressable:
+            latents = jax.jit(lambda x: x, out_shardings=replicated(mesh))(latents)
+    return np.asarray(latents)
+
+
+def make_rounds(num_prompts: int, size: int, missing: set[int]) -> list[list[int]]:
     """Return the numbers of the prompts in each round that has a missing video.
 
     A round has as many prompts as the batch has shards. The last round is filled up with copies of its last prompt, so
@@ -188,7 +208,7 @@ def _write(samples: Samples, missing: set[int], vae: WanVae, latents: dict[int, 
     first_error = None
     for number in sorted(missing & latents.keys()):
         try:
-            pixels = _decode(vae, latents[number], number, samples.run)
+            pixels = decode(vae, latents[number], number, samples.run)
         except InputError as error:
             first_error = first_error or error
         else:
@@ -197,7 +217,7 @@ def _write(samples: Samples, missing: set[int], vae: WanVae, latents: dict[int, 
         raise first_error
 
 
-def _decode(vae: WanVae, latents: np.ndarray, number: int, run: SampleRun) -> np.ndarray:
+def decode(vae: WanVae, latents: np.ndarray, number: int, run: SampleRun) -> np.ndarray:
     """Decode the latents of one video into pixels `[t, y, x, 3]` in -1..1.
 
     Raises:
@@ -246,14 +266,14 @@ def check_model(model: configs.ModelConfig) -> list[Path]:
     return paths
 
 
-def _read_prompts(file: Path) -> list[str]:
+def read_sampling_prompts(file: Path) -> list[str]:
     try:
         return read_prompts(file)
     except InputError as error:
         raise InputError(f"sampling.prompts={error}") from None
 
 
-def _embed(run: SampleRun, prompts: Sequence[str]) -> np.ndarray:
+def embed(run: SampleRun, prompts: Sequence[str]) -> np.ndarray:
     """Encode the prompts into an array `[n, 512, d]` in host memory.
 
     Raises:

@@ -1,11 +1,12 @@
 """A training run: prepare it from a configuration, restore the newest checkpoint, and train."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,37 +17,21 @@ from jax.sharding import Mesh
 from tfm_jax import config as configs
 from tfm_jax import files, interrupts, processes
 from tfm_jax.checkpoint import Arrays, Checkpoints, fingerprints, flatten, unflatten
-from tfm_jax.config import section
-from tfm_jax.config.reading import shown
 from tfm_jax.data.batches import Batch, Batches
 from tfm_jax.errors import CompilerError, InputError, NonFiniteLoss, StoppedEarly, Terminated
+from tfm_jax.flops import training_flops
 from tfm_jax.lora.adapters import attach_lora, check_lora, init_lora, load_adapters, split_lora
 from tfm_jax.lora.files import Lora, read_lora
 from tfm_jax.sharding import check_batch, make_mesh
 from tfm_jax.train.data import check_widths, describe_shape, open_batches
-from tfm_jax.train.metrics import Metrics
 from tfm_jax.train.optimizer import make_optimizer
+from tfm_jax.train.run import TrainRun, check_same_run, config_dict
+from tfm_jax.train.speed import Speed
 from tfm_jax.train.step import Step, TrainState, init_state, make_step, run_keys
+from tfm_jax.train.watchers import configured_watchers
+from tfm_jax.train.watching import About, Event, Reports, Watcher
 from tfm_jax.wan import load_base
-from tfm_jax.wan.transformer import WanTransformer
-
-MAY_CHANGE = {"train.output", "train.steps", "train.epochs", "train.batch_size", "train.accumulate",
-              "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.log_every",
-              "train.max_bad_steps", "train.remat", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
-              "model.path", "data.path", "lora.init"}  # fmt: skip
-"""Fields that may differ when a run is resumed, because they do not change what a step computes, beyond rounding.
-Base weights, data and the LoRA to start from may move, but their fingerprints must stay the same. The number of clips
-per step must stay the same; so must LENGTH, if the learning rate depends on it."""
-
-LENGTH = {"train.steps", "train.epochs"}
-
-
-@section
-class TrainRun(configs.TrainingSections):
-    """The sections of the configuration that training reads."""
-
-    data: configs.DataConfig
-    mesh: configs.MeshConfig = dataclasses.field(default_factory=configs.MeshConfig)
+from tfm_jax.wan.transformer import WanTransformer, token_grid
 
 
 class _Setup(NamedTuple):
@@ -56,21 +41,32 @@ class _Setup(NamedTuple):
     steps: int
     """Number of optimizer steps of the whole run."""
     batches: Batches
+    watchers: Sequence[Watcher]
+    graph: nnx.GraphDef
     frozen: nnx.State
     initial_state: TrainState
     state_sharding: TrainState
     step: Step
+    flops_of: Callable[[tuple[int, ...]], int]
+    """Shape of the latents of a clip -> number of operations of a step, without those that are repeated."""
     metadata: dict[str, Any]
     """The configuration, and the fingerprints of the base weights and the data. It is saved with every checkpoint and
     compared when a run is resumed."""
 
+    def model(self, state: TrainState) -> WanTransformer:
+        """Return the model with its present adapters. It shares the arrays of the run."""
+        return nnx.merge(self.graph, state.lora, self.frozen)
 
-def train(run: TrainRun, resume: bool = False) -> None:
-    """Train a LoRA, and write config.yaml, metrics.jsonl and checkpoints/ to `run.train.output`.
+
+def train(run: TrainRun, resume: bool = False, watchers: Sequence[Watcher] = ()) -> None:
+    """Train a LoRA, and write config.yaml, metrics.jsonl, checkpoints/ and more to `run.train.output`.
 
     With `resume`, training continues from the newest undamaged checkpoint, exactly as if it had not been interrupted,
     or starts from step 0 if there is no checkpoint. In a run of several processes (`tfm_jax.processes`), every process
     calls this with the same arguments, on a shared filesystem.
+
+    Args:
+        watchers: see `tfm_jax.train.watching`; in addition to those that the configuration asks for.
 
     Raises:
         InputError: an input is missing or damaged, inputs do not fit together, results would be overwritten, or
@@ -86,7 +82,7 @@ def train(run: TrainRun, resume: bool = False) -> None:
     processes.print_once(f"training a LoRA in {output}: {length}, batches of {settings.batch_size}{times}")
     with contextlib.ExitStack() as stack:
         with _stop_on_signal():
-            setup = stack.enter_context(_prepared_in_folder(run, resume))
+            setup = stack.enter_context(_prepared_in_folder(run, resume, watchers))
             first, state = _restore(run, setup)
             if first >= setup.steps:
                 asked = (
@@ -114,7 +110,7 @@ def _stop_on_signal() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _prepared_in_folder(run: TrainRun, resume: bool) -> Iterator[_Setup]:
+def _prepared_in_folder(run: TrainRun, resume: bool, watchers: Sequence[Watcher]) -> Iterator[_Setup]:
     """Prepare a run, and keep its folder locked until the block ends.
 
     An existing folder is locked before anything else. A new folder is created only after all inputs have been checked,
@@ -125,7 +121,7 @@ def _prepared_in_folder(run: TrainRun, resume: bool) -> Iterator[_Setup]:
         is_new = not output.exists()
         if not is_new:
             lock.enter_context(_locked(output, resume))
-        setup = _prepare(run)
+        setup = _prepare(run, watchers)
         if is_new:
             lock.enter_context(_locked(output, resume))
         processes.barrier("every process has checked its input")
@@ -152,7 +148,7 @@ def _locked(output: Path, resume: bool) -> Iterator[None]:
         yield
 
 
-def _prepare(run: TrainRun) -> _Setup:
+def _prepare(run: TrainRun, watchers: Sequence[Watcher]) -> _Setup:
     """Check the inputs, load the data and the model, and build the training step."""
     settings = run.train
     mesh = make_mesh(run.mesh)
@@ -168,6 +164,7 @@ def _prepare(run: TrainRun) -> _Setup:
         processes.print_once(f"train.epochs={settings.epochs}: {steps} steps, for {size}")
 
     first_lora = _read_first_lora(run.lora)
+    watchers = [*configured_watchers(run, batches.records, mesh), *watchers]
     model = load_base(run.model, mesh)
     check_widths(batches.records, run.model, model.config)
     _start_adapters(model, first_lora, run, mesh)
@@ -180,9 +177,15 @@ def _prepare(run: TrainRun) -> _Setup:
         graphdef, optimizer, run.objective, settings.seed, state_sharding, settings.remat, settings.accumulate,
         settings.ema_decay,
     )  # fmt: skip
-    metadata = {"config": _config_dict(run), "base": _fingerprint(frozen), "data": batches.records.fingerprint}
+
+    @cache
+    def flops_of(shape: tuple[int, ...]) -> int:
+        tokens = math.prod(token_grid(shape))
+        return training_flops(model.config, run.lora, settings.remat, settings.clips_per_step, tokens).model
+
+    metadata = {"config": config_dict(run), "base": _fingerprint(frozen), "data": batches.records.fingerprint}
     metadata["init"] = run.lora.init and files.fingerprint(run.lora.init)
-    return _Setup(mesh, steps, batches, frozen, state, state_sharding, step, metadata)
+    return _Setup(mesh, steps, batches, watchers, graphdef, frozen, state, state_sharding, step, flops_of, metadata)
 
 
 def _read_first_lora(config: configs.LoraConfig) -> Lora | None:
@@ -210,13 +213,6 @@ def _start_adapters(model: WanTransformer, first_lora: Lora | None, run: TrainRu
         raise InputError(f"lora.init={run.lora.init}: {error}") from None
 
 
-def _config_dict(run: TrainRun) -> dict[str, dict[str, Any]]:
-    """Return the configuration that is saved: nested dictionaries, without the fields that only tfm-prepare uses."""
-    values = configs.plain(run)
-    values["data"] = {name: values["data"][name] for name in ("path", "held_out", "caption_dropout")}
-    return values
-
-
 def _count_parameters(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
@@ -229,7 +225,7 @@ def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
     output = run.train.output
 
     def make_target(metadata: dict[str, Any]) -> Arrays:
-        _check_same_run(metadata, setup.metadata, run)
+        check_same_run(metadata, setup.metadata, run)
         sharding = flatten(setup.state_sharding)
         return {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding[name])
@@ -254,32 +250,6 @@ def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
         reason = f"its last steps were skipped (bad steps in a row: {bad_steps})"
         raise NonFiniteLoss(f"train.output={output}: the run is complete, but {reason}")
     return restored.step, state
-
-
-def _check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) -> None:
-    """Raise InputError unless a checkpoint with metadata `saved` belongs to the run with metadata `now`."""
-    output = run.train.output
-    started = f"the run in {output} was started with"
-    config = configs.from_plain(TrainRun, saved["config"], str(output / "checkpoints"))
-    before, after = _fields(_config_dict(config)), _fields(now["config"])
-    may_change = MAY_CHANGE if config.optimizer.schedule == "constant" else MAY_CHANGE - LENGTH
-    for name, value in after.items():
-        if name not in may_change and before[name] != value:
-            raise InputError(f"{name}={shown(value)}: {started} {shown(before[name])}; expected the same value")
-    if saved["data"] != now["data"]:
-        raise InputError(f"data.path={run.data.path}: these are not the clips that {started}")
-    if saved["base"] != now["base"]:
-        raise InputError(f"model.path={run.model.path}: these are not the base weights that {started}")
-    if saved.get("init") != now.get("init"):
-        raise InputError(f"lora.init={shown(run.lora.init)}: this is not the LoRA file that {started}")
-    if config.train.clips_per_step != run.train.clips_per_step:
-        given = f"train.batch_size={run.train.batch_size}, train.accumulate={run.train.accumulate}"
-        raise InputError(f"{given}: {started} {config.train.clips_per_step} clips per step; expected the same product")
-
-
-def _fields(sections: dict[str, Any]) -> dict[str, Any]:
-    """Map the full name of every field, such as `lora.rank`, to its value."""
-    return {f"{name}.{field}": value for name, part in sections.items() for field, value in part.items()}
 
 
 # --- Loop ------------------------------------------------------------------------------------------------------------
@@ -326,48 +296,78 @@ def _loop(run: TrainRun, setup: _Setup, state: TrainState, first: int) -> None:
     with (
         interrupts.postponed("saving a checkpoint after this step"),
         Checkpoints(output / "checkpoints", settings.keep_checkpoints, settings.keep_every) as checkpoints,
-        jax.set_mesh(setup.mesh),
-        _open_metrics(run, setup, first) as metrics,
+        _open_reports(run, setup, first) as reports,
     ):
-        for number, batch, clips in setup.batches.iterate(first):
-            state, report = setup.step(state, setup.frozen, setup.batches.place(batch))
-            done = number + 1
-            signal = processes.stop_requested(done)
-            stop = done == setup.steps or signal is not None
-            save = stop or done % settings.checkpoint_every == 0
+
+        def report(pass_on: Callable[[], None]) -> None:
+            nonlocal diverged
             try:
-                metrics.add(done, report, clips)
-                if save:
-                    metrics.flush()
+                pass_on()
             except NonFiniteLoss as error:
-                diverged = error
-                # Metrics lag one step, so write those of the step that has already been computed.
-                with contextlib.suppress(NonFiniteLoss):
-                    metrics.flush()
-            if save or diverged:
-                checkpoints.save(done, flatten(state), setup.metadata)
-            if stop or diverged:
+                diverged = diverged or error
+
+        def save() -> None:
+            checkpoints.save(done, flatten(state), setup.metadata)
+            reports.tell(Event("checkpoint", done))
+            reports.restart_clock()
+
+        reports.tell(Event("resumed" if first else "started", first))
+        reports.look(first, partial(setup.model, state))
+        for data_wait, (number, batch, clips) in _timed(setup.batches.iterate(first)):
+            with jax.set_mesh(setup.mesh):
+                state, values = setup.step(state, setup.frozen, setup.batches.place(batch))
+            done, flops = number + 1, setup.flops_of(batch.latents.shape[1:])
+            due = done == setup.steps or done % settings.checkpoint_every == 0
+            report(partial(reports.add, done, values, clips, flops, data_wait))
+            if due or diverged or reports.wants_look(done):
+                report(reports.flush)  # reports lag one step, and what follows needs that of this one
+            if due or diverged:
+                save()
+            if not diverged:
+                reports.look(done, partial(setup.model, state))
+            signal = processes.stop_requested(done)
+            if signal and not (due or diverged):
+                report(reports.flush)
+                save()
+            if done == setup.steps or signal or diverged:
                 break
+        ending = _ending(run, setup, done, signal, diverged)
+        reports.tell(Event("stopped" if ending else "finished", done, {"reason": str(ending or "")}))
     processes.barrier("the last checkpoint is complete")
+    if ending:
+        raise ending
+
+
+def _ending(
+    run: TrainRun, setup: _Setup, done: int, signal: str | None, diverged: NonFiniteLoss | None
+) -> Exception | None:
+    """Return why the run ended before its last step or diverged; None if it is finished."""
     if diverged:
-        raise NonFiniteLoss(f"{diverged}; the adapters from before the bad steps are saved in {output}")
+        return NonFiniteLoss(f"{diverged}; the adapters from before the bad steps are saved in {run.train.output}")
     if done < setup.steps:
-        raise StoppedEarly(
-            f"stopped by {signal} after step {done} of {setup.steps}; to continue, run the same command with --resume"
-        )
+        stopped = f"stopped by {signal} after step {done} of {setup.steps}"
+        return StoppedEarly(f"{stopped}; to continue, run the same command with --resume")
+    return None
 
 
-def _open_metrics(run: TrainRun, setup: _Setup, first: int) -> Metrics:
-    """Open metrics.jsonl and write config.yaml, both in the first process only."""
-    settings, output = run.train, run.train.output
-    file = None
+def _timed(batches: Iterable[Any]) -> Iterator[tuple[float, Any]]:
+    """Yield each item with the seconds that it took to get it."""
+    start = time.perf_counter()
+    for batch in batches:
+        yield time.perf_counter() - start, batch
+        start = time.perf_counter()
+
+
+def _open_reports(run: TrainRun, setup: _Setup, first: int) -> Reports:
+    """Write config.yaml, in the first process only, and prepare the reports to the watchers."""
+    settings, config = run.train, config_dict(run)
     if processes.is_first():
-        file = output / "metrics.jsonl"
-        configs.dump(_config_dict(run), output / "config.yaml")
-    return Metrics(
-        file, first, setup.steps, settings.clips_per_step, settings.log_every, _max_bad_steps(run, setup),
-        lambda clip: setup.batches.records[clip].video,
-    )  # fmt: skip
+        configs.dump(config, settings.output / "config.yaml")
+    about = About(settings.output, first, setup.steps, settings.clips_per_step, config, setup.mesh)
+    speed = Speed(settings.clips_per_step, list(setup.mesh.devices.flat))
+    return Reports(
+        setup.watchers, about, _max_bad_steps(run, setup), lambda clip: setup.batches.records[clip].video, speed
+    )
 
 
 def _max_bad_steps(run: TrainRun, setup: _Setup) -> int:

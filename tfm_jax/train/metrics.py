@@ -1,131 +1,184 @@
-"""The metrics of a run: metrics.jsonl records every step, and the console shows some of the steps."""
+"""The files of a run that record what happened, and its lines on the console."""
 
 import contextlib
 import json
 import math
+import os
+import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tfm_jax.errors import NonFiniteLoss
+import jax
+
+from tfm_jax.console import log
 from tfm_jax.files import replacing
+from tfm_jax.train.watching import About, Event, Watcher
 
-MAX_CLIPS_SHOWN = 8
-"""The console names at most this many clips of a bad step; metrics.jsonl names all of them."""
+PACKAGES = ("tfm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
+"""The packages whose versions environment.json records, if they are installed."""
 
 
-class Metrics:
-    """Writes the report of each step, one step late, so that the devices never wait for the host.
-
-    A line on the console shows the loss and its terms, the gradient norm, the learning rate, the clips per second and
-    the remaining time. The last two are measured since the previous line, or since the end of the first step; a line
-    for the first step itself omits them.
-
-    `bad_steps` in the report of a step is the number of bad steps in a row up to that step, so the step is bad if the
-    number is above 0. If a report has no `bad_steps`, the step is bad if one of its values is not finite.
+class JsonLines:
+    """A file with one JSON object per line, to which lines are appended. Numbers that are not finite become null.
 
     Args:
-        file: metrics.jsonl; if None, nothing is written or printed, but bad steps are still detected.
-        first_step: number of steps already done; an existing file loses its lines about later steps.
-        max_bad_steps: number of bad steps in a row that ends the run.
-        clip_name: maps the index of a clip to its name.
+        last_step: an existing file loses its lines about later steps, which an interrupted run wrote after its last
+            checkpoint; None keeps all lines.
     """
 
-    def __init__(
-        self, file: Path | None, first_step: int, last_step: int, batch_size: int, log_every: int,
-        max_bad_steps: int = 1, clip_name: Callable[[int], str] = str,
-    ):  # fmt: skip
+    def __init__(self, file: Path, last_step: int | None = None):
         self._file = file
-        self._last_step = last_step
-        self._batch_size = batch_size
-        self._log_every = log_every
-        self._max_bad_steps = max_bad_steps
-        self._clip_name = clip_name
-        self._pending: tuple[int, dict[str, Any], Sequence[int]] | None = None
-        self._since: tuple[int, float] | None = None
-        self._stream = None
-        if file is not None:
-            _remove_steps_after(file, first_step)
-            self._stream = open(file, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
+        if last_step is not None and file.exists():
+            kept = lines_up_to(file, last_step)
+            with replacing(file) as scratch:
+                scratch.write_text("".join(kept), encoding="utf-8")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = open(file, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
 
-    def add(self, step: int, report: dict[str, Any], clips: Sequence[int]) -> None:
-        """Accept the report of a step, which the devices may still be computing, and write that of the previous step.
-
-        Raises:
-            NonFiniteLoss: the last `max_bad_steps` steps up to the previous one were bad. `flush` can still write the
-                new report.
-        """
-        before, self._pending = self._pending, (step, report, clips)
-        if before:
-            self._write(*before)
-
-    def flush(self) -> None:
-        """Write the last report that `add` accepted.
-
-        Raises:
-            NonFiniteLoss: the last `max_bad_steps` steps were bad.
-        """
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._write(*pending)
-
-    def _write(self, step: int, report: dict[str, Any], clips: Sequence[int]) -> None:
-        values = {name: float(report[name]) for name in sorted(report, key=lambda name: name != "loss")}
-        bad_steps = int(values.pop("bad_steps", not all(map(math.isfinite, values.values()))))
-        if bad_steps:
-            self._write_bad(step, values, [self._clip_name(clip) for clip in clips], bad_steps)
-        else:
-            self._append({"step": step, **values})
-            if self._stream and (step % self._log_every == 0 or step == self._last_step):
-                self._print(step, values)
-        self._since = self._since or (step, time.monotonic())
-
-    def _write_bad(self, step: int, values: dict[str, float], clips: list[str], bad_steps: int) -> None:
-        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._append({"step": step, **numbers, "skipped": True, "clips": clips})
-        reasons = [f"the {name} is {values[name]}" for name, number in numbers.items() if number is None]
-        reason = " and ".join(reasons) or "the update is not finite"
-        shown = ", ".join(clips[:MAX_CLIPS_SHOWN])
-        more = f" and {len(clips) - MAX_CLIPS_SHOWN} more" if len(clips) > MAX_CLIPS_SHOWN else ""
-        message = f"{reason}; clips of this step: {shown}{more}"
-        if bad_steps >= self._max_bad_steps:
-            raise NonFiniteLoss(f"step {step}: {message} (bad steps in a row: {bad_steps})")
-        if self._stream:
-            print(f"step {step}/{self._last_step}  skipped: {message}", file=sys.stderr, flush=True)
-
-    def _append(self, line: dict[str, Any]) -> None:
-        if self._stream is None:
-            return
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Write a line, so that others see it at once."""
         try:
-            self._stream.write(json.dumps(line, allow_nan=False) + "\n")
+            self._stream.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             self._stream.flush()
         except OSError as error:
             error.filename = str(self._file)
             raise
 
-    def _print(self, step: int, values: dict[str, float]) -> None:
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        line = f"step {step}/{self._last_step}  {numbers}"
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile(Watcher):
+    """Records every step in metrics.jsonl. Bad steps also have `skipped` and the names of their `clips`.
+
+    Args:
+        file: another file than metrics.jsonl in the folder of the run.
+    """
+
+    def __init__(self, file: Path | None = None):
+        self._file = file
+        self._lines: Any = None
+
+    def open(self, about: About) -> None:
+        self._lines = JsonLines(self._file or about.output / "metrics.jsonl", about.first)
+
+    def on_event(self, event: Event) -> None:
+        if event.kind == "step":
+            self._lines.append({"step": event.step, **event.values})
+        elif event.kind == "skipped":
+            values = {name: value for name, value in event.values.items() if name not in ("clips", "reason")}
+            self._lines.append({"step": event.step, **values, "skipped": True, "clips": event.values["clips"]})
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class Console(Watcher):
+    """Prints some of the steps, and every evaluation.
+
+    The line of a step shows the loss and its terms, the gradient norm, the learning rate, the clips per second, the
+    model FLOP/s utilisation where it is known, and the remaining time. Speed and time are measured since the previous
+    line, or since the end of the first step; a line for the first step itself omits them.
+
+    Args:
+        log_every: number of steps between the lines.
+    """
+
+    HIDDEN = ("update_norm", "loss_by_level", "seconds", "clips_per_second", "data_wait", "tflops", "mfu",
+              "memory_bytes")  # fmt: skip
+    """Values of a step that are only in metrics.jsonl."""
+
+    def __init__(self, log_every: int):
+        self._log_every = log_every
+        self._since: tuple[int, float] | None = None
+
+    def open(self, about: About) -> None:
+        self._about = about
+
+    def on_event(self, event: Event) -> None:
+        if event.kind == "step":
+            if event.step % self._log_every == 0 or event.step == self._about.last:
+                log(self._describe(event))
+        elif event.kind == "skipped":
+            log(f"step {event.step}/{self._about.last}  skipped: {event.values['reason']}")
+        elif event.kind == "validation":
+            losses = "  ".join(f"{name} {loss:.4g}" for name, loss in event.values["loss"].items())
+            what = "the base" if event.values["model"] == "base" else f"step {event.step}"
+            log(f"validation of {what}  {losses}  ({event.values['clips']} clips)")
+        elif event.kind == "samples":
+            log(f"samples of step {event.step}: {event.values['folder']}")
+        if event.kind in ("step", "skipped"):
+            self._since = self._since or (event.step, time.monotonic())
+
+    def _describe(self, event: Event) -> str:
+        step, last = event.step, self._about.last
+        numbers = {name: value for name, value in event.values.items() if name not in self.HIDDEN}
+        line = f"step {step}/{last}  " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._since:
             now = time.monotonic()
             steps, seconds = step - self._since[0], now - self._since[1]
             self._since = (step, now)
-            remaining = timedelta(seconds=round((self._last_step - step) * seconds / steps))
-            line += f"  {steps * self._batch_size / seconds:.3g} clips/s  ETA {remaining}"
-        print(line, file=sys.stderr, flush=True)
+            remaining = timedelta(seconds=round((last - step) * seconds / steps))
+            line += f"  {steps * self._about.clips_per_step / seconds:.3g} clips/s"
+            if "mfu" in event.values:
+                line += f"  MFU {event.values['mfu']:.1%}"
+            line += f"  ETA {remaining}"
+        return line
 
-    def __enter__(self) -> "Metrics":
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._stream:
-            # A line that could not be written is still in the buffer, and closing the file tries to write it again.
-            # A second failure must not replace the first exception.
-            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
-                self._stream.close()
+class EventLog(Watcher):
+    """Records in events.jsonl when a run started, stopped and saved checkpoints, and in environment.json where."""
+
+    KINDS = ("started", "resumed", "checkpoint", "skipped", "stopped", "finished")
+
+    def __init__(self) -> None:
+        self._lines: Any = None
+
+    def open(self, about: About) -> None:
+        self._lines = JsonLines(about.output / "events.jsonl")
+        with replacing(about.output / "environment.json") as scratch:
+            scratch.write_text(json.dumps(_environment(about), indent=1) + "\n", encoding="utf-8")
+
+    def on_event(self, event: Event) -> None:
+        if event.kind in self.KINDS:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            detail = event.values.get("reason", "")
+            self._lines.append({"time": now, "step": event.step, "event": event.kind, "detail": detail})
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def _environment(about: About) -> dict[str, Any]:
+    devices = jax.devices()
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "command": sys.argv,
+        "versions": versions,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "processes": jax.process_count(),
+        "devices": {"count": len(devices), "kind": devices[0].device_kind, "platform": devices[0].platform},
+        "mesh": dict(about.mesh.shape) if about.mesh else {},
+    }
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -134,12 +187,12 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
-def _remove_steps_after(file: Path, last: int) -> None:
-    """Remove the lines of steps after `last`, which an interrupted run wrote after its last checkpoint."""
-    if file.exists():
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        with replacing(file) as scratch:
-            scratch.write_text("".join(line for line in lines if _step_of(line) <= last), encoding="utf-8")
+def lines_up_to(file: Path, last_step: int) -> list[str]:
+    """Return the complete lines about steps up to `last_step`; none if there is no file."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [line for line in lines if _step_of(line) <= last_step]
 
 
 def _step_of(line: str) -> float:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from tfm_jax.arrays import Scalar
+from tfm_jax.arrays import PerVideo, Scalar
 from tfm_jax.config import ObjectiveConfig, Remat
 from tfm_jax.data.batches import Batch
 from tfm_jax.objective import Draws, draw, objective_loss
@@ -33,7 +33,10 @@ class TrainState(NamedTuple):
     """Exponential moving average of the adapters, if the run keeps one."""
 
 
-Report = dict[str, Shaped[Array, ""]]
+LEVEL_BINS = 10
+"""Number of equal bins of the noise level, from 0 to 1, over which the loss is reported."""
+
+Report = dict[str, Shaped[Array, "..."]]
 Step = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Report]]
 
 
@@ -84,7 +87,8 @@ def make_step(
 
     If the loss, one of its terms, the gradient norm, an updated adapter or the updated optimizer state is not finite,
     the adapters, their average and the optimizer state stay unchanged. The report contains loss, its terms, grad_norm,
-    learning_rate and the new state's bad_steps.
+    learning_rate, update_norm (of the update before it may be skipped), loss_by_level and the new state's bad_steps.
+    loss_by_level is the mean loss of the videos in each of the `LEVEL_BINS`, without weights, and NaN for empty bins.
 
     Args:
         graphdef: graph definition of the transformer with its adapters.
@@ -96,16 +100,17 @@ def make_step(
     key = run_keys(seed).steps
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Report]:
-        def loss_of(lora: nnx.State, part: tuple[Batch, Draws]) -> tuple[Scalar, dict[str, Scalar]]:
+        def loss_of(lora: nnx.State, part: tuple[Batch, Draws]) -> tuple[Scalar, tuple[dict[str, Scalar], Array]]:
             velocity = nnx.merge(graphdef, lora, frozen)
             velocity.remat = remat
             (latents, text), draws = part
             clean, text = jnp.asarray(latents, jnp.float32), jnp.asarray(text, jnp.float32)
-            return objective_loss(velocity, clean, text, draws, objective)
+            loss, terms, losses = objective_loss(velocity, clean, text, draws, objective)
+            return loss, (terms, _sums_by_level(losses, draws.sigma))
 
         draws = draw(jax.random.fold_in(key, state.step), batch.latents.shape, objective)
         gradient_of = _accumulated(jax.value_and_grad(loss_of, has_aux=True), accumulate, state_sharding.lora)
-        (loss, terms), gradient = gradient_of(state.lora, (batch, draws))
+        (loss, (terms, (sums, counts))), gradient = gradient_of(state.lora, (batch, draws))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.lora)
         report: Report = {"loss": loss, **terms, "grad_norm": optax.tree.norm(gradient)}
         lora: Any = optax.apply_updates(state.lora, updates)
@@ -114,7 +119,8 @@ def make_step(
         good = _all_finite((report, after))
         lora, kept, ema = jax.tree.map(lambda x, y: jnp.where(good, x, y), after, before)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
-        report |= {"learning_rate": last_learning_rate(optimizer_state), "bad_steps": bad_steps}
+        report |= {"learning_rate": last_learning_rate(optimizer_state), "update_norm": optax.tree.norm(updates)}
+        report |= {"loss_by_level": constrain(sums / counts, (None,)), "bad_steps": bad_steps}
         return TrainState(state.step + 1, bad_steps, lora, kept, ema), report
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None))
@@ -145,6 +151,13 @@ def _accumulated(function: Callable[..., Any], parts: int, lora_sharding: Any) -
         return jax.tree.map(lambda x: x / parts, total)
 
     return mean
+
+
+def _sums_by_level(losses: PerVideo, sigma: PerVideo) -> Float[Array, "2 bins"]:
+    """Return, for each bin of noise levels, the sum of the losses of its videos and the number of these videos."""
+    bins = jax.nn.one_hot(jnp.minimum(LEVEL_BINS * sigma, LEVEL_BINS - 1).astype(jnp.int32), LEVEL_BINS)
+    # `where`, because a loss that is not finite must not reach the bins of other videos.
+    return jnp.stack([jnp.where(bins > 0, losses[:, None], 0).sum(axis=0), bins.sum(axis=0)])
 
 
 def _moving_average(average: Any, value: Any, decay: float, step: Int[Array, ""]) -> Any:

@@ -10,7 +10,8 @@ import jax
 from tfm_jax import interrupts
 from tfm_jax.checkpoint import Checkpoints, flatten, unflatten
 from tfm_jax.errors import InputError, StoppedEarly
-from tfm_jax.train.metrics import Metrics
+from tfm_jax.train.metrics import Console, MetricsFile
+from tfm_jax.train.watching import About, Reports
 
 SECONDS_BETWEEN_CHECKPOINTS = 120.0
 
@@ -78,15 +79,16 @@ def fit(stage: Stage, step_fn: StepFn, state: Any, batch_of: Callable[[int], Bat
             done, state = restored.step, unflatten(state, restored.arrays)
             print(f"{stage.name}: continuing after step {done} of {steps}", flush=True)
         saved = time.monotonic()
-        with Metrics(stage.log, done, steps, stage.batch_size, stage.log_every) as metrics:
+        watchers = [MetricsFile(stage.log), Console(stage.log_every)]
+        with Reports(watchers, About(stage.output, done, steps, stage.batch_size)) as reports:
             while done < steps:
                 batch = batch_of(done)
                 state, report = step_fn(state, batch.arrays)
                 done += 1
-                metrics.add(done, report, batch.clips)
+                reports.add(done, report, batch.clips)
                 stop = interrupts.requested()
                 if stop or done == steps or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                    metrics.flush()
+                    reports.flush()
                     checkpoints.save(done, flatten(state), {"settings": stage.settings})
                     saved = time.monotonic()
                 if stop and done < steps:

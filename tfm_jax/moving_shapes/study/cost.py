@@ -14,8 +14,8 @@ from tfm_jax.lora.adapters import attach_lora, init_lora, split_lora
 from tfm_jax.moving_shapes.study import protocol
 from tfm_jax.moving_shapes.study.results import Results
 from tfm_jax.sharding import make_mesh
-from tfm_jax.train.loop import TrainRun
 from tfm_jax.train.optimizer import make_optimizer
+from tfm_jax.train.run import TrainRun
 from tfm_jax.train.step import init_state, make_step
 from tfm_jax.wan import load_base
 

@@ -26,7 +26,8 @@ from tfm_jax.moving_shapes.study.plan import Run, Study, check, pilot_runs, pilo
 from tfm_jax.moving_shapes.study.power import foresee
 from tfm_jax.moving_shapes.study.results import Record, Results
 from tfm_jax.train.export import export
-from tfm_jax.train.loop import TrainRun, train
+from tfm_jax.train.loop import train
+from tfm_jax.train.run import TrainRun
 
 
 def run_study(study: Study) -> Results:

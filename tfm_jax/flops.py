@@ -1,4 +1,4 @@
-"""Count the floating-point operations of a training step and of a sampling step.
+"""Count the floating-point operations of a training step and of a sampling step, and know the peak of some chips.
 
 Each multiply-add of a matrix product counts as two operations, no matter which kernel computes the product. Operations
 that are repeated to save memory are counted separately. Norms, softmax and the objective are not matrix products and
@@ -14,6 +14,30 @@ from tfm_jax.wan.transformer import PATCH, TransformerConfig
 
 _TEXT_LINEARS = ("cross_attn.k", "cross_attn.v")
 """Linear layers whose input is the text, which needs no gradient; the input of all others is the video."""
+
+
+PEAKS = {
+    "v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 2307e12,
+    "a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12,
+}  # fmt: skip
+"""Dense bfloat16 operations per second of a chip, from cloud.google.com/tpu/docs and NVIDIA's data sheets."""
+
+_KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e", "TPU7x": "tpu7x", "NVIDIA A100-SXM4-40GB": "a100", "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200",
+}  # fmt: skip
+"""Kind of a JAX device -> key of `PEAKS`."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Return the dense bfloat16 operations per second of a JAX device, which is half a chip on tpu7x; None if unknown.
+
+    Args:
+        device_kind: `device_kind` of the device, such as `TPU v5 lite`.
+    """
+    chip = _KINDS.get(device_kind)
+    return PEAKS[chip] / (2 if chip == "tpu7x" else 1) if chip else None
 
 
 class TrainingFlops(NamedTuple):
