@@ -121,7 +121,7 @@ def widen(tensors: dict) -> None:
         ("vae", lambda tensors: tensors["decoder.conv_in.weight"].fill(3e38), "pixels that are not finite"),
         ("text_encoder", lambda tensors: tensors.pop("shared.weight"), "1 of .* tensors are missing"),
         ("transformer", lambda tensors: tensors["proj_out.bias"].fill(np.inf), "NaN or infinite"),
-        ("transformer", lambda tensors: tensors["proj_out.weight"].fill(3e38), "prompt 0: the latents are not finite"),
+        ("transformer", lambda tensors: tensors["proj_out.weight"].fill(3e38), "video 0: the latents are not finite"),
     ],
 )
 def test_a_bad_network_is_refused_before_sampling(model, tmp_path, rounds, component, change, words):
@@ -142,7 +142,7 @@ def test_a_video_that_is_not_finite_is_not_written_and_the_others_stay(finished,
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "sample_latents", overflow)
-        with pytest.raises(InputError, match="prompt 1: the latents are not finite"):
+        with pytest.raises(InputError, match="video 1: the latents are not finite"):
             sample(run_of(model, tmp_path / "out"))
     assert sorted(content(tmp_path / "out")) == [".lock", "000.mp4", "config.yaml", "samples.json"]
     sample(run_of(model, tmp_path / "out"))
