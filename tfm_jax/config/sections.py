@@ -309,13 +309,22 @@ class SamplingConfig:
     latents: NonEmptyPath | None = None
     """Initial noise, instead of drawing it: a safetensors file whose tensor `latents` is [videos, channels, frames,
     height, width], as diffusers takes it. If it holds one video, all start from it."""
+    tile: tuple[Positive, ...] | None = None
+    """Height and width of the tiles in which the latents are decoded, such as [30, 52]. They overlap by half. This
+    needs less memory on the device, more time and more memory on the host. null decodes whole frames."""
 
     def __post_init__(self) -> None:
         interval = self.guidance_interval
         fits = len(interval) == 2 and interval[0] < interval[1]
         require(fits, "guidance_interval", list(interval), "two rising fractions, such as [0, 0.8]")
+        fits = self.tile is None or (len(self.tile) == 2 and min(self.tile) >= 2)
+        require(fits, "tile", list(self.tile or ()), "a height and a width of at least 2, such as [30, 52]")
         last = self.seed + self.videos_per_prompt - 1
         require(last < 2**32, "videos_per_prompt", self.videos_per_prompt, f"seeds below 2^32, not up to {last}")
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Return the number of a video's prompt, and the number of the video among those of the prompt."""
+        return divmod(number, self.videos_per_prompt)
 
     @property
     def loras(self) -> tuple[Path, ...]:

@@ -51,7 +51,7 @@ class Samples:
     """Fingerprint of the files of the model, from `fingerprint_weights`."""
     lora: str | None
     """Fingerprint of the LoRA files, from `fingerprint_loras`; None without a LoRA."""
-    latents: str | None = None
+    noise: str | None = None
     """Fingerprint of `sampling.latents`; None if the noise is drawn."""
 
     @property
@@ -64,21 +64,34 @@ class Samples:
 
     @property
     def count(self) -> int:
+        """Number of videos."""
         return len(self.prompts) * self.run.sampling.videos_per_prompt
 
-    def place(self, number: int) -> tuple[int, int]:
-        """Return the number of a video's prompt, and the number of the video among those of the prompt."""
-        return divmod(number, self.run.sampling.videos_per_prompt)
+    def prompt(self, number: int) -> str:
+        """Return the prompt of a video."""
+        return self.prompts[self.run.sampling.place(number)[0]]
 
     def video(self, number: int) -> Path:
         """Return the path of a video, such as 000.mp4, or 000_1.mp4 if there are several of each prompt.
 
         All names have the same length.
         """
-        prompt, repeat = self.place(number)
+        prompt, repeat = self.run.sampling.place(number)
         name = f"{prompt:0{max(3, len(str(len(self.prompts) - 1)))}d}"
         last = self.run.sampling.videos_per_prompt - 1
         return self.folder / (f"{name}_{repeat:0{len(str(last))}d}.mp4" if last else f"{name}.mp4")
+
+    def latents_file(self, number: int) -> Path:
+        """Return the path of the latents of a video, such as 000.safetensors."""
+        return self.video(number).with_suffix(".safetensors")
+
+    def about(self, number: int) -> dict[str, str]:
+        """Return the metadata of a video: its prompt, and as a comment all that determines the video, as JSON."""
+        settings = {name: value for name, value in _fields(self.run).items() if name not in MAY_CHANGE}
+        place, repeat = self.run.sampling.place(number)
+        settings |= {"prompt": self.prompt(number), "prompt_number": place, "weights": self.weights}
+        settings |= {"sampling.seed": self.run.sampling.seed + repeat, "lora": self.lora, "noise": self.noise}
+        return {"title": self.prompt(number), "comment": json.dumps(settings, ensure_ascii=False)}
 
     def missing(self) -> set[int]:
         """Return the numbers of the videos that do not exist yet."""
@@ -117,7 +130,7 @@ class Samples:
         if started.lora != self.lora:
             value = shown(settings.lora or None)
             raise self._other_run("sampling.lora", value, "were made with another LoRA")
-        if started.latents != self.latents:
+        if started.noise != self.noise:
             raise self._other_run("sampling.latents", shown(settings.latents), "were made from other latents")
         if started.weights != self.weights:
             raise self._other_run("model.path", self.run.model.path, "were made with other weights")
@@ -164,7 +177,7 @@ class Samples:
             video.read_clip(self.video(number), clip.frames, clip.height, clip.width, clip.rate)
             for number in range(self.count)
         )
-        labels = [self.prompts[self.place(number)[0]] for number in range(self.count)]
+        labels = [self.prompt(number) for number in range(self.count)]
         with files.replacing(self.contact_sheet) as scratch:
             video.contact_sheet(clips, labels).save(scratch, format="PNG")
 
