@@ -20,7 +20,7 @@ from tfm_jax.data.batches import Batch
 from tfm_jax.lora.adapters import attach_lora, split_lora
 from tfm_jax.objective.losses import OBJECTIVES
 from tfm_jax.precision import precision_of
-from tfm_jax.sampling.pipeline import guided_velocity
+from tfm_jax.sampling.loop import guided_velocity
 from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, make_step

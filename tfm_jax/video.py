@@ -9,9 +9,10 @@ import errno
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
 import av
@@ -136,20 +137,29 @@ def open_video(path: Path, **options: str) -> Iterator[tuple[InputContainer, av.
         raise InputError(f"{path}: is damaged or not a video ({error.strerror}); expected an intact video") from error
 
 
-def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int) -> None:
-    """Encode a clip as an mp4 file (H.264, 4:2:0, BT.709). An existing file is replaced at the end.
+def write_clip(
+    path: Path, clip: Iterable[np.ndarray], fps: float | int, about: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Encode frames as an mp4 file (H.264, 4:2:0, BT.709). An existing file is replaced at the end.
 
     The bytes depend only on the arguments and the build of PyAV, not on the load or the number of cores.
+
+    Args:
+        clip: the frames, `[y, x, 3]` uint8 each. They are encoded one by one as they come.
+        about: metadata of the file, such as title and comment.
 
     Raises:
         InputError: height or width is odd, which 4:2:0 does not support.
     """
-    height, width = clip.shape[1:3]
+    frames = iter(clip)
+    first = next(frames)
+    height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise InputError(f"{path}: the clip has {height} x {width} pixels; expected an even height and width")
     options = {"movflags": "+faststart"}
     # An absolute path, because FFmpeg takes the start of a relative one such as concat:a.mp4 for a protocol.
     with replacing(path.absolute()) as scratch, av.open(scratch, "w", format="mp4", options=options) as container:
+        container.metadata.update(about)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.options = {**ENCODER_OPTIONS}
@@ -157,7 +167,7 @@ def write_clip(path: Path, clip: UInt8[np.ndarray, "t y x 3"], fps: float | int)
         context.thread_count = 1  # the bytes depend on the number of threads, which is the number of cores by default
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
-        for pixels in clip:
+        for pixels in itertools.chain([first], frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             yuv = frame.reformat(format="yuv420p", dst_colorspace=BT709, interpolation=TO_YUV, threads=1)
             container.mux(stream.encode(yuv))

@@ -132,7 +132,8 @@ def test_samples(call, world, tmp_path):
     outcome = call("sample", *options, f"--sampling.lora={tmp_path}/lora.safetensors")
     assert outcome.code == 0, outcome.err
     output = tmp_path / "my samples"
-    names = [".lock", "000.mp4", "001.mp4", "config.yaml", "contact_sheet.png", "samples.json"]
+    names = [".lock", "000.mp4", "000.safetensors", "001.mp4", "001.safetensors", "config.yaml", "contact_sheet.png",
+             "samples.json"]  # fmt: skip
     assert sorted(path.name for path in output.iterdir()) == names
     clips = [video.read_clip(output / f"00{n}.mp4", 5, 32, 48, 16) for n in (0, 1)]
     assert clips[0].shape == (5, 32, 48, 3)

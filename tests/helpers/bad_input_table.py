@@ -184,7 +184,17 @@ VALUES = [
         ("--sampling.lora=", "expected"),
         ("--sampling.output=", "expected a path"),
         ("--sampling.output=.", "expected the path of a folder"),
+        ("--sampling.solver=heun", "expected 'euler', 'unipc' or 'dpmpp_2m'"),
+        ("--sampling.guidance_interval=[0.5]", "expected two rising fractions"),
+        ("--sampling.guidance_interval=[0.5, 0.2]", "expected two rising fractions"),
+        ("--sampling.tile=[30]", "expected a height and a width"),
+        ("--sampling.prompt=", "expected text that is not empty"),
+        ("--sampling.videos_per_prompt=0", "expected at least 1"),
     ),
+    row(
+        "sample", "no such noise", "--sampling.latents=$tmp/none", words=("sampling.latents=$tmp/none", "no such file")
+    ),
+    row("sample", "a comparison without a LoRA", "--compare", words=("sampling.lora=null", "needs a LoRA")),
     *options(
         "prepare_data",
         ("--clip.frames=6", "expected 4 n + 1"),

@@ -20,16 +20,14 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def rounds(monkeypatch) -> list[np.ndarray]:
     """The noise of every round that is sampled during the test, without the first step, which only tests the model."""
-    from helpers.sampling_runs import STEPS
-
     from tfm_jax.sampling import pipeline, sample_latents
 
     noises = []
 
-    def record(transformer, noise, *arguments, steps, **options):
-        if steps == STEPS:
+    def record(transformer, noise, *arguments, until, **options):
+        if until is None:
             noises.append(np.asarray(noise))
-        return sample_latents(transformer, noise, *arguments, steps=steps, **options)
+        return sample_latents(transformer, noise, *arguments, until=until, **options)
 
     monkeypatch.setattr(pipeline, "sample_latents", record)
     return noises

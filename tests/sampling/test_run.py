@@ -1,6 +1,8 @@
 """A sampling run: its files, the same bytes after every interruption, and the inputs it refuses."""
 
+import dataclasses
 import errno
+import json
 import os
 import shutil
 import signal
@@ -9,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +24,8 @@ from tfm_jax.config import load
 from tfm_jax.errors import InputError
 from tfm_jax.lora.files import Adapter, Lora, write_lora
 from tfm_jax.sampling import pipeline
+from tfm_jax.sampling.comparing import compare
+from tfm_jax.sampling.latents import draw_noise, write_latents
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.wan.names import BlockLinear
 
@@ -33,10 +38,12 @@ def finished(model) -> Path:
 
 
 VIDEOS = ["000.mp4", "001.mp4", "002.mp4"]
+LATENTS = ["000.safetensors", "001.safetensors", "002.safetensors"]
 
 
 def test_the_files_of_a_run(finished):
-    assert sorted(content(finished)) == [".lock", *VIDEOS, "config.yaml", "contact_sheet.png", "samples.json"]
+    others = [".lock", "config.yaml", "contact_sheet.png", "samples.json"]
+    assert sorted(content(finished)) == sorted([*VIDEOS, *LATENTS, *others])
     assert load(SampleRun, finished / "config.yaml").sampling.output == finished
     clips = [video.read_clip(finished / name, 5, 32, 48, 16) for name in VIDEOS]
     assert (clips[0] != clips[1]).any()
@@ -46,7 +53,7 @@ def test_the_same_command_makes_what_is_missing(finished, model, tmp_path, round
     """It writes the same bytes as an uninterrupted run, and leaves existing files alone."""
     run = run_of(model, tmp_path / "out")
     shutil.copytree(finished, tmp_path / "out")
-    for name in ("001.mp4", "contact_sheet.png"):
+    for name in ("001.mp4", "001.safetensors", "contact_sheet.png"):
         (tmp_path / "out" / name).unlink()
     (tmp_path / "out" / ".001.mp4.partial").write_text("half a video")
     before = (tmp_path / "out" / "000.mp4").stat().st_mtime_ns
@@ -54,6 +61,15 @@ def test_the_same_command_makes_what_is_missing(finished, model, tmp_path, round
     assert content(tmp_path / "out") == content(finished)
     assert len(rounds) == 1
     assert (tmp_path / "out" / "000.mp4").stat().st_mtime_ns == before
+
+
+def test_saved_latents_are_only_decoded(finished, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "embed", None)
+    shutil.copytree(finished, tmp_path / "out")
+    for name in VIDEOS[:2]:
+        (tmp_path / "out" / name).unlink()
+    sample(run_of(model, tmp_path / "out"))
+    assert content(tmp_path / "out") == content(finished)
 
 
 def test_a_missing_contact_sheet_is_made_without_the_model(finished, model, tmp_path, monkeypatch):
@@ -121,7 +137,7 @@ def widen(tensors: dict) -> None:
         ("vae", lambda tensors: tensors["decoder.conv_in.weight"].fill(3e38), "pixels that are not finite"),
         ("text_encoder", lambda tensors: tensors.pop("shared.weight"), "1 of .* tensors are missing"),
         ("transformer", lambda tensors: tensors["proj_out.bias"].fill(np.inf), "NaN or infinite"),
-        ("transformer", lambda tensors: tensors["proj_out.weight"].fill(3e38), "prompt 0: the latents are not finite"),
+        ("transformer", lambda tensors: tensors["proj_out.weight"].fill(3e38), "video 0: the latents are not finite"),
     ],
 )
 def test_a_bad_network_is_refused_before_sampling(model, tmp_path, rounds, component, change, words):
@@ -142,9 +158,11 @@ def test_a_video_that_is_not_finite_is_not_written_and_the_others_stay(finished,
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "sample_latents", overflow)
-        with pytest.raises(InputError, match="prompt 1: the latents are not finite"):
+        with pytest.raises(InputError, match="video 1: the latents are not finite"):
             sample(run_of(model, tmp_path / "out"))
-    assert sorted(content(tmp_path / "out")) == [".lock", "000.mp4", "config.yaml", "samples.json"]
+    assert sorted(content(tmp_path / "out")) == [
+        ".lock", "000.mp4", "000.safetensors", "config.yaml", "samples.json",
+    ]  # fmt: skip
     sample(run_of(model, tmp_path / "out"))
     assert content(tmp_path / "out") == content(finished)
 
@@ -161,7 +179,9 @@ def test_a_full_disk_keeps_the_finished_videos(finished, model, tmp_path, monkey
         patch.setattr(video, "write_clip", full)
         with pytest.raises(OSError, match="No space left"):
             sample(run_of(model, tmp_path / "out"))
-    assert sorted(content(tmp_path / "out")) == [".lock", "000.mp4", "config.yaml", "samples.json"]
+    assert sorted(content(tmp_path / "out")) == [
+        ".lock", "000.mp4", "000.safetensors", "001.safetensors", "config.yaml", "samples.json",
+    ]  # fmt: skip
     sample(run_of(model, tmp_path / "out"))
     assert content(tmp_path / "out") == content(finished)
 
@@ -236,6 +256,83 @@ def test_noise_is_a_function_of_seed_and_number(model, tmp_path, rounds):
     assert np.std(three[0]) == pytest.approx(1, abs=0.1)
 
 
+def test_shared_noise_and_several_videos_per_prompt(model, tmp_path, rounds):
+    """Video n of a prompt has the noise of seed + n; shared noise is that of the first prompt."""
+    several = run_of(model, tmp_path / "a", prompts=write_prompts(tmp_path / "p", "x", "y"), videos_per_prompt=2)
+    samples = sample(several)
+    names = ["000_0.mp4", "000_1.mp4", "001_0.mp4", "001_1.mp4"]
+    assert sorted(path.name for path in (tmp_path / "a").glob("*.mp4")) == names
+    assert [samples.prompt(number) for number in range(4)] == ["x", "x", "y", "y"]
+    own = {key: draw_noise(several.sampling, *key, rounds[0].shape[1:]) for key in [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    np.testing.assert_array_equal(np.concatenate(rounds), np.stack([*own.values()]))
+    next_seed = dataclasses.replace(several.sampling, seed=1)
+    np.testing.assert_array_equal(own[1, 1], draw_noise(next_seed, 1, 0, rounds[0].shape[1:]))
+    shared = dataclasses.replace(several.sampling, noise="shared")
+    np.testing.assert_array_equal(own[0, 1], draw_noise(shared, 1, 1, rounds[0].shape[1:]))
+
+
+def write_prompts(file: Path, *prompts: str) -> Path:
+    file.write_text("\n".join(prompts), encoding="utf-8")
+    return file
+
+
+def test_given_noise(finished, model, tmp_path, rounds):
+    """The noise of a run, given as a file, makes the same videos, but in a folder of its own."""
+    run = run_of(model, tmp_path / "out", latents=tmp_path / "noise.safetensors")
+    noise = np.stack([draw_noise(run.sampling, n, 0, (2, 4, 6, 16)) for n in range(3)])
+    write_latents(run.sampling.latents, noise)
+    sample(run)
+    np.testing.assert_array_equal(np.concatenate(rounds), noise)
+    assert [content(tmp_path / "out")[name] for name in LATENTS] == [content(finished)[name] for name in LATENTS]
+    write_latents(run.sampling.latents, noise + 1)
+    with pytest.raises(InputError, match=r"sampling\.latents=.*made from other latents; .*another sampling\.output"):
+        sample(run)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.zeros((2, 2, 4, 6, 16)), r"noise of 2 videos; expected one, or 3"),
+        (np.zeros((3, 2, 4, 5, 16)), r"shape \[3, 16, 2, 4, 5\]; expected one tensor latents, \[videos, 16, 2, 4, 6\]"),
+        (np.full((1, 2, 4, 6, 16), np.nan), "NaN"),
+    ],
+)
+def test_noise_that_does_not_fit_is_refused(model, tmp_path, rounds, values, words):
+    write_latents(tmp_path / "noise", np.float32(values))
+    with pytest.raises(InputError, match=rf"sampling\.latents={tmp_path}/noise: .*{words}"):
+        sample(run_of(model, tmp_path / "out", latents=tmp_path / "noise"))
+    assert not rounds
+
+
+def test_the_settings_are_in_the_metadata(finished):
+    with av.open(finished / "001.mp4") as container:
+        title, comment = container.metadata["title"], json.loads(container.metadata["comment"])
+    assert title == comment["prompt"] == PROMPTS[1]
+    assert comment["sampling.steps"] == 2
+    assert comment["sampling.solver"] == "euler"
+    assert "sampling.output" not in comment
+
+
+def test_base_and_lora_side_by_side(model, tmp_path, capsys):
+    lora = write_adapters(tmp_path / "kites.safetensors")
+    run = run_of(model, tmp_path / "out", lora=lora, prompts=write_prompts(tmp_path / "p", "x"))
+    compare(run)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000.mp4", "base", "lora"]
+    height, width = 32 + 24, 48
+    pair = video.read_clip(tmp_path / "out" / "000.mp4", 5, height, 2 * width, 16)
+    for side, name in enumerate(("base", "lora")):
+        alone = video.read_clip(tmp_path / "out" / name / "000.mp4", 5, 32, width, 16)
+        assert np.abs(np.float32(pair[:, 24:, side * width : (side + 1) * width]) - alone).mean() < 3
+    latents = [(tmp_path / "out" / name / "000.safetensors").read_bytes() for name in ("base", "lora")]
+    assert latents[0] != latents[1]
+    before = content(tmp_path / "out" / "lora")
+    compare(run)
+    assert content(tmp_path / "out" / "lora") == before
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"contains notes\.txt"):
+        compare(run)
+
+
 def test_rounds_do_not_depend_on_what_is_missing():
     assert pipeline.make_rounds(5, 2, {0, 1, 2, 3, 4}) == [[0, 1], [2, 3], [4, 4]]
     assert pipeline.make_rounds(5, 2, {3}) == [[2, 3]]
@@ -248,14 +345,13 @@ import sys
 from pathlib import Path
 from tfm_jax.config import load
 from tfm_jax.sampling.pipeline import SampleRun, sample
-from tfm_jax.wan.names import BlockLinear
-from tfm_jax.wan.names import BlockLinear
 
 folder = Path(sys.argv[1])
 run = load(SampleRun, f"{folder}/finished/config.yaml", {"sampling.output": f"{folder}/two"})
 sample(run)
 before = {path.name: path.read_bytes() for path in (folder / "two").iterdir()}
-(folder / "two" / "001.mp4").unlink()
+for name in ("001.mp4", "001.safetensors"):
+    (folder / "two" / name).unlink()
 sample(run)
 assert {path.name: path.read_bytes() for path in (folder / "two").iterdir()} == before
 """

@@ -4,6 +4,7 @@ A program declares a dataclass of the sections that it uses (`class TrainRun: mo
 `load(TrainRun, file, {"train.steps": 5})`. A YAML file may contain the sections of all programs.
 """
 
+from tfm_jax.config.fields import NonEmptyPath, Positive, Remat, Seed, Solver, section
 from tfm_jax.config.reading import dump, from_plain, load, plain
 from tfm_jax.config.sections import (
     ClipConfig,
@@ -12,21 +13,16 @@ from tfm_jax.config.sections import (
     LoraConfig,
     MeshConfig,
     ModelConfig,
-    NonEmptyPath,
     ObjectiveConfig,
     OptimizerConfig,
-    Positive,
-    Remat,
     SamplingConfig,
-    Seed,
     TrainConfig,
     TrainingSections,
     latent_size,
-    section,
 )
 
 __all__ = [
     "ClipConfig", "Config", "DataConfig", "LoraConfig", "MeshConfig", "ModelConfig", "NonEmptyPath", "ObjectiveConfig",
-    "OptimizerConfig", "Positive", "Remat", "SamplingConfig", "Seed", "TrainConfig", "TrainingSections", "dump",
-    "from_plain", "latent_size", "load", "plain", "section",
+    "OptimizerConfig", "Positive", "Remat", "SamplingConfig", "Seed", "Solver", "TrainConfig", "TrainingSections",
+    "dump", "from_plain", "latent_size", "load", "plain", "section",
 ]  # fmt: skip

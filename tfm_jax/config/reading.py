@@ -12,7 +12,8 @@ import pydantic
 import yaml
 
 from tfm_jax import plain_yaml
-from tfm_jax.config.sections import PACKAGE, Config
+from tfm_jax.config.fields import PACKAGE
+from tfm_jax.config.sections import Config
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
 
@@ -174,6 +175,7 @@ _EXPECTED = {
     "float_parsing": "expected a number",
     "float_type": "expected a number",
     "string_type": "expected text",
+    "string_too_short": "expected text that is not empty",
     "path_type": "expected a path",
     "literal_error": "expected {expected}",
     "tuple_type": "expected a list, such as [a, b]",

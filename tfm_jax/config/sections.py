@@ -1,78 +1,28 @@
 """The sections of a configuration. Each section checks its values, and the docstrings of fields appear in the help."""
 
 import dataclasses
-from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Literal
 
-import pydantic
 from pydantic import Field
-from pydantic_core import PydanticCustomError
 
 from tfm_jax.arrays import Dtype
+from tfm_jax.config.fields import (
+    Buckets,
+    Fraction,
+    ModelPath,
+    NonEmptyPath,
+    NonNegative,
+    Positive,
+    Ranks,
+    Rate,
+    Remat,
+    Seed,
+    Solver,
+    require,
+    section,
+)
 from tfm_jax.errors import InputError
-
-T = TypeVar("T")
-
-PACKAGE = Path(str(resources.files("tfm_jax")))
-WAN_TINY = Path("wan_tiny")
-"""As the value of `model.path`, this selects the embedded model. An existing file or folder of that name takes
-precedence."""
-
-_strict = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
-def section(cls: type[T]) -> type[T]:
-    """Make a class a frozen dataclass that checks its values; the docstring below a field is the help of the field."""
-    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=_strict, kw_only=True)(cls)
-    # pydantic ignores the docstrings of inherited fields.
-    for base in filter(pydantic.dataclasses.is_pydantic_dataclass, cls.__mro__[1:]):
-        for name, field in base.__pydantic_fields__.items():
-            made.__pydantic_fields__[name].description = field.description
-    return cast(type[T], made)
-
-
-def _not_empty(value: Any) -> Any:
-    if value == "":  # Path("") is the current directory
-        raise PydanticCustomError("path_type", "expected a path")
-    return value
-
-
-def _find_model(path: Path) -> Path:
-    return PACKAGE / "moving_shapes" / "wan_tiny" if path == WAN_TINY and not path.exists() else path
-
-
-def _name_model(path: Path) -> str:
-    return str(WAN_TINY if path == _find_model(WAN_TINY) else path)
-
-
-def _list_of_buckets(value: Any, check: Callable[[Any], Any]) -> Any:
-    try:
-        return check(value)
-    except pydantic.ValidationError:
-        example = "[[81, 480, 832], [81, 832, 480]]"
-        raise PydanticCustomError("buckets", f"expected a list of [frames, height, width], such as {example}") from None
-
-
-def _mapping_of_ranks(value: Any, check: Callable[[Any], Any]) -> Any:
-    try:
-        return check(value)
-    except pydantic.ValidationError:
-        raise PydanticCustomError("ranks", "expected a rank for each target, such as {q: 16, ffn.0: 64}") from None
-
-
-Buckets = Annotated[tuple[tuple[int, ...], ...], pydantic.WrapValidator(_list_of_buckets)]
-Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], pydantic.WrapValidator(_mapping_of_ranks)]
-NonEmptyPath = Annotated[Path, pydantic.BeforeValidator(_not_empty)]
-ModelPath = Annotated[NonEmptyPath, pydantic.AfterValidator(_find_model), pydantic.PlainSerializer(_name_model)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Rate = Annotated[float, Field(gt=0)] | Literal["native"]
-Remat = Literal["full", "attention", "attention_offload", "none"]
 
 
 @section
@@ -94,7 +44,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         width, rest = divmod(self.dim, self.heads)
         fits = not rest and width >= 6 and width % 2 == 0  # rotary positions turn pairs of channels along three axes
-        _require(fits, "heads", self.heads, f"a divisor of dim={self.dim} that gives heads of an even width, 6 or more")
+        require(fits, "heads", self.heads, f"a divisor of dim={self.dim} that gives heads of an even width, 6 or more")
 
 
 @section
@@ -125,15 +75,15 @@ class ClipConfig:
     crop to whole pixels."""
 
     def __post_init__(self) -> None:
-        _require((self.frames - 1) % 4 == 0, "frames", self.frames, "4 n + 1, such as 81")
-        _require(self.height % 16 == 0, "height", self.height, "a multiple of 16")
-        _require(self.width % 16 == 0, "width", self.width, "a multiple of 16")
+        require((self.frames - 1) % 4 == 0, "frames", self.frames, "4 n + 1, such as 81")
+        require(self.height % 16 == 0, "height", self.height, "a multiple of 16")
+        require(self.width % 16 == 0, "width", self.width, "a multiple of 16")
         for bucket in self.buckets:
             fits = len(bucket) == 3 and min(bucket) > 0 and bucket[0] % 4 == 1 and not any(n % 16 for n in bucket[1:])
             expected = "[frames, height, width]: 4 n + 1 frames, and multiples of 16, such as [81, 480, 832]"
-            _require(fits, "buckets", list(bucket), expected)
+            require(fits, "buckets", list(bucket), expected)
         unambiguous = not self.buckets or self.max_pixels is None
-        _require(unambiguous, "max_pixels", self.max_pixels, "null, because clip.buckets are given")
+        require(unambiguous, "max_pixels", self.max_pixels, "null, because clip.buckets are given")
 
     @property
     def rate(self) -> float:
@@ -226,9 +176,9 @@ class ObjectiveConfig:
     """End (exclusive) of the range of noise levels to train on, as a fraction of that schedule."""
 
     def __post_init__(self) -> None:
-        _require(self.low < self.high, "low", self.low, f"less than high={self.high}")
+        require(self.low < self.high, "low", self.low, f"less than high={self.high}")
         sound = self.weight != "min_snr" or self.kind == "fm"
-        _require(sound, "weight", self.weight, f"bell or none, because kind={self.kind} is not fm")
+        require(sound, "weight", self.weight, f"bell or none, because kind={self.kind} is not fm")
 
 
 @section
@@ -307,11 +257,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         expected = "a number of steps, or a number of epochs in train.epochs"
-        _require(self.steps is not None or self.epochs is not None, "steps", "null", expected)
+        require(self.steps is not None or self.epochs is not None, "steps", "null", expected)
         expected = f"null, because train.steps={self.steps}; for epochs, set train.steps to null"
-        _require(self.steps is None or self.epochs is None, "epochs", self.epochs, expected)
+        require(self.steps is None or self.epochs is None, "epochs", self.epochs, expected)
         kept = self.keep_every is None or self.keep_every % self.checkpoint_every == 0
-        _require(kept, "keep_every", self.keep_every, f"a multiple of checkpoint_every={self.checkpoint_every}")
+        require(kept, "keep_every", self.keep_every, f"a multiple of checkpoint_every={self.checkpoint_every}")
 
     @property
     def clips_per_step(self) -> int:
@@ -337,28 +287,57 @@ class MeshConfig:
     heads."""
 
     def __post_init__(self) -> None:
-        _require(self.data != 0, "data", self.data, "1 or more, or -1 for all remaining devices")
+        require(self.data != 0, "data", self.data, "1 or more, or -1 for all remaining devices")
 
 
 @section
 class SamplingConfig:
     prompts: NonEmptyPath = Path("prompts.txt")
     """Text file of prompts, one per line."""
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    """A single prompt, instead of the file."""
+    videos_per_prompt: Positive = 1
+    """Number of videos of each prompt. Video n has the noise of seed + n."""
     output: NonEmptyPath = Path("samples")
-    """Folder for 000.mp4, 001.mp4, ... and contact_sheet.png. Existing videos are kept."""
+    """Folder for 000.mp4, 001.mp4, ..., their latents and contact_sheet.png. Existing videos are kept."""
     lora: NonEmptyPath | tuple[NonEmptyPath, ...] | None = None
     """LoRA file (safetensors, any dialect), or a list of files; their changes add up. A number after a file is its
     strength: [a.safetensors:0.7, b.safetensors]. null samples from the base model."""
+    solver: Solver = "euler"
+    """How the steps are taken. euler: as in the TFM release. unipc: as in Wan2.1. dpmpp_2m: DPM-Solver++(2M)."""
     steps: Positive = 50
-    """Number of Euler steps."""
+    """Number of steps."""
     shift: Annotated[float, Field(gt=0)] = 5.0
     """Shift of the noise levels towards pure noise; 1 means no shift."""
     guidance: Annotated[float, Field(ge=0, le=1000)] = 5.0
-    """Scale of classifier-free guidance; 1 disables it."""
+    """Scale of classifier-free guidance; 1 disables it, which halves the time of a step."""
+    guidance_interval: tuple[Fraction, ...] = (0.0, 1.0)
+    """Part of the steps that is guided, as fractions [first, last]. The other steps take half the time."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
     seed: Seed = 0
     """Seed of the initial noise. The noise of each video is drawn from this seed and the number of the prompt."""
+    noise: Literal["per_prompt", "shared"] = "per_prompt"
+    """Whether each prompt has its own noise, or all have that of the first prompt, as in the TFM release."""
+    latents: NonEmptyPath | None = None
+    """Initial noise, instead of drawing it: a safetensors file whose tensor `latents` is [videos, channels, frames,
+    height, width], as diffusers takes it. If it holds one video, all start from it."""
+    tile: tuple[Positive, ...] | None = None
+    """Height and width of the tiles in which the latents are decoded, such as [30, 52]. They overlap by half. This
+    needs less memory on the device, more time and more memory on the host. null decodes whole frames."""
+
+    def __post_init__(self) -> None:
+        interval = self.guidance_interval
+        fits = len(interval) == 2 and interval[0] < interval[1]
+        require(fits, "guidance_interval", list(interval), "two rising fractions, such as [0, 0.8]")
+        fits = self.tile is None or (len(self.tile) == 2 and min(self.tile) >= 2)
+        require(fits, "tile", list(self.tile or ()), "a height and a width of at least 2, such as [30, 52]")
+        last = self.seed + self.videos_per_prompt - 1
+        require(last < 2**32, "videos_per_prompt", self.videos_per_prompt, f"seeds below 2^32, not up to {last}")
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Return the number of a video's prompt, and the number of the video among those of the prompt."""
+        return divmod(number, self.videos_per_prompt)
 
     @property
     def loras(self) -> tuple[Path, ...]:
@@ -385,8 +364,3 @@ class Config(TrainingSections):
     data: DataConfig
     sampling: SamplingConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-
-
-def _require(holds: bool, field: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{field}={value}: expected {expected}")

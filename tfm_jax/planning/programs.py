@@ -17,8 +17,8 @@ from tfm_jax.config import section
 from tfm_jax.data.batches import Batch
 from tfm_jax.data.buckets import list_buckets
 from tfm_jax.lora.adapters import attach_lora, split_lora
+from tfm_jax.sampling.loop import guided_velocity
 from tfm_jax.sampling.outputs import SampleRun
-from tfm_jax.sampling.pipeline import guided_velocity
 from tfm_jax.sharding import batch_sharding, check_batch, check_split, num_shards, replicated, shardings
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, init_state, make_step

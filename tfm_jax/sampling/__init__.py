@@ -1,5 +1,5 @@
 """Sample videos from prompts: the flow ODE, guidance, and the sampling run."""
 
-from tfm_jax.sampling.pipeline import sample_latents
+from tfm_jax.sampling.loop import sample_latents
 
 __all__ = ["sample_latents"]

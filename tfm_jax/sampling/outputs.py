@@ -22,8 +22,8 @@ RECORD = "samples.json"
 CONTACT_SHEET = "contact_sheet.png"
 LOCK = ".lock"
 
-MAY_CHANGE = {"model.path", "sampling.prompts", "sampling.lora", "sampling.output", "mesh.data", "mesh.fsdp",
-              "mesh.sequence", "mesh.tensor"}  # fmt: skip
+MAY_CHANGE = {"model.path", "sampling.prompts", "sampling.prompt", "sampling.lora", "sampling.latents",
+              "sampling.output", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"}  # fmt: skip
 """Fields that may differ between the run that started the folder and a run that continues it. Files are compared by
 content. The mesh changes how the videos are computed, but not the result, beyond rounding."""
 
@@ -51,6 +51,8 @@ class Samples:
     """Fingerprint of the files of the model, from `fingerprint_weights`."""
     lora: str | None
     """Fingerprint of the LoRA files, from `fingerprint_loras`; None without a LoRA."""
+    noise: str | None = None
+    """Fingerprint of `sampling.latents`; None if the noise is drawn."""
 
     @property
     def folder(self) -> Path:
@@ -60,14 +62,40 @@ class Samples:
     def contact_sheet(self) -> Path:
         return self.folder / CONTACT_SHEET
 
+    @property
+    def count(self) -> int:
+        """Number of videos."""
+        return len(self.prompts) * self.run.sampling.videos_per_prompt
+
+    def prompt(self, number: int) -> str:
+        """Return the prompt of a video."""
+        return self.prompts[self.run.sampling.place(number)[0]]
+
     def video(self, number: int) -> Path:
-        """Return the path of the video for prompt `number`, such as 000.mp4. All names have the same length."""
-        digits = max(3, len(str(len(self.prompts) - 1)))
-        return self.folder / f"{number:0{digits}d}.mp4"
+        """Return the path of a video, such as 000.mp4, or 000_1.mp4 if there are several of each prompt.
+
+        All names have the same length.
+        """
+        prompt, repeat = self.run.sampling.place(number)
+        name = f"{prompt:0{max(3, len(str(len(self.prompts) - 1)))}d}"
+        last = self.run.sampling.videos_per_prompt - 1
+        return self.folder / (f"{name}_{repeat:0{len(str(last))}d}.mp4" if last else f"{name}.mp4")
+
+    def latents_file(self, number: int) -> Path:
+        """Return the path of the latents of a video, such as 000.safetensors."""
+        return self.video(number).with_suffix(".safetensors")
+
+    def about(self, number: int) -> dict[str, str]:
+        """Return the metadata of a video: its prompt, and as a comment all that determines the video, as JSON."""
+        settings = {name: value for name, value in _fields(self.run).items() if name not in MAY_CHANGE}
+        place, repeat = self.run.sampling.place(number)
+        settings |= {"prompt": self.prompt(number), "prompt_number": place, "weights": self.weights}
+        settings |= {"sampling.seed": self.run.sampling.seed + repeat, "lora": self.lora, "noise": self.noise}
+        return {"title": self.prompt(number), "comment": json.dumps(settings, ensure_ascii=False)}
 
     def missing(self) -> set[int]:
-        """Return the numbers of the prompts that have no video yet."""
-        return {number for number in range(len(self.prompts)) if not self.video(number).exists()}
+        """Return the numbers of the videos that do not exist yet."""
+        return {number for number in range(self.count) if not self.video(number).exists()}
 
     def check(self) -> None:
         """Check that the folder is new or empty, or was started by a run with the same inputs.
@@ -102,6 +130,8 @@ class Samples:
         if started.lora != self.lora:
             value = shown(settings.lora or None)
             raise self._other_run("sampling.lora", value, "were made with another LoRA")
+        if started.noise != self.noise:
+            raise self._other_run("sampling.latents", shown(settings.latents), "were made from other latents")
         if started.weights != self.weights:
             raise self._other_run("model.path", self.run.model.path, "were made with other weights")
 
@@ -145,10 +175,11 @@ class Samples:
         clip = self.run.clip
         clips = (
             video.read_clip(self.video(number), clip.frames, clip.height, clip.width, clip.rate)
-            for number in range(len(self.prompts))
+            for number in range(self.count)
         )
+        labels = [self.prompt(number) for number in range(self.count)]
         with files.replacing(self.contact_sheet) as scratch:
-            video.contact_sheet(clips, self.prompts).save(scratch, format="PNG")
+            video.contact_sheet(clips, labels).save(scratch, format="PNG")
 
 
 def _is_temporary(path: Path) -> bool:
@@ -175,6 +206,19 @@ def fingerprint_loras(choices: Sequence[Choice]) -> str | None:
     """Return a fingerprint of LoRA files and their strengths; None without files."""
     terms = [(files.fingerprint(file), strength) for file, strength in choices]
     return "+".join(digest if strength == 1 else f"{strength!r}*{digest}" for digest, strength in terms) or None
+
+
+def fingerprint_latents(file: Path | None) -> str | None:
+    """Return the fingerprint of a file of initial noise.
+
+    Raises:
+        InputError: the file does not exist.
+    """
+    if file is None:
+        return None
+    if not file.is_file():
+        raise InputError(f"sampling.latents={file}: no such file; expected a safetensors file")
+    return files.fingerprint(file)
 
 
 def fingerprint_weights(paths: Sequence[Path]) -> str:

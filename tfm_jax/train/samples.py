@@ -1,5 +1,6 @@
 """Samples during training: videos from fixed prompts and noise, with the weights that are being trained."""
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from tfm_jax import files, interrupts, processes, video
 from tfm_jax.console import log
 from tfm_jax.errors import InputError
 from tfm_jax.lora.adapters import without_lora
+from tfm_jax.sampling.decoding import decode
 from tfm_jax.sampling.outputs import SampleRun
-from tfm_jax.sampling.pipeline import check_model, decode, embed, make_rounds, read_sampling_prompts, sample_round
+from tfm_jax.sampling.pipeline import check_model, embed, make_rounds, read_sampling_prompts, sample_round
 from tfm_jax.sharding import check_split, num_shards
 from tfm_jax.train.run import TrainRun
 from tfm_jax.train.watching import About, Event, Watcher
@@ -23,6 +25,8 @@ from tfm_jax.wan.transformer import WanTransformer, token_grid
 
 class SampleVideos(Watcher):
     """Samples the prompts of `sampling.prompts` every `train.sample_every` steps and after the last step.
+
+    Each prompt gets one video, from the noise of `sampling.seed`.
 
     The videos go to samples/step_000500/000.mp4, ...; those of the base model, once, to samples/base/. They equal those
     that tfm-sample makes with the exported LoRA. The text encoder is loaded once, before the transformer, and freed;
@@ -36,10 +40,11 @@ class SampleVideos(Watcher):
         self._every = run.train.sample_every or 0
         self._from_start = run.lora.init is not None
         self._mesh = mesh
-        self._run = SampleRun(model=run.model, clip=run.clip, sampling=run.sampling, mesh=run.mesh)
+        sampling = dataclasses.replace(run.sampling, videos_per_prompt=1, latents=None)
+        self._run = SampleRun(model=run.model, clip=run.clip, sampling=sampling, mesh=run.mesh)
         _ = run.clip.rate  # an error now rather than after the first steps
         check_split(run.model.heads, math.prod(token_grid(run.clip.latent_size)), mesh)
-        self._prompts = read_sampling_prompts(run.sampling.prompts)
+        self._prompts = read_sampling_prompts(run.sampling)
         check_model(run.model)
         processes.print_once(f"samples: {len(self._prompts)} prompts; encoding them ...")
         self._text = embed(self._run, [*self._prompts, run.sampling.negative_prompt])
@@ -103,12 +108,11 @@ class SampleVideos(Watcher):
         vae = load_vae(self._run.model.path)
         for number in range(len(self._prompts)):
             _stop_if_requested()
+            frames = decode(vae, latents[number], number, self._run)
             try:
-                pixels = decode(vae, latents[number], number, self._run)
+                video.write_clip(folder / f"{number:03}.mp4", frames, self._run.clip.rate)
             except InputError as error:  # such as latents that are not finite, which must not stop the training
                 log(f"note: {error}; no video is written")
-                continue
-            video.write_clip(folder / f"{number:03}.mp4", video.to_uint8(pixels), self._run.clip.rate)
 
 
 class _Stopped(Exception):

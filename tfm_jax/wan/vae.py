@@ -5,8 +5,9 @@ frames. Both directions process the video in chunks of one latent frame, so that
 output, does not depend on the length of the video.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -247,11 +248,22 @@ class WanVae(nnx.Module):
     @jax.jit
     def decode(self, latents: Latents) -> Video:
         """Decode normalised latents to a video with values clipped to -1..1."""
-        mean, std = self._statistics(latents.dtype)
+        return run_in_chunks(self._decode_chunk, latents, frames_in=1, frames_out=self.config.time_stride)
 
-        def step(chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
-            mapped = self.post_quant_conv((chunk * std + mean).astype(self.dtype))
-            pixels, cache = self.decoder(mapped, cache)
-            return jnp.clip(pixels, -1, 1).astype(latents.dtype), cache
+    def decode_in_chunks(self, latents: Latents) -> Iterator[Video]:
+        """Yield the frames of `decode` as they are decoded: the first frame, then those of one latent frame at a time.
 
-        return run_in_chunks(step, latents, frames_in=1, frames_out=self.config.time_stride)
+        Memory use does not depend on the length of the video, and neither do the two programs that run.
+        """
+        cache = None
+        for frame in range(latents.shape[1]):
+            chunk = jax.lax.dynamic_slice_in_dim(latents, frame, 1, axis=1)
+            pixels, cache = self._decode_chunk(chunk, cache)
+            yield pixels
+
+    @partial(jax.jit, donate_argnames="cache")
+    def _decode_chunk(self, chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
+        mean, std = self._statistics(chunk.dtype)
+        mapped = self.post_quant_conv((chunk * std + mean).astype(self.dtype))
+        pixels, cache = self.decoder(mapped, cache)
+        return jnp.clip(pixels, -1, 1).astype(chunk.dtype), cache
