@@ -11,7 +11,7 @@ from tfm_jax.sampling import decoding
 from tfm_jax.sampling.decoding import decode_frames, tile_starts
 from tfm_jax.video import from_uint8
 from tfm_jax.wan import load_vae
-from tfm_jax.wan.vae import Decoder, VaeConfig
+from tfm_jax.wan.vae import Decoder, VaeConfig, WanVae
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,11 @@ def test_tiles_are_those_of_the_release():
     assert tile_starts(30, 30) == [0]
 
 
-class Enlarging:
+class Enlarging(WanVae):
     """A fake autoencoder, whose pixels depend on the latents at the same place only."""
 
-    config = VaeConfig()
+    def __init__(self):
+        self.config = VaeConfig()
 
     def decode_in_chunks(self, latents):
         for frame in range(latents.shape[1]):
@@ -77,7 +78,6 @@ def test_tiles_are_close_to_the_whole(vae):
     whole = np.concatenate(list(decode_frames(vae, latents)))
     [tiled] = decode_frames(vae, latents, (8, 8))
     error = np.mean(np.square((whole - tiled) / 2))
-    print(-10 * np.log10(error))
-    assert -10 * np.log10(error) >= 30
-    [large] = [np.concatenate(list(decode_frames(vae, latents, (16, 20))))]
+    assert -10 * np.log10(error) >= 45
+    large = np.concatenate(list(decode_frames(vae, latents, (16, 20))))
     np.testing.assert_array_equal(large, whole)
