@@ -108,8 +108,8 @@ class SampleVideos(Watcher):
         vae = load_vae(self._run.model.path)
         for number in range(len(self._prompts)):
             _stop_if_requested()
-            frames = decode(vae, latents[number], number, self._run)
             try:
+                frames = decode(vae, latents[number], number, self._run)
                 video.write_clip(folder / f"{number:03}.mp4", frames, self._run.clip.rate)
             except InputError as error:  # such as latents that are not finite, which must not stop the training
                 log(f"note: {error}; no video is written")
