@@ -30,9 +30,9 @@ from tfm_jax.moving_shapes.study.results import Results
 from tfm_jax.moving_shapes.study.runs import run_pilot, run_study
 
 SET_BY_STUDY = ("train.output", "train.steps", "train.epochs", "train.seed", "train.batch_size", "train.accumulate",
-                "optimizer.learning_rate", "sampling.output", "sampling.prompts", "sampling.lora", "sampling.seed",
-                "objective.kind", "data.source", "data.absolute_paths", "data.seed", "data.dtype", "data.max_rejected",
-                "data.path", "data.held_out", "data.caption_dropout")  # fmt: skip
+                "optimizer.learning_rate", "optimizer.schedule", "sampling.output", "sampling.prompts", "sampling.lora",
+                "sampling.seed", "objective.kind", "data.source", "data.absolute_paths", "data.seed", "data.dtype",
+                "data.max_rejected", "data.path", "data.held_out", "data.caption_dropout")  # fmt: skip
 """Fields of the configuration that the command line must not set."""
 
 FULL = Size()

@@ -176,7 +176,8 @@ def _train_run(study: Study, run: Run, world: World) -> TrainRun:
         ),
         lora=study.run.lora,
         objective=study.objective(run.arm),
-        optimizer=dataclasses.replace(study.run.optimizer, learning_rate=run.learning_rate),
+        # With a falling learning rate, the first lengths would not be trainings of their own.
+        optimizer=dataclasses.replace(study.run.optimizer, learning_rate=run.learning_rate, schedule="constant"),
     )
 
 
