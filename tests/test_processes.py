@@ -29,7 +29,7 @@ from helpers.launching import (
     write_run,
 )
 from helpers.paths import ROOT
-from helpers.training_runs import computed
+from helpers.training_runs import computed, validated
 from safetensors.numpy import load_file
 
 from tfm_jax import interrupts, jax_distributed, processes
@@ -62,9 +62,12 @@ def launch(folder):
 
 
 def test_two_processes_are_stopped_resumed_and_equal_one(folder, launch):
-    """A run of 2 x 4 devices that SIGTERM to one process stops and that is then resumed equals a run of 1 x 8."""
-    output = folder / "two"
-    two = launch(2, training(folder, f"--train.output={output}"))
+    """A run of 2 x 4 devices that SIGTERM to one process stops and that is then resumed equals a run of 1 x 8.
+
+    So does its validation, of the base before the first step and of the LoRA after the last one.
+    """
+    output, held_out = folder / "two", ("--data.held_out=0.2", "--train.eval_every=1000")
+    two = launch(2, training(folder, f"--train.output={output}", *held_out))
     wait_for(lambda: lines_of(output) >= 2, two)
     two[1].send_signal(signal.SIGTERM)
     (out, err), (out_of_other, err_of_other) = (process.communicate(timeout=PATIENCE) for process in two)
@@ -76,13 +79,13 @@ def test_two_processes_are_stopped_resumed_and_equal_one(folder, launch):
     assert not any(word in out_of_other + err_of_other for word in ("processes", "error", "step 1/"))
     assert [line["step"] for line in read_metrics(output / "metrics.jsonl")] == list(range(1, stopped + 1))
 
-    steps = f"--train.steps={stopped + 2}"
-    two = launch(2, training(folder, f"--train.output={output}", steps, "--resume"))
+    steps = (f"--train.steps={stopped + 2}", *held_out)
+    two = launch(2, training(folder, f"--train.output={output}", *steps, "--resume"))
     (out, err), _ = (process.communicate(timeout=PATIENCE) for process in two)
     assert [process.returncode for process in two] == [0, 0], err
     assert f"resumed {output} after step {stopped}" in out
 
-    (one,) = launch(1, training(folder, f"--train.output={folder / 'one'}", steps, "--mesh.data=2", "--mesh.fsdp=4"))
+    (one,) = launch(1, training(folder, f"--train.output={folder / 'one'}", *steps, "--mesh.data=2", "--mesh.fsdp=4"))
     _, err = one.communicate(timeout=PATIENCE)
     assert one.returncode == 0, err
     ours, theirs = (computed(folder / name) for name in ("two", "one"))
@@ -91,6 +94,11 @@ def test_two_processes_are_stopped_resumed_and_equal_one(folder, launch):
         levels = [[math.nan if x is None else x for x in line.pop("loss_by_level")] for line in (a, b)]
         assert levels[0] == pytest.approx(levels[1], rel=1e-5, nan_ok=True)
         assert a == pytest.approx(b, rel=1e-5)
+    ours, theirs = (validated(folder / name) for name in ("two", "one"))
+    assert [(line["model"], line["step"]) for line in ours] == [("base", 0), ("lora", stopped + 2)]
+    for a, b in zip(ours, theirs, strict=True):
+        for loss in ("fm", "tfm"):
+            assert a["by_level"][loss] == pytest.approx(b["by_level"][loss], rel=1e-4)
     (_, ours), (_, theirs) = saved(folder / "two"), saved(folder / "one")
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():

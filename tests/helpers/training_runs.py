@@ -73,6 +73,11 @@ def computed(output: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in measured} for line in lines]
 
 
+def validated(output: Path) -> list[dict]:
+    """Return the lines of validation.jsonl."""
+    return [json.loads(line) for line in (output / "validation.jsonl").read_text().splitlines()]
+
+
 def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours)

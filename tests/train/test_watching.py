@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.configured import configured
-from helpers.training_runs import computed, start
+from helpers.training_runs import computed, start, validated
 from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent
 
 from tfm_jax.data.records import open_records
@@ -56,10 +56,6 @@ class Recorder(Watcher):
 
 
 FM = ["--objective.kind=fm"]  # compiles faster
-
-
-def validated(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
 
 
 def test_a_run_with_watchers_is_resumed(options, tmp_path, capsys, monkeypatch):
