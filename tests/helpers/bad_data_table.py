@@ -21,7 +21,7 @@ from helpers.breaking import (
 # --- Prepared data ---------------------------------------------------------------------------------------------------
 
 DATA = "--data.path=$tmp/latents"
-SHARD = "latents/tfm_clips-train.array_record-00000"
+SHARD = "latents/tfm_clips-train.array_record-00000-of-00001"
 
 
 def data(wrong: str, broken: Break, *words: str) -> Row:
