@@ -33,7 +33,7 @@ def open_batches(
             than a batch has rows, or have a number of tokens that the mesh cannot divide.
     """
     records = open_records(data.path)
-    records[0]  # so that damage of most kinds is noticed before anything compiles
+    records[0]  # so that damage that affects all clips is noticed before the model is loaded
     _check_clip_settings(records, clip)
     _check_encoders(records, model)
     clips = [number for number, entry in enumerate(records.index) if not is_held_out(entry.video, data.held_out)]
