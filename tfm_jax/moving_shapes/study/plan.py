@@ -169,7 +169,8 @@ def pilot_settings(study: Study) -> Record:
     """Return the settings that the pilot shares with the study, which clips and samples depend on."""
     values = configs.plain(study.run)
     ignored = ("output", "prompts", "lora", "path", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every",
-               "epochs", "accumulate", "seed", "learning_rate", "schedule")  # fmt: skip
+               "epochs", "accumulate", "seed", "learning_rate", "schedule", "eval_every", "eval_clips", "sample_every",
+               "tensorboard", "wandb")  # fmt: skip
     run = {name: {f: v for f, v in part.items() if f not in ignored} for name, part in values.items()}
     del run["train"]["steps"]  # those of every run are recorded with it
     size = {name: getattr(study.size, name) for name in ("clips", "prompts", "reference")}
