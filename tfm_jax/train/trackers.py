@@ -100,5 +100,5 @@ class Wandb(Watcher):
             action()
         except Exception as error:  # any: W&B, its files or the network must not stop a training run
             self._run = None
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
             log(f"note: train.wandb={self._project}: {reason}; training goes on without W&B")
