@@ -35,7 +35,7 @@ class Steps(NamedTuple):
     sigma: Float[Array | np.ndarray, "n"]
     """Noise level of x."""
     level: Float[Array | np.ndarray, "n"]
-    """Noise level that the network is told."""
+    """Noise level that is passed to the network."""
     correct: Float[Array | np.ndarray, "n 5"]
     advance: Float[Array | np.ndarray, "n 3"]
 
