@@ -4,10 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-from helpers.clips import FPS, display_matrix, encode, grey_clip, smooth_clip, which
+from helpers.clips import FPS, display_matrix, encode, grey_clip, smooth_clip, which, write_sound
 
 from tfm_jax import video
 from tfm_jax.errors import InputError
@@ -73,12 +72,7 @@ def test_not_a_video(tmp_path, content, suffix):
 
 def test_audio_only(tmp_path):
     path = tmp_path / "a.mp4"
-    with av.open(path, "w", format="mp4") as output:
-        stream = output.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
+    write_sound(path)
     refused(path, "no video stream")
 
 

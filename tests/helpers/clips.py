@@ -76,3 +76,13 @@ def encode(
 def display_matrix(a: float, b: float, c: float, d: float, u: float = 0) -> list[int]:
     """Return a display matrix as stored in a container: 16.16 fixed point, with 2.30 in the last column."""
     return [round(n) for n in (a * 2**16, b * 2**16, u * 2**30, c * 2**16, d * 2**16, 0, 0, 0, 2**30)]
+
+
+def write_sound(path: Path) -> None:
+    """Write an mp4 file with sound but no video."""
+    with av.open(path, "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))

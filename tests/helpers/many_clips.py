@@ -5,9 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import av
-import numpy as np
-from helpers.clips import display_matrix, encode, grey_clip, smooth_clip
+from helpers.clips import display_matrix, encode, grey_clip, smooth_clip, write_sound
 from PIL import Image
 
 from tfm_jax.video import write_clip
@@ -49,15 +47,6 @@ def _cut(path: Path, share: float) -> None:
     path.write_bytes(content[: int(share * len(content))])
 
 
-def _sound(path: Path) -> None:
-    with av.open(path, "w", format="mp4") as output:
-        stream = output.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-
-
 def _unknown_codec(path: Path) -> None:
     encode(path, smooth_clip(9))
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
@@ -95,7 +84,7 @@ BAD = {
     "type": Bad(".gif", lambda path: path.write_bytes(b"GIF89a"), "unknown file type"),
     "header": Bad(".mp4", lambda path: _cut(path, 0.001), "is damaged or not a video"),
     "cut": Bad(".mp4", lambda path: _cut(path, 0.2), "expected"),
-    "sound": Bad(".mp4", _sound, "contains no video stream"),
+    "sound": Bad(".mp4", write_sound, "contains no video stream"),
     "short": Bad(".mp4", lambda path: encode(path, smooth_clip(3, 32, 64)), "expected enough for 5 frames"),
     "codec": Bad(".mp4", _unknown_codec, "there is no decoder"),
     "turned": Bad(

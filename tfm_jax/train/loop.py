@@ -85,11 +85,8 @@ def train(run: TrainRun, resume: bool = False, watchers: Sequence[Watcher] = ())
             setup = stack.enter_context(_prepared_in_folder(run, resume, watchers))
             first, state = _restore(run, setup)
             if first >= setup.steps:
-                asked = (
-                    f"train.epochs={settings.epochs} needs {setup.steps}"
-                    if settings.epochs
-                    else (f"train.steps={settings.steps}")
-                )
+                needed = f"train.epochs={settings.epochs} needs {setup.steps}"
+                asked = needed if settings.epochs else f"train.steps={settings.steps}"
                 processes.print_once(f"{output} is complete: it has {first} steps, and {asked}")
                 return
             step = _compile(setup, state, first)

@@ -28,9 +28,9 @@ class SampleVideos(Watcher):
 
     Each prompt gets one video, from the noise of `sampling.seed`.
 
-    The videos go to samples/step_000500/000.mp4, ...; those of the base model, once, to samples/base/. They equal those
-    that tfm-sample makes with the exported LoRA. The text encoder is loaded once, before the transformer, and freed;
-    the autoencoder is loaded for each use.
+    The videos go to samples/step_000500/000.mp4, ...; those of the base model, once, to samples/base/. Their frames
+    equal those that tfm-sample makes with the exported LoRA. The text encoder is loaded once, before the transformer,
+    and freed; the autoencoder is loaded for each use.
 
     Raises:
         InputError: the prompts, the tokenizer, the text encoder or the autoencoder are missing or damaged.
