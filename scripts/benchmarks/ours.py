@@ -1,11 +1,11 @@
 """Our networks with random weights, and programs that run them."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from benchmarks.sizes import Sizes, Work
 from benchmarks.timing import Program
@@ -16,6 +16,8 @@ from tfm_jax.lora.adapters import LoraSplit, attach_lora, init_lora, split_lora
 from tfm_jax.sharding import one_device_mesh
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import Step, TrainState, init_state, make_step
+from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE, Component, abstract_model, named_parameters
+from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 from tfm_jax.wan.vae import VaeConfig, WanVae
 
@@ -28,12 +30,27 @@ def inputs(work: Work) -> tuple[np.ndarray, np.ndarray]:
 
 
 def transformer(config: TransformerConfig, sizes: Sizes) -> WanTransformer:
-    return nnx.jit(lambda: WanTransformer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(sizes.dtype)))()
+    return filled(TRANSFORMER, config, sizes.dtype)
 
 
 def autoencoder(base_dim: int) -> WanVae:
     """Return our autoencoder, which computes in float32 on every device."""
-    return nnx.jit(lambda: WanVae(VaeConfig(base_dim=base_dim), rngs=nnx.Rngs(0)))()
+    return filled(VAE, VaeConfig(base_dim=base_dim), "float32")
+
+
+def text_encoder(config: TextEncoderConfig, sizes: Sizes) -> UMT5Encoder:
+    return filled(TEXT_ENCODER, config, sizes.dtype)
+
+
+def filled(component: Component, config: Any, dtype: str) -> Any:
+    """Return a network with arbitrary weights, made with NumPy because JAX would compile their initialisation."""
+    module: Any = abstract_model(component, config, dtype)
+    block = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
+    for variable in named_parameters(module).values():
+        like = variable.get_value()
+        scale = 1 / math.sqrt(math.prod(like.shape[-5:-1]) or 1)
+        variable.set_value(jnp.asarray(np.resize(block, like.shape) * np.float32(scale), like.dtype))
+    return module
 
 
 def adapted(work: Work, sizes: Sizes) -> LoraSplit:

@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
 from transformers import UMT5Config, UMT5EncoderModel
 
-from benchmarks import peers
+from benchmarks import ours, peers
 from benchmarks.sizes import Sizes, TextWork
 from benchmarks.timing import Program, Row, race
-from tfm_jax.wan.text_encoder import UMT5Encoder
 
 PEER = "transformers' UMT5EncoderModel"
 
@@ -27,7 +25,7 @@ def measure(sizes: Sizes) -> Iterator[Row]:
 
 
 def _ours(work: TextWork, ids: np.ndarray, sizes: Sizes) -> Program:
-    model = nnx.jit(lambda: UMT5Encoder(work.config, rngs=nnx.Rngs(0), dtype=jnp.dtype(sizes.dtype)))()
+    model = ours.text_encoder(work.config, sizes)
     tokens, mask = jnp.asarray(ids), jnp.ones(ids.shape, jnp.int32)
     return lambda: jax.block_until_ready(model(tokens, mask))
 
