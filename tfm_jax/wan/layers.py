@@ -113,7 +113,10 @@ def _matmul_backward(residuals: tuple[Array, Array], gradient: Float[Array, "...
     def contract(left: Float[Array, "... i"], right: Float[Array, "... o"]) -> Float[Array, "i o"]:
         return jax.lax.dot_general(left, right, ((tokens, tokens), ((), ())), precision=precision)
 
-    dkernel = contract(x, gradient) if x.shape[-1] <= gradient.shape[-1] else contract(gradient, x).T
+    if x.shape[-1] <= gradient.shape[-1]:
+        dkernel = contract(x, gradient)
+    else:  # the barrier keeps XLA from swapping the operands to avoid the cheap transpose of the result
+        dkernel = jax.lax.optimization_barrier(contract(gradient, x)).T
     return jnp.matmul(gradient, kernel.T, precision=precision), dkernel
 
 
