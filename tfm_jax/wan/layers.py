@@ -10,11 +10,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tfm_jax.precision import precision_of
 from tfm_jax.sharding import Axes, gather
+
+LINEAR_OUTPUT = "linear_output"
+"""Checkpoint name of what linear layers return and of what the first factor of their adapters returns. With these and
+the outputs of attention saved, the backward pass repeats no matrix product."""
 
 
 def param(
@@ -89,9 +94,9 @@ class Linear(nnx.Module):
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is not None and self.lora_b is not None:
-            low = _matmul(x, gathered(self.lora_a, x.dtype))
+            low = checkpoint_name(_matmul(x, gathered(self.lora_a, x.dtype)), LINEAR_OUTPUT)
             y = y + _matmul(low, gathered(self.lora_b, x.dtype)) * self.lora_scale
-        return y
+        return checkpoint_name(y, LINEAR_OUTPUT)
 
 
 @jax.custom_vjp
