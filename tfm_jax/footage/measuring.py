@@ -33,7 +33,8 @@ def measure_videos(videos: Mapping[str, Video], networks: Mapping[Kind, Embed], 
     Raises:
         InputError: see `measure_video`.
     """
-    return {name: measure_video(each, networks) for name, each in tqdm(videos.items(), desc=task, unit="video")}
+    with tqdm(videos.items(), desc=task, unit="video") as bar:  # closed before an error is printed on the next line
+        return {name: measure_video(each, networks) for name, each in bar}
 
 
 def measure_video(measured: Video, networks: Mapping[Kind, Embed]) -> Values:
