@@ -5,7 +5,8 @@ RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 # The tests of `make check` compile little, so that together they take about a minute.
-FAST := tests/objective tests/lora tests/data tests/footage tests/test_config.py tests/test_inputs.py tests/test_files.py
+FAST := tests/objective tests/lora tests/data tests/footage tests/test_config.py tests/test_config_mistakes.py \
+	tests/test_inputs.py tests/test_files.py
 
 .PHONY: setup setup-test demo check test test-all lint clean
 

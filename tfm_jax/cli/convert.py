@@ -7,10 +7,9 @@ configuration are copied. The tensors are streamed one by one, so that models of
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
@@ -21,9 +20,9 @@ from tfm_jax.errors import InputError
 from tfm_jax.files import check_new_directory
 from tfm_jax.inputs import read_json
 from tfm_jax.wan.components import COMPONENTS, TRANSFORMER
-from tfm_jax.wan.names import Layout, Row
+from tfm_jax.wan.names import Layout
 from tfm_jax.wan.saving import Progress, find_scheduler, save_model
-from tfm_jax.wan.sources import SIDECAR_SUFFIX, find_source_or_none, no_change
+from tfm_jax.wan.sources import SIDECAR_SUFFIX, Change, find_source_or_none, no_change
 from tfm_jax.wan.tokenizer import find_tokenizer
 
 
@@ -44,9 +43,7 @@ def execute(argv: Sequence[str]) -> None:
     convert(options.source, options.target, options.to, options.dtype)
 
 
-def convert(
-    source: Path, target: Path, layout: Layout, dtype: Dtype, change: Callable[[Row], np.ndarray | None] = no_change
-) -> None:
+def convert(source: Path, target: Path, layout: Layout, dtype: Dtype, change: Change = no_change) -> None:
     """Write the model in the directory `source` to `target`. `change` gives what is added to the transformer: see
     `Source`."""
     check_new_directory("target", target)

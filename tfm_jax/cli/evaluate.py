@@ -1,6 +1,6 @@
 """Measure how objects move in generated clips, compared with real clips of the same world.
 
-    tfm-evaluate runs/demo/samples/base runs/demo/samples/lora \\
+    tfm-evaluate runs/demo/videos/base runs/demo/videos/lora \\
         --reference=runs/demo/reference --prompts=runs/demo/prompts.txt
 
 Each folder contains mp4 files, and optionally metadata.csv with their prompts. For each metric, the table shows a value

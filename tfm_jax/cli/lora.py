@@ -134,6 +134,8 @@ class Diff:
                 print(f"only in {file}: {len(only)} linear layers, such as {only[0]}")
         if first.differences or second.differences:
             print(f"differences of whole tensors: {len(first.differences)} and {len(second.differences)}, not compared")
+        if first.magnitudes or second.magnitudes:
+            print("magnitudes of a DoRA: not compared")
 
 
 @section

@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan.checks import check_source
 from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE, abstract_model, named_parameters
 from tfm_jax.wan.names import Row
-from tfm_jax.wan.sources import Source, find_source, no_change
+from tfm_jax.wan.sources import Change, Source, find_source, no_change
 from tfm_jax.wan.tensors import copy_into
 from tfm_jax.wan.text_encoder import UMT5Encoder
 from tfm_jax.wan.tokenizer import Tokenizer
@@ -44,9 +43,7 @@ def load_transformer(path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Me
     return _load(find_source(Path(path), TRANSFORMER), dtype, mesh)
 
 
-def load_base(
-    model: ModelConfig, mesh: Mesh | None = None, change: Callable[[Row], np.ndarray | None] = no_change
-) -> WanTransformer:
+def load_base(model: ModelConfig, mesh: Mesh | None = None, change: Change = no_change) -> WanTransformer:
     """Load the transformer that a configuration names, in the dtype of the configuration.
 
     Args:

@@ -28,7 +28,12 @@ SIDECAR_SUFFIX = ".tfm_jax.json"
 ORIGINAL_FILES = {"vae": "Wan2.1_VAE.pth", "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth"}
 
 
-def no_change(row: Row) -> None:
+Change = Callable[[Row, Callable[[], np.ndarray]], np.ndarray | None]
+"""Returns what is added to the tensor of a row, in float32 and with our axes; None for nothing. The second argument
+reads the tensor as it is without the change."""
+
+
+def no_change(row: Row, read: Callable[[], np.ndarray]) -> None:
     """The `Source.change` of weights that are used as they are."""
 
 
@@ -41,15 +46,15 @@ class Source(NamedTuple):
     file: Path
     """The config.json or .pth file that identifies the network; error messages start with its path."""
     tensors: Tensors
-    change: Callable[[Row], np.ndarray | None] = no_change
-    """Returns what is added to the tensor of a row when it is read, in float32 and with our axes; None for nothing."""
+    change: Change = no_change
+    """What is added to a tensor when it is read."""
 
     def read(self, row: Row, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Read the tensor of a row, or the part that `index` selects.
 
         The result and `index` have our axes, without the axis of stacked layers.
         """
-        change = self.change(row)
+        change = self.change(row, lambda: self._read(row, None))
         if change is None:
             return self._read(row, index)
         return self._read(row, index).astype(np.float32) + change[index or ...]
