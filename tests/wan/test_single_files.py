@@ -271,6 +271,9 @@ def test_one_file_is_not_a_whole_model(tmp_path, tensors):
         find_source(file, VAE)
     with pytest.raises(InputError, match=rf"^{file}: is one file, without a tokenizer; expected the directory of a wh"):
         load_tokenizer(file)
+    (tmp_path / "prompt.txt").write_text("a red disc")
+    with pytest.raises(InputError, match=r"prompt\.txt: not a complete safetensors file"):
+        find_source(tmp_path / "prompt.txt", TRANSFORMER)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match=f"^{file}: not a complete safetensors file"):
         find_source(file, TRANSFORMER)

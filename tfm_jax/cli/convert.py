@@ -58,6 +58,7 @@ def convert(
     see `Source`."""
     if layout == "comfy" and target.suffix == ".safetensors":
         check_new_file(target)
+        check_new_file(sidecar_file(target))  # that of another model would be taken for ours
         transformer = find_source(source, TRANSFORMER)._replace(change=change)
         with written() as progress:
             save_single_file(transformer, target, DTYPES[dtype], progress)

@@ -85,15 +85,13 @@ def open_safetensors(
     Raises:
         InputError: the file is missing or not safetensors, repeats a tensor, or has a tensor with another dtype.
     """
-    check_download(file)
-    try:
-        handle = safe_open(file, framework="numpy")
-        slices = {name: handle.get_slice(name) for name in handle.keys() if name not in skipped}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a complete safetensors file ({error}); download it again") from None
+    handle = _open(file)
     header, start = _header(file)
     tensors = {}
-    for name, piece in slices.items():
+    for name in handle.keys():  # noqa: SIM118, not a dict
+        if name in skipped:
+            continue
+        piece = handle.get_slice(name)
         dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
         if dtype not in dtypes:
             raise InputError(
@@ -123,8 +121,15 @@ def safetensors_names(file: Path) -> list[str]:
     Raises:
         InputError: the file is missing or not safetensors.
     """
+    return list(_open(file).keys())
+
+
+def _open(file: Path) -> Any:
     check_download(file)
-    return [name for name in _header(file)[0] if name != "__metadata__"]
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a complete safetensors file ({error}); download it again") from None
 
 
 def safetensors_metadata(file: Path) -> dict[str, str]:
