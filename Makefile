@@ -19,6 +19,7 @@ $(VENV)/.setup: requirements.txt pyproject.toml
 
 $(VENV)/.setup-test: $(VENV)/.setup
 	$(PIP) install --quiet --constraint requirements.txt --editable '.[test]'
+	$(PIP) install --quiet --constraint requirements.txt --no-deps diffsynth
 	touch $@
 
 demo: $(VENV)/.setup

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import virtual_devices
-from helpers.sampling_runs import PROMPTS, content, damage, run_of
+from helpers.lora_files import official_file
+from helpers.sampling_runs import PROMPTS, SIZE, content, damage, run_of
 
 from tfm_jax import files, interrupts, video
 from tfm_jax.cli import command
@@ -314,7 +315,8 @@ def test_the_settings_are_in_the_metadata(finished):
 
 
 def test_base_and_lora_side_by_side(model, tmp_path):
-    lora = write_adapters(tmp_path / "kites.safetensors")
+    """The LoRA has the keys and dtypes of the TFM release."""
+    lora = official_file(tmp_path / "tfm-lora.safetensors", SIZE["layers"], SIZE["dim"], SIZE["ffn_dim"])
     run = run_of(model, tmp_path / "out", lora=lora, prompts=write_prompts(tmp_path / "p", "x"))
     compare(run)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000.mp4", "base", "lora"]

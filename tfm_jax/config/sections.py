@@ -28,8 +28,8 @@ from tfm_jax.errors import InputError
 @section
 class ModelConfig:
     path: ModelPath
-    """Directory of the weights in the Diffusers, original (Wan-AI) or tfm_jax layout. wan_tiny selects the embedded
-    model, unless a file or directory of that name exists."""
+    """Directory of the weights in the Diffusers, original (Wan-AI), ComfyUI or tfm_jax layout, or one safetensors file
+    with the transformer. wan_tiny selects the embedded model, unless a file or directory of that name exists."""
     dim: Positive
     """Width of the transformer. This field and the next three must match the weights."""
     ffn_dim: Positive

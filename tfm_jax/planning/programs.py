@@ -47,7 +47,7 @@ class SamplePlan(SampleRun):
 @functools.cache
 def transformer_config(model: configs.ModelConfig) -> TransformerConfig:
     """Return the transformer's configuration. The text width is that of the weights; without weights, of Wan2.1-T2V."""
-    found = find_source_or_none(model.path, TRANSFORMER) if model.path.is_dir() else None
+    found = find_source_or_none(model.path, TRANSFORMER) if model.path.exists() else None
     config = TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
     return dataclasses.replace(config, text_dim=found.config.text_dim) if found else config
 

@@ -31,7 +31,8 @@ def load_transformer(path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Me
     """Load the diffusion transformer, which maps (latents, timesteps in 0..1000, text) to velocities.
 
     Args:
-        path: directory of the whole model or of this network alone, in any of the layouts of `tfm_jax.wan.sources`.
+        path: directory of the whole model or of this network alone, in any of the layouts of `tfm_jax.wan.sources`, or
+            one safetensors file as ComfyUI has it.
         dtype: type of the weights and of the computation. Norms, modulation, time embedding and softmax are always
             float32.
         mesh: devices over which `tfm_jax.sharding.RULES` shards the parameters; None means the first device alone.

@@ -75,8 +75,10 @@ class Tokenizer:
     """
 
     def __init__(self, model: str | Path):
-        if not Path(model).is_dir():
+        if not Path(model).exists():
             raise InputError(f"{model}: no such directory; expected Wan2.1 weights")
+        if not Path(model).is_dir():
+            raise InputError(f"{model}: is one file, without a tokenizer; expected the directory of a whole model")
         found = find_tokenizer(model)
         if not found:
             expected = " or ".join(str(Path(model, name, "tokenizer.json")) for name in FOLDERS)
