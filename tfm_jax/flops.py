@@ -2,7 +2,7 @@
 
 Each multiply-add of a matrix product counts as two operations, no matter which kernel computes the product. Operations
 that are repeated to save memory are counted separately. Norms, softmax and the objective are not matrix products and
-are not counted.
+are not counted. Nor is the product of A and B from which a DoRA gets its norms: it does not grow with the tokens.
 """
 
 from typing import NamedTuple

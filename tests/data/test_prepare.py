@@ -1,6 +1,5 @@
 """Preparing clips: which are kept, which are rejected, and what is refused."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.clips import smooth_clip
 from helpers.fake_encoders import CHANNELS, TEXT_DIM, FakeEncoders
-from helpers.prepare_runs import beside, contents, never, prepare_run, write_clips
+from helpers.prepare_runs import beside, contents, never, prepare_run, with_clip, write_clips
 from helpers.records import read_dataset
 from PIL import Image
 from safetensors.numpy import load_file
@@ -28,10 +27,6 @@ from tfm_jax.video_headers import read_header
 @pytest.fixture
 def clips(tmp_path, monkeypatch) -> Path:
     return write_clips(tmp_path / "clips", monkeypatch)
-
-
-def with_clip(run: PrepareRun, **fields) -> PrepareRun:
-    return dataclasses.replace(run, clip=dataclasses.replace(run.clip, **fields))
 
 
 def rejections(run: PrepareRun) -> list[dict]:

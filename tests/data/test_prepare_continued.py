@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.fake_encoders import FakeEncoders, use_fakes
-from helpers.prepare_runs import beside, contents, prepare_run, write_clips
+from helpers.prepare_runs import beside, contents, prepare_run, with_clip, write_clips
 
 from tfm_jax.data import blocks as blocks_module
 from tfm_jax.data import prepare as prepare_module

@@ -1,5 +1,6 @@
 """Runs of tfm-prepare on five small clips, with encoders that need no model."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,10 @@ def prepare_run(clips: Path, path: Path | None = None, **data) -> PrepareRun:
         clip=ClipConfig(frames=5, height=16, width=16),
         data=DataConfig(source=clips, path=path or clips.with_name("latents"), **{"max_rejected": 0.5} | data),
     )
+
+
+def with_clip(run: PrepareRun, **fields) -> PrepareRun:
+    return dataclasses.replace(run, clip=dataclasses.replace(run.clip, **fields))
 
 
 def beside(clips: Path) -> list[str]:

@@ -39,8 +39,9 @@ def write_run(folder: Path) -> Path:
 
 
 def bare_run(folder: Path) -> Path:
-    """Write a run that has not finished a step."""
+    """Write a run of 50 steps that has not finished a step."""
     folder.mkdir()
+    write_lines(folder / "events.jsonl", [{"step": 0, "event": "started", "steps": 50}])
     (folder / "config.yaml").write_text("train:\n  epochs: 2\nmodel:\n  path: '</script>'\n")
     (folder / "metrics.jsonl").touch()
     return folder

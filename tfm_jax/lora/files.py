@@ -127,7 +127,9 @@ def write_lora(
     metadata = {**metadata, "format": "pt"}
     if dialect == "diffusers" and lora.alpha != lora.rank:
         modules = [linear.diffusers for linear in lora.adapters]
-        metadata[peft_config.METADATA] = peft_config.to_metadata(lora.rank, lora.alpha, bool(lora.magnitudes), modules)
+        metadata[peft_config.METADATA] = peft_config.to_metadata(
+            lora.rank, float(lora.alpha), bool(lora.magnitudes), modules
+        )
     with replacing(path) as scratch:
         save_file(tensors, scratch, metadata)
         _sort_metadata(scratch)
