@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 from tfm_jax.precision import precision_of
 from tfm_jax.sharding import Axes, gather
 
+LORA_SCOPE = "lora"
+"""Named scope of everything that an adapter computes, in profiles and for `tfm_jax.planning.roofline`."""
+
 
 def param(
     key: jax.Array,
@@ -89,8 +92,9 @@ class Linear(nnx.Module):
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is not None and self.lora_b is not None:
-            low = _matmul(x, gathered(self.lora_a, x.dtype))
-            y = y + _matmul(low, gathered(self.lora_b, x.dtype)) * self.lora_scale
+            with jax.named_scope(LORA_SCOPE):
+                low = _matmul(x, gathered(self.lora_a, x.dtype))
+                y = y + _matmul(low, gathered(self.lora_b, x.dtype)) * self.lora_scale
         return y
 
 

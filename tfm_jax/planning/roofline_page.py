@@ -1,0 +1,137 @@
+"""Plan both models on a few machines, and write the rooflines of these plans into docs/performance.md."""
+
+import contextlib
+import datetime
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from tfm_jax.errors import CompilerError, InputError
+from tfm_jax.files import replacing
+from tfm_jax.markdown import table
+from tfm_jax.planning.chips import find_topology
+from tfm_jax.planning.plan import Plan, flops
+from tfm_jax.planning.roofline_tables import class_table
+from tfm_jax.planning.scaling import MODELS, SMALL_BATCH, PlanCache, make_run
+
+
+class Case(NamedTuple):
+    """A model on a machine, with the mesh that docs/scaling.md shows for it at 480p."""
+
+    machine: str
+    topology: str
+    model: str
+    mesh: dict[str, int]
+
+    def options(self) -> dict[str, int | str]:
+        """Return the fields of the configuration that the case sets."""
+        mesh = {f"mesh.{axis}": size for axis, size in self.mesh.items()}
+        return {"train.batch_size": SMALL_BATCH, **mesh, "train.remat": "attention"}
+
+    def command(self) -> str:
+        options = " ".join(f"--{name}={value}" for name, value in self.options().items())
+        return f"tfm-plan --config {MODELS[self.model]} --topology={self.topology} {options} --roofline"
+
+
+CASES = [
+    Case("8 v5e", "v5e:2x4", "1.3B", {"data": 4, "sequence": 2}),
+    Case("16 v5e", "v5e:4x4", "14B", {"fsdp": 4, "sequence": 4}),
+    Case("4 v5p", "v5p:2x2x1", "1.3B", {"data": 4}),
+    Case("4 v5p", "v5p:2x2x1", "14B", {"data": 4}),
+    Case("8 v6e", "v6e:2x4", "1.3B", {"data": 4, "sequence": 2}),
+    Case("8 v6e", "v6e:2x4", "14B", {"fsdp": 4, "sequence": 2}),
+    Case("4 H100", "h100:4", "1.3B", {"data": 4}),
+    Case("4 H100", "h100:4", "14B", {"fsdp": 4}),
+]
+
+Rows = Iterable[tuple[Case, Plan | None]]
+
+BEGIN, END = "<!-- begin: python scripts/rooflines.py -->\n", "<!-- end: python scripts/rooflines.py -->\n"
+"""The lines of the page between which this module writes."""
+
+COLUMNS = ("machine", "model", "mesh", "all products at peak, s", "bound, s", "utilisation at most",
+           "GB sent", "hidden, ms", "not hidden, ms")  # fmt: skip
+
+TEXT = """\
+Every row is the training step of `tfm-train`: LoRA of rank 32 on all linear layers, 81 frames of 480 x 832, {batch}
+clips, remat=attention, with the mesh that [scaling.md](scaling.md) shows for the machine. The steps were compiled in
+{month} with jax {jax} for chips that are not here, and not run, so the numbers are lower bounds and no times. This
+command writes this section; after an interruption, the same command continues where it stopped:
+
+    python scripts/rooflines.py
+
+The bound of an operation is the largest of its matrix products at the chip's peak for bfloat16, its bytes at the
+bandwidth of the memory (HBM), and the bytes it sends at the bandwidth of the links. Of a transfer that runs in the
+background, only what exceeds the bounds of the operations behind which it runs counts; the rest is hidden. The bound of
+the step is the sum. A kernel takes longer than its bound for many reasons that the bound does not know: tiles that do
+not fill the matrix unit, exponentials in attention, reading an array twice, waiting.
+
+- all products at peak: the bound if nothing but the matrix products of [flops.py](../tfm_jax/flops.py) took time.
+- utilisation at most: the operations that the model needs, without repeated ones, at peak, over the bound.
+- GB sent, hidden, not hidden: what each chip sends in a step, and the bounds of these transfers.
+
+{summary}
+
+{tables}"""
+
+
+def plan_cases(cache: PlanCache) -> Iterator[tuple[Case, Plan | None]]:
+    """Yield the plan of every case; None if it is not compiled."""
+    for case in CASES:
+        with contextlib.suppress(LookupError, CompilerError):
+            run = make_run(case.model, "480p", SMALL_BATCH, case.options())
+            yield case, cache.plan(case.model, run, find_topology(case.topology))
+            continue
+        yield case, None
+
+
+def write_section(rows: Rows, page: Path) -> None:
+    """Replace the part of the page between `BEGIN` and `END`.
+
+    Raises:
+        InputError: the page does not exist, or lacks one of the two lines.
+    """
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise InputError(f"{page}: expected a page with the lines {BEGIN.strip()} and {END.strip()}")
+    with replacing(page) as partial_file:
+        partial_file.write_text(f"{before}{begin}\n{_section(list(rows))}\n{end}{after}", encoding="utf-8")
+
+
+def _section(rows: list[tuple[Case, Plan | None]]) -> str:
+    tables = [_details(case, plan) for case, plan in rows if plan and plan.roofline]
+    return TEXT.format(
+        batch=SMALL_BATCH,
+        month=f"{datetime.date.today():%B %Y}",
+        jax=version("jax"),
+        summary=table(COLUMNS, (_row(case, plan) for case, plan in rows)),
+        tables="\n".join(tables),
+    )
+
+
+def _row(case: Case, plan: Plan | None) -> tuple[str, ...]:
+    mesh = " ".join(f"{axis}={size}" for axis, size in case.mesh.items())
+    names = (case.machine, case.model, mesh, f"{_seconds_at_peak(case):.2f}")
+    if plan is None or plan.roofline is None:
+        return (*names, *("not compiled",) * (len(COLUMNS) - len(names)))
+    found = plan.roofline
+    transfers = found.collectives
+    costs = (sum(row.sent for row in transfers) / 1e9, *(
+        1e3 * sum(getattr(row, part) for row in transfers) for part in ("hidden", "bound")
+    ))  # fmt: skip
+    return (*names, f"{found.bound:.2f}", f"{plan.best_utilisation:.0%}", *(f"{cost:.1f}" for cost in costs))
+
+
+def _seconds_at_peak(case: Case) -> float:
+    """Return the seconds for all matrix products of a step at peak, by formula."""
+    topology = find_topology(case.topology)
+    run = make_run(case.model, "480p", SMALL_BATCH, case.options())
+    return sum(flops(run, topology, SMALL_BATCH).values()) / len(topology.devices) / topology.chip.peak
+
+
+def _details(case: Case, plan: Plan) -> str:
+    heading = f"### {case.model} on {case.machine}"
+    return f"{heading}\n\n    {case.command()}\n\n{class_table(plan, table)}\n"
