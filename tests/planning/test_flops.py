@@ -11,6 +11,7 @@ from helpers.plans import fake_topology, run_14b
 from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import LoraConfig, ModelConfig
 from tfm_jax.flops import sampling_flops, training_flops
+from tfm_jax.lora.adapters import adapter_sizes
 from tfm_jax.planning import hlo, programs
 from tfm_jax.planning.chips import CHIPS
 from tfm_jax.planning.plan import flops
@@ -42,11 +43,14 @@ def lora_flops(run):
 
 
 def attention_flops(run):
-    """Operations of attention in a step, without repeated scores: two products forward and four backward; `full`
-    repeats the forward pass."""
+    """Operations of attention in a step, without repeated scores: two products forward and four backward. `full`
+    repeats the forward pass, and the keys of the text need no gradient without an adapter."""
     model, tokens, repeated = run.model, programs.num_tokens(run), run.train.remat == "full"
-    product = 2 * model.dim * tokens * (tokens + TEXT_LENGTH)
-    return (6 + 2 * repeated) * product * model.layers * run.train.batch_size
+    product = 2 * model.dim * tokens
+    needed = (6 + 2 * repeated) * (tokens + TEXT_LENGTH)
+    if "cross_attn.k" not in adapter_sizes(run.lora):
+        needed -= TEXT_LENGTH
+    return product * needed * model.layers * run.train.batch_size
 
 
 ALL = ("q", "k", "v", "o", "ffn.0", "ffn.2")

@@ -196,7 +196,7 @@ def test_a_gather_over_several_fusions_is_one_transfer():
     (row,) = found.collectives
     assert (row.name, row.runs, row.sent) == ("all-gather: squeeze", 1, 3 * 256 * 256 * 2)
     assert operation(TPU_PROGRAM, "start").between == ("source", "target", "step", "from", "into")
-    # The product moves its operand in main memory and its result, whose 8 columns are padded to 128, but not the gather.
+    # The product reads the operand that is in main memory and writes its result, whose 8 columns are padded to 128.
     product = operation(TPU_PROGRAM, "step")
     assert (product.flops, product.bytes) == (2 * 512 * 256 * 8, 2 * 512 * (256 + 128))
     assert classify(product) == "LoRA"

@@ -167,6 +167,13 @@ def _row(operation: Operation, seconds: _Seconds) -> Row:
 
 def _sum(name: str, rows: Iterable[Row]) -> Row:
     rows = list(rows)
-    counts = {field: sum(getattr(row, field) for row in rows) for field in ("runs", "flops", "bytes", "sent", "cycles")}
-    seconds = {field: math.fsum(getattr(row, field) for row in rows) for field in ("bound", "hidden")}
-    return Row(name, **counts, **seconds)
+    return Row(
+        name,
+        sum(row.runs for row in rows),
+        sum(row.flops for row in rows),
+        sum(row.bytes for row in rows),
+        sum(row.sent for row in rows),
+        math.fsum(row.bound for row in rows),
+        math.fsum(row.hidden for row in rows),
+        sum(row.cycles for row in rows),
+    )

@@ -30,8 +30,10 @@ class Case(NamedTuple):
         return {"train.batch_size": SMALL_BATCH, **mesh, "train.remat": "attention"}
 
     def command(self) -> str:
+        """Return the lines of a shell that show the roofline of the case."""
         options = " ".join(f"--{name}={value}" for name, value in self.options().items())
-        return f"tfm-plan --config {MODELS[self.model]} --topology={self.topology} {options} --roofline"
+        program = f"tfm-plan --config {MODELS[self.model]} --topology={self.topology} --roofline"
+        return f"    {program} \\\n        {options}"
 
 
 CASES = [
@@ -54,24 +56,33 @@ COLUMNS = ("machine", "model", "mesh", "all products at peak, s", "bound, s", "u
            "GB sent", "hidden, ms", "not hidden, ms")  # fmt: skip
 
 TEXT = """\
-Every row is the training step of `tfm-train`: LoRA of rank 32 on all linear layers, 81 frames of 480 x 832, {batch}
-clips, remat=attention, with the mesh that [scaling.md](scaling.md) shows for the machine. The steps were compiled in
-{month} with jax {jax} for chips that are not here, and not run, so the numbers are lower bounds and no times. This
-command writes this section; after an interruption, the same command continues where it stopped:
+Every row is the training step of `tfm-train`: LoRA of rank 32 on all linear layers, 81 frames of 480 x 832,
+{batch} clips, remat=attention, on the mesh that [scaling.md](scaling.md) shows for the machine. The steps were compiled
+for chips that are not here, in {month} with jax {jax}, and not run. So the numbers are lower bounds, not
+times. This command writes this section; after an interruption, the same command continues where it stopped:
 
     python scripts/rooflines.py
 
-The bound of an operation is the largest of its matrix products at the chip's peak for bfloat16, its bytes at the
-bandwidth of the memory (HBM), and the bytes it sends at the bandwidth of the links. Of a transfer that runs in the
-background, only what exceeds the bounds of the operations behind which it runs counts; the rest is hidden. The bound of
-the step is the sum. A kernel takes longer than its bound for many reasons that the bound does not know: tiles that do
-not fill the matrix unit, exponentials in attention, reading an array twice, waiting.
+The bound of an operation is the largest of three: its matrix products at the chip's peak for bfloat16, its bytes at the
+bandwidth of the memory (HBM), and what it sends at the bandwidth of the links. The rates are those of the vendors, in
+[chips.py](../tfm_jax/planning/chips.py). Of a transfer that runs in the background, only what exceeds the bounds of the
+operations that run meanwhile counts; the rest is hidden. The bound of a step is the sum.
 
-- all products at peak: the bound if nothing but the matrix products of [flops.py](../tfm_jax/flops.py) took time.
-- utilisation at most: the operations that the model needs, without repeated ones, at peak, over the bound.
+A step takes longer than its bound for reasons that the bound does not know: matrices that do not fill the matrix unit,
+the exponentials of attention, a kernel that reads an array twice or uses one of a chip's two cores, and waiting. On
+GPUs there are two more caveats: without a GPU, XLA does not tune its kernels, and an array that is still in the cache
+counts as read from memory.
+
+- all products at peak: the time of the matrix products alone, by the formulas of [flops.py](../tfm_jax/flops.py).
+- utilisation at most: the operations that the model needs, without repeated ones, at peak, as a part of the bound.
 - GB sent, hidden, not hidden: what each chip sends in a step, and the bounds of these transfers.
 
 {summary}
+
+The tables below show the work of one chip in one step. Products of a linear layer count there with what XLA fused to
+them, and those of the adapters as LoRA; attention is the kernels; elementwise is everything else that computes. The
+compiler's estimate is that of its cost model, which knows neither kernels nor transfers. `tfm-plan --roofline` also
+lists the largest operations and the transfers.
 
 {tables}"""
 
@@ -134,4 +145,4 @@ def _seconds_at_peak(case: Case) -> float:
 
 def _details(case: Case, plan: Plan) -> str:
     heading = f"### {case.model} on {case.machine}"
-    return f"{heading}\n\n    {case.command()}\n\n{class_table(plan, table)}\n"
+    return f"{heading}\n\n{case.command()}\n\n{class_table(plan, table)}\n"

@@ -27,8 +27,8 @@ def describe_roofline(plan: Plan) -> str:
     if found.unknown:
         lines.append(f"            without those of unknown kernels: {', '.join(found.unknown)}")
     tables = {"largest operations": found.largest, "transfers between devices": found.collectives}
-    parts = [class_table(plan, _aligned), *(_table(title, rows, found, _aligned) for title, rows in tables.items())]
-    return "\n\n".join(["\n".join(lines), *parts])
+    lists = [_table(title, rows, found, _aligned) for title, rows in tables.items() if rows]
+    return "\n\n".join(["\n".join(lines), class_table(plan, _aligned), *lists])
 
 
 def class_table(plan: Plan, table: Table) -> str:
