@@ -63,7 +63,7 @@ def _gpu(name: str, capability: str, cores: int, lanes: int, memory: int, bandwi
 
 # TPUs: the memory is what libtpu 0.0.42 reports as available when a program exceeds it. Bandwidths are from the page of
 # each chip, such as cloud.google.com/tpu/docs/v5p; half of the bidirectional bandwidth between chips is sent. The page
-# of v4 lacks it: 6 links with 50 GB/s each are from table 4 of Jouppi et al. 2023 (arXiv:2304.01433).
+# of v4 lacks it: 6 links with 50 GB/s each are from Jouppi et al. 2023 (arXiv:2304.01433).
 # GPUs: the target, with the bandwidth of the memory, comes from OpenXLA's xla/backends/gpu/target_config/specs. Half of
 # the bandwidth of NVLink in NVIDIA's data sheets is sent; between hosts, it is less.
 CHIPS = {

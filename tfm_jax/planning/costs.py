@@ -14,11 +14,12 @@ from tfm_jax.planning.hlo import (
     Instruction,
     Module,
     arrays,
-    attribute,
     buffer_bytes,
+    called,
+    result_shape,
     sizes,
     split,
-)  # fmt: skip
+)
 
 ATTENTION_KERNELS = {
     "splash_mha_fwd": 2,
@@ -42,8 +43,8 @@ def flops(module: Module, name: str, instruction: Instruction) -> int:
     """Return the operations of the matrix products of an instruction of the computation `name`; 0 if unknown."""
     operands = module.computations[name].instructions
     if instruction.op == "dot":
-        contracted = sizes(_braces("lhs_contracting_dims", instruction))
-        return _product(instruction, operands[instruction.operands[0]], contracted)
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        return _product(instruction, operands[instruction.operands[0]], sizes(contracted[1] if contracted else ""))
     if instruction.op == "convolution":
         return _convolution(instruction, *(arrays(operands[x].shape)[0] for x in instruction.operands[:2]))
     if instruction.op == "custom-call":
@@ -55,8 +56,7 @@ def fused(module: Module, instruction: Instruction) -> list[tuple[str, Instructi
     """Return the instructions that run as parts of this one, each after the name of its computation."""
     if instruction.op not in ("fusion", "async-start", "call-start"):
         return []
-    called = [computation for computation, _ in module.calls("", instruction)]
-    return [(inner, x) for inner in called for x in module.computations[inner].instructions.values()]
+    return [(inner, x) for inner in called(instruction) for x in module.computations[inner].instructions.values()]
 
 
 def unknown_kernel(instruction: Instruction) -> bool:
@@ -90,23 +90,23 @@ def bytes_moved(module: Module, name: str, instruction: Instruction) -> int:
     if op == "copy-start":  # its shape lists the copy and the original
         return buffer_bytes(instruction.shape, hbm_only=True)
     if op in ("async-start", "call-start"):
-        inner = module.calls(name, instruction)[0][0]
+        inner = called(instruction)[0]
         return bytes_moved(module, inner, module.computations[inner].instructions[module.computations[inner].root])
     operands = [computation.instructions[x] for x in instruction.operands]
     wholes = [buffer_bytes(x.shape, hbm_only=True) for x in operands]
-    written = buffer_bytes(instruction.shape, hbm_only=True)
     if op == "fusion":
-        inner = module.computations[module.calls(name, instruction)[0][0]]
-        pairs = zip(inner.parameters, wholes, strict=True)
-        return sum(_read(module, inner, parameter, whole) for parameter, whole in pairs) + _written(
-            module, inner, instruction
+        inner = module.computations[called(instruction)[0]]
+        read = sum(
+            _read(module, inner, parameter, whole) for parameter, whole in zip(inner.parameters, wholes, strict=True)
         )
+        return read + _written(module, inner, instruction)
+    if op.removesuffix("-start") in COLLECTIVE_KINDS:
+        return sum(wholes) + buffer_bytes(result_shape(instruction), hbm_only=True)
+    written = buffer_bytes(instruction.shape, hbm_only=True)
     if op in _SLICES:
         return min(wholes[0], buffer_bytes(instruction.shape)) + written
     if op == "dynamic-update-slice":
         return wholes[1] + min(written, buffer_bytes(operands[1].shape))
-    if op.removesuffix("-start") in COLLECTIVE_KINDS and op.endswith("-start"):
-        return 2 * sum(wholes)  # the shape of a start lists operands, too
     return sum(wholes) + written
 
 
@@ -126,7 +126,7 @@ def _read(module: Module, computation: Computation, value: str, whole: int) -> i
 def _read_by(module: Module, computation: Computation, user: Instruction, value: str, whole: int) -> int:
     if user.op == "bitcast":
         return _read(module, computation, user.name, whole)
-    inner = module.computations[module.calls("", user)[0][0]]
+    inner = module.computations[called(user)[0]]
     passed = [parameter for parameter, x in zip(inner.parameters, user.operands, strict=True) if x == value]
     return sum(_read(module, inner, parameter, whole) for parameter in passed)
 
@@ -159,7 +159,7 @@ def _result(module: Module, computation: Computation, value: Instruction, shape:
     if value.op == "dynamic-update-slice":
         return min(whole, buffer_bytes(computation.instructions[value.operands[1]].shape))
     if value.op == "fusion" and not value.shape.startswith("("):
-        return min(whole, _written(module, module.computations[module.calls("", value)[0][0]], value))
+        return min(whole, _written(module, module.computations[called(value)[0]], value))
     return whole
 
 
@@ -175,14 +175,11 @@ def _convolution(instruction: Instruction, left: list[int], kernel: list[int]) -
     assert labels, instruction.attributes[:200]
     result = arrays(instruction.shape)[0]
     total = 2 * kernel[labels[2].index("i")] * math.prod(result[labels[3].index(axis)] for axis in "bf")
-    window = dict(re.findall(r"(\w+)=([\w\-x]+)", _braces("window", instruction))) if "window=" in (
-        instruction.attributes
-    ) else {}  # fmt: skip
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)  # missing without spatial axes
+    settings = {name: values.split("x") for name, values in re.findall(r"(\w+)=(\S+)", window[1] if window else "")}
     for axis in sorted(set(labels[3]) - {"b", "f"}):
-        place = int(axis)
-        settings = {name: values.split("x")[place] for name, values in window.items()}
         lengths = (left[labels[1].index(axis)], kernel[labels[2].index(axis)], result[labels[3].index(axis)])
-        total *= _overlaps(*lengths, settings)
+        total *= _overlaps(*lengths, {name: values[int(axis)] for name, values in settings.items()})
     return total
 
 
@@ -208,8 +205,3 @@ def _scores(kernel: str, operands: list[Instruction]) -> int:
     query, key = (arrays(x.shape)[0] for x in operands[:2])
     tokens = -2 if kernel.startswith("splash") else 1
     return 2 * math.prod(query) * key[tokens]
-
-
-def _braces(name: str, instruction: Instruction) -> str:
-    found = re.search(rf"\b{name}=\{{([^}}]*)\}}", instruction.attributes)
-    return found[1] if found else attribute(name, instruction)

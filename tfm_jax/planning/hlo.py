@@ -109,8 +109,8 @@ class Module:
         """Add `times` runs of a computation and of the computations that it calls."""
         self.times[name] += times
         for instruction in self.computations[name].instructions.values():
-            for called, runs in self.calls(name, instruction):
-                self._count(called, times * runs)
+            for computation, runs in self.calls(name, instruction):
+                self._count(computation, times * runs)
 
     def calls(self, name: str, instruction: Instruction) -> list[tuple[str, int]]:
         """Return the computations that an instruction of the computation `name` calls, and how often each runs."""
@@ -120,7 +120,7 @@ class Module:
                 self.unread_loops.add(loop[2])
                 trips = 1
             return [(loop[1], trips + 1), (loop[2], trips)]
-        return [] if instruction.op.endswith(("-done", "-update")) else [(called, 1) for called in _called(instruction)]
+        return [] if instruction.op.endswith(("-done", "-update")) else [(name, 1) for name in called(instruction)]
 
     def _trip_count(self, name: str, loop: Instruction, condition: str, body: str) -> int | None:
         """Return how often the body of a loop runs, or None if the text does not show it."""
@@ -150,7 +150,7 @@ class Module:
         instruction = self._source(name, operand)
         if instruction.op != "get-tuple-element" or self._source(name, instruction.operands[0]).op != "parameter":
             return None
-        return int(attribute("index", instruction))
+        return int(_attribute("index", instruction))
 
     def _start(self, name: str, loop: Instruction, index: int) -> int | None:
         """Return the value of the counter before the loop, or None if the text does not show it."""
@@ -219,7 +219,7 @@ def split(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
     """Return the names of the computations that an instruction calls."""
     listed = [
         name.strip().lstrip("%") for names in _CALLEES.findall(instruction.attributes) for name in names.split(",")
@@ -227,7 +227,7 @@ def _called(instruction: Instruction) -> list[str]:
     return _CALLEE.findall(instruction.attributes) + [name for name in listed if name]
 
 
-def attribute(name: str, instruction: Instruction) -> str:
+def _attribute(name: str, instruction: Instruction) -> str:
     found = re.search(rf"\b{name}=(\w+)", instruction.attributes)
     if not found:
         raise ValueError(f"HLO without {name}=: {instruction.op}{instruction.attributes[:200]}")
@@ -316,7 +316,7 @@ def collective(module: Module, name: str, instruction: Instruction) -> tuple[str
     kind = instruction.op.removesuffix("-start")
     if kind not in COLLECTIVE_KINDS or _continues(instruction, module.computations[name]):
         return None
-    size, group = array_bytes(_result_shape(instruction)), _group_size(instruction.attributes, module.devices)
+    size, group = array_bytes(result_shape(instruction)), _group_size(instruction.attributes, module.devices)
     if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
         kind, size = "reduce-scatter", size // group
     return (kind, float(_SENT[kind](size, group))) if group > 1 else None
@@ -328,7 +328,7 @@ def _continues(instruction: Instruction, computation: Computation) -> bool:
     return "chain_id=" in instruction.attributes and not starts
 
 
-def _result_shape(instruction: Instruction) -> str:
+def result_shape(instruction: Instruction) -> str:
     """Return the shape of a collective's result. The shape of a start may also list operands and tokens."""
     if instruction.op in ("all-gather-start", "collective-permute-start") or instruction.shape.startswith("(("):
         return split(instruction.shape[1:-1])[1]
