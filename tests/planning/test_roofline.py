@@ -181,13 +181,15 @@ ENTRY %main (q: bf16[256,256], x: bf16[512,256], k: bf16[256,8], heads: bf16[4,1
   %splash_mha_dkv_no_residuals.1 = (bf16[4,1024,128]{2,1,0:T(8,128)(2,1)}, bf16[4,1024,128]{2,1,0:T(8,128)(2,1)}) custom-call(%heads, %near, %near), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 1024}"
 }}, metadata={op_name="jit(step)/transpose(jvp())/self_attn/attention_kernel/pallas_call"}
+  %ahead = ((bf16[4,1024,128]{2,1,0:T(8,128)(2,1)}), bf16[1,1024,128]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%heads), slice={[0:1], [0:1024], [0:128]}
   %other.2 = bf16[512,256]{1,0:T(8,128)(2,1)} custom-call(%x), custom_call_target="tpu_custom_call"
+  %arrived = bf16[1,1024,128]{2,1,0:T(8,128)(2,1)S(1)} slice-done(%ahead)
   %batched = f32[2,16,32]{2,1,0} convolution(%p, %w), window={size=2 lhs_dilate=2}, dim_labels=0bf_0io->0bf
   ROOT %result = bf16[1024,256]{1,0:T(8,128)(2,1)} bitcast(%whole)
 }
 """  # noqa: E501
 TPU_PROGRAM = TPU_PROGRAM.replace(
-    "  %batched", "  %p = f32[2,16,8]{2,1,0} constant({...})\n  %w = f32[2,8,32]{2,1,0} constant({...})\n  %batched"
+    "  %arrived", "  %p = f32[2,16,8]{2,1,0} constant({...})\n  %w = f32[2,8,32]{2,1,0} constant({...})\n  %arrived"
 )
 
 
@@ -211,6 +213,11 @@ def test_operations_of_an_attention_kernel_follow_from_its_shapes():
     assert kernel.bytes == 3 * 4 * 1024 * 128 * 2  # two operands are in VMEM
     assert origin(kernel.scope) == "self_attn/attention_kernel/pallas_call backward"
     assert make_roofline(Module(TPU_PROGRAM), CHIP).unknown == ["other.2"]
+
+
+def test_a_slice_that_is_fetched_ahead_counts_as_the_slice():
+    slice = operation(TPU_PROGRAM, "ahead")
+    assert (slice.bytes, classify(slice), slice.between[0]) == (1024 * 128 * 2, "copies and layout", "other.2")
 
 
 def test_padded_positions_of_a_convolution_do_not_count():

@@ -100,11 +100,10 @@ def bytes_moved(module: Module, name: str, instruction: Instruction) -> int:
             _read(module, inner, parameter, whole) for parameter, whole in zip(inner.parameters, wholes, strict=True)
         )
         return read + _written(module, inner, instruction)
-    if op.removesuffix("-start") in COLLECTIVE_KINDS:
-        return sum(wholes) + buffer_bytes(result_shape(instruction), hbm_only=True)
-    written = buffer_bytes(instruction.shape, hbm_only=True)
+    result = result_shape(instruction)
+    written, op = buffer_bytes(result, hbm_only=True), op.removesuffix("-start")
     if op in _SLICES:
-        return min(wholes[0], buffer_bytes(instruction.shape)) + written
+        return min(wholes[0], buffer_bytes(result)) + written
     if op == "dynamic-update-slice":
         return wholes[1] + min(written, buffer_bytes(operands[1].shape))
     return sum(wholes) + written

@@ -329,7 +329,7 @@ def _continues(instruction: Instruction, computation: Computation) -> bool:
 
 
 def result_shape(instruction: Instruction) -> str:
-    """Return the shape of a collective's result. The shape of a start may also list operands and tokens."""
+    """Return the shape of the result of an instruction. The shape of a start may also list operands and tokens."""
     if instruction.op in ("all-gather-start", "collective-permute-start") or instruction.shape.startswith("(("):
         return split(instruction.shape[1:-1])[1]
     return instruction.shape

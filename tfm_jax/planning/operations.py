@@ -13,7 +13,7 @@ from tfm_jax.planning.hlo import Instruction, Module
 _CONTROL = ("while", "conditional", "call")
 _STARTS, _ENDS = "AsyncCollectiveStart", "AsyncCollectiveDone"
 _MOVES = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy", "copy-start", "transpose", "reshape",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy", "transpose", "reshape",
     "slice", "dynamic-slice", "dynamic-update-slice", "pad", "concatenate", "broadcast", "gather", "convert",
 }  # fmt: skip
 """Instructions that only move data. A conversion of the dtype counts as one, since it comes with a copy for free."""
@@ -85,7 +85,7 @@ def _operation(module: Module, name: str, instruction: Instruction) -> Operation
         sum((size for _, size in sent), 0.0),
         any(costs.attention_kernel(x) for _, x in parts),
         any(costs.unknown_kernel(x) for _, x in parts),
-        all(x.op in _MOVES or costs.fused(module, x) for _, x in parts),
+        all(x.op.removesuffix("-start") in _MOVES or costs.fused(module, x) for _, x in parts),
         int(cycles[1]) if cycles else 0,
         _between(module, name, instruction),
         tuple(module.calls(name, instruction)) if instruction.op in _CONTROL else (),
