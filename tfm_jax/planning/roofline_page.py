@@ -64,14 +64,14 @@ times. This command writes this section; after an interruption, the same command
     python scripts/rooflines.py
 
 The bound of an operation is the largest of three: its matrix products at the chip's peak for bfloat16, its bytes at the
-bandwidth of the memory (HBM), and what it sends at the bandwidth of the links. The rates are those of the vendors, in
-[chips.py](../tfm_jax/planning/chips.py). Of a transfer that runs in the background, only what exceeds the bounds of the
-operations that run meanwhile counts; the rest is hidden. The bound of a step is the sum.
+bandwidth of the memory (HBM), and what it sends at the bandwidth of all links of the chip. The rates are those of the
+vendors, in [chips.py](../tfm_jax/planning/chips.py). Of a transfer that runs in the background, only what exceeds the
+bounds of the operations that run meanwhile counts; the rest is hidden. The bound of a step is the sum.
 
 A step takes longer than its bound for reasons that the bound does not know: matrices that do not fill the matrix unit,
-the exponentials of attention, a kernel that reads an array twice or uses one of a chip's two cores, and waiting. On
-GPUs there are two more caveats: without a GPU, XLA does not tune its kernels, and an array that is still in the cache
-counts as read from memory.
+the exponentials of attention, a kernel that reads an array twice or uses one of a chip's two cores, links that a
+transfer cannot use, and waiting. On GPUs there are two more caveats: without a GPU, XLA does not tune its kernels, and
+an array that is still in the cache counts as read from memory.
 
 - all products at peak: the time of the matrix products alone, by the formulas of [flops.py](../tfm_jax/flops.py).
 - utilisation at most: the operations that the model needs, without repeated ones, at peak, as a part of the bound.
