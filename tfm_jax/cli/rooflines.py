@@ -2,7 +2,7 @@
 
     python scripts/rooflines.py
 
-This takes about half an hour of CPU time, but can be interrupted: every plan is saved in a file, and the same command
+This takes about 20 minutes of CPU time, but can be interrupted: every plan is saved in a file, and the same command
 then compiles only the missing plans. The file does not record the versions of the code and of JAX, so remove it after
 changing either. No program is run, and no TPU or GPU is needed; the compilers are those of tfm-plan.
 """

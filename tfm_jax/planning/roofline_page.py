@@ -13,16 +13,19 @@ from tfm_jax.markdown import table
 from tfm_jax.planning.chips import find_topology
 from tfm_jax.planning.plan import Plan, flops
 from tfm_jax.planning.roofline_tables import class_table
-from tfm_jax.planning.scaling import MODELS, SMALL_BATCH, PlanCache, make_run
+from tfm_jax.planning.scaling import MACHINES, MODELS, SMALL_BATCH, PlanCache, make_run
 
 
 class Case(NamedTuple):
-    """A model on a machine, with the mesh that docs/scaling.md shows for it at 480p."""
+    """A model on a machine of docs/scaling.md, with the mesh that the page shows at 480p."""
 
     machine: str
-    topology: str
     model: str
     mesh: dict[str, int]
+
+    @property
+    def topology(self) -> str:
+        return MACHINES[self.machine]
 
     def options(self) -> dict[str, int | str]:
         """Return the fields of the configuration that the case sets."""
@@ -37,14 +40,14 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("8 v5e", "v5e:2x4", "1.3B", {"data": 4, "sequence": 2}),
-    Case("16 v5e", "v5e:4x4", "14B", {"fsdp": 4, "sequence": 4}),
-    Case("4 v5p", "v5p:2x2x1", "1.3B", {"data": 4}),
-    Case("4 v5p", "v5p:2x2x1", "14B", {"data": 4}),
-    Case("8 v6e", "v6e:2x4", "1.3B", {"data": 4, "sequence": 2}),
-    Case("8 v6e", "v6e:2x4", "14B", {"fsdp": 4, "sequence": 2}),
-    Case("4 H100", "h100:4", "1.3B", {"data": 4}),
-    Case("4 H100", "h100:4", "14B", {"fsdp": 4}),
+    Case("v5e-8", "1.3B", {"data": 4, "sequence": 2}),
+    Case("v5e-16", "14B", {"fsdp": 4, "sequence": 4}),
+    Case("v5p-8 (4 chips)", "1.3B", {"data": 4}),
+    Case("v5p-8 (4 chips)", "14B", {"data": 4}),
+    Case("v6e-8", "1.3B", {"data": 4, "sequence": 2}),
+    Case("v6e-8", "14B", {"fsdp": 4, "sequence": 2}),
+    Case("4 x H100 80 GB", "1.3B", {"data": 4}),
+    Case("4 x H100 80 GB", "14B", {"fsdp": 4}),
 ]
 
 Rows = Iterable[tuple[Case, Plan | None]]
