@@ -61,6 +61,12 @@ def test_a_step_is_compiled_for_tpus(tiny_run):
     assert found.collectives["all-gather"].bytes > 0
     assert found.collectives["all-to-all"].times >= 3 * 4 * 2
     assert found.uncounted_loops == 0
+    products = {row.name: row.flops for row in found.roofline.classes}
+    # The kernels of attention pad the 512 tokens of the text and the 832 of the video to whole blocks.
+    assert sum(products.values()) == pytest.approx(sum(found.flops.values()) / 4, rel=0.25)
+    assert 0 < products["LoRA"] < products["linear layers"]
+    assert products["attention"] > 0
+    assert not found.roofline.unknown
     less_split = dataclasses.replace(run, mesh=MeshConfig(data=2, sequence=2))
     _, arguments = programs.lower(less_split, make_mesh(less_split.mesh, where.devices))
     assert found.arguments < arguments

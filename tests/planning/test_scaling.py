@@ -63,5 +63,5 @@ def test_the_page_shows_what_is_not_compiled_yet(compiled, tmp_path):
 @pytest.mark.parametrize("content", ['{"a": 1}', "[]", "{", '{"a": {"program": 1}}'])
 def test_a_file_of_something_else_is_one_line(tmp_path, content):
     (tmp_path / "plans.json").write_text(content)
-    with pytest.raises(InputError, match="not a file of plans written by scaling"):
+    with pytest.raises(InputError, match="not a file of plans written by this program"):
         scaling.PlanCache(tmp_path / "plans.json")

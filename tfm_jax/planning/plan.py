@@ -1,10 +1,10 @@
-"""Find the memory, operations and communication of a program by compiling it for a topology, without running it."""
+"""Find the memory, operations, traffic and roofline of a program by compiling it for a topology, without running it."""
 
 import re
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from tfm_jax.flops import sampling_flops, training_flops
 from tfm_jax.planning import hlo, programs
 from tfm_jax.planning.chips import GIB, Topology
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
+from tfm_jax.planning.roofline import Roofline, make_roofline
 from tfm_jax.sharding import make_mesh
 
 SPLASH_SCORE_PRODUCTS = 3
@@ -69,6 +70,7 @@ class Plan:
     collectives: dict[str, hlo.Traffic] | None = None
     uncounted_loops: int = 0
     """See `hlo.Collectives.uncounted_loops`."""
+    roofline: Roofline | None = None
 
     @property
     def over(self) -> int:
@@ -99,6 +101,13 @@ class Plan:
         """Lower bound for the time of one call: the operations spread evenly over the devices, at the peak rate."""
         return sum(self.flops.values()) / self.devices / self.peak_flops
 
+    @property
+    def best_utilisation(self) -> float:
+        """Upper bound for the model FLOPs utilisation: the operations of the model that a step needs without repeating
+        any, as a fraction of those that the devices can do within the bound of the roofline; 0 if unknown."""
+        needed = self.flops["forward"] + self.flops.get("backward", 0)
+        return needed / self.devices / self.peak_flops / self.roofline.bound if self.roofline else 0.0
+
     def as_json(self) -> dict[str, Any]:
         """Return the plan as a value that `json` can write."""
         values = asdict(self)
@@ -110,11 +119,15 @@ class Plan:
         """Return the plan from the value that `as_json` returned.
 
         Raises:
-            KeyError: a field is missing.
+            KeyError: a field without a default is missing.
         """
-        own = {field.name: values[field.name] for field in fields(cls)}
-        traffic = own["collectives"]
-        return cls(**{**own, "collectives": {k: hlo.Traffic(**v) for k, v in traffic.items()} if traffic else None})
+        names = [field.name for field in fields(cls) if field.default is MISSING or field.name in values]
+        own = {name: values[name] for name in names}
+        if traffic := own.get("collectives"):
+            own["collectives"] = {k: hlo.Traffic(**v) for k, v in traffic.items()}
+        if roofline := own.get("roofline"):
+            own["roofline"] = Roofline.from_json(roofline)
+        return cls(**own)
 
 
 def make_plan(run: TrainPlan | SamplePlan, topology: Topology) -> Plan:
@@ -138,7 +151,8 @@ def make_plan(run: TrainPlan | SamplePlan, topology: Topology) -> Plan:
         return Plan(**static, needed=needed, available=sizes[1], **_compile_cost(start, cpu))
     cost = _compile_cost(start, cpu)
     memory: Any = compiled.memory_analysis()
-    traffic = hlo.collectives(hlo.Module(compiled.as_text() or ""))
+    module = hlo.Module(compiled.as_text() or "")
+    traffic = hlo.collectives(module)
     arguments_and_outputs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.peak_memory_in_bytes or arguments_and_outputs + memory.temp_size_in_bytes
     return Plan(
@@ -150,6 +164,7 @@ def make_plan(run: TrainPlan | SamplePlan, topology: Topology) -> Plan:
         host=memory.host_temp_size_in_bytes,
         collectives=traffic.kinds,
         uncounted_loops=traffic.uncounted_loops,
+        roofline=make_roofline(module, topology.chip),
         **cost,
     )
 

@@ -98,7 +98,7 @@ class PlanCache:
             self.plans = {key: Plan.from_json(values) for key, values in plans.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{file}: not a file of plans written by scaling.py ({error!r}); pass another --output"
+                f"{file}: not a file of plans written by this program ({error!r}); pass another --output"
             ) from None
 
     def plan(self, model: str, run: Run, topology: Topology) -> Plan:
@@ -152,7 +152,7 @@ def best_plans(cache: PlanCache, tries: int, machines: Iterable[str] = MACHINES)
         batch = SMALL_BATCH if len(topology.devices) <= SMALL_MACHINE else len(topology.devices)
         for model in MODELS:
             for resolution in RESOLUTIONS:
-                run = _run(model, resolution, batch)
+                run = make_run(model, resolution, batch)
                 try:
                     plans = search(run, topology, tries, make=partial(cache.plan, model))
                     best = min(plans, key=lambda plan: (plan.recomputed_flops, plan.bytes_sent))
@@ -175,7 +175,7 @@ def scaling_curves(cache: PlanCache) -> dict[str, list[Plan]]:
             f"{FIXED_BATCH} clips": (FIXED_BATCH, fixed_batch_mesh),
         }
         for curve, (batch, mesh) in cases.items():
-            run = _run("14B", "480p", batch, {f"mesh.{axis}": size for axis, size in mesh.items()})
+            run = make_run("14B", "480p", batch, {f"mesh.{axis}": size for axis, size in mesh.items()})
             with contextlib.suppress(LookupError, CompilerError):
                 curves.setdefault(curve, []).append(cache.plan("14B", run, topology))
     return curves
@@ -186,12 +186,13 @@ def remat_plans(cache: PlanCache) -> list[Plan]:
     topology, plans = find_topology(REMAT_TOPOLOGY), []
     for remat in get_args(Remat):
         with contextlib.suppress(LookupError, CompilerError):
-            run = _run("1.3B", "480p", 1, {**REMAT_MESH, "train.remat": remat})
+            run = make_run("1.3B", "480p", 1, {**REMAT_MESH, "train.remat": remat})
             plans.append(cache.plan("1.3B", run, topology))
     return plans
 
 
-def _run(model: str, resolution: str, batch: int, extra: Mapping[str, Any] = MappingProxyType({})) -> TrainPlan:
+def make_run(model: str, resolution: str, batch: int, extra: Mapping[str, Any] = MappingProxyType({})) -> TrainPlan:
+    """Return a run of a shipped configuration at a resolution, with other fields in `extra`."""
     height, width = RESOLUTIONS[resolution]
     fields = {"clip.height": height, "clip.width": width, "train.batch_size": batch, **extra}
     return config.load(TrainPlan, MODELS[model], fields)

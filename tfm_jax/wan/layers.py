@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 from tfm_jax.precision import precision_of
 from tfm_jax.sharding import Axes, gather
 
+LORA_SCOPE = "lora"
+"""Named scope of everything that an adapter computes, in profiles and for `tfm_jax.planning.roofline`."""
+
 
 def param(
     key: jax.Array,
@@ -93,7 +96,13 @@ class Linear(nnx.Module):
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is None or self.lora_b is None:
             return y
-        a, b = gathered(self.lora_a, x.dtype), gathered(self.lora_b, x.dtype)
+        with jax.named_scope(LORA_SCOPE):
+            return self._adapt(y, x, kernel, gathered(self.lora_a, x.dtype), gathered(self.lora_b, x.dtype))
+
+    def _adapt(
+        self, y: Float[Array, "... o"], x: Float[Array, "... i"], kernel: Array, a: Array, b: Array
+    ) -> Float[Array, "... o"]:
+        """Return the output with the adapter, given the output `y` without it."""
         y = y + _matmul(_matmul(x, a), b) * self.lora_scale
         if self.lora_magnitude is None:
             return y
