@@ -63,7 +63,7 @@ def test_the_program_for_diffusers_makes_our_video(tmp_path, monkeypatch, solver
     run = load(SampleRun, "wan_tiny", options)
     samples = sample(run)
     [latents] = read_latents(samples.latents_file(0), (2, 4, 6, 16))
-    ours = np.stack(list(decode(load_vae(WAN_TINY), latents, 0, run)))
+    ours = np.stack(list(decode(load_vae(WAN_TINY), latents[None], [0], run)[0]))
     error = np.square(ours / 255 - np.asarray(frames)).mean()
     assert -10 * np.log10(error) >= 45
 
