@@ -55,23 +55,21 @@ assert {path.name: path.read_bytes() for path in (folder / "eight").iterdir()} =
 
 IN_PROCESSES = """
 import errno, sys
-from pathlib import Path
 import jax
 from tfm_jax import video
 from tfm_jax.cli import command, sample
 
-write = video.write_clip
+write, (log, no_room, *arguments) = video.write_clip, sys.argv[1:]
 
 def watched(path, *rest):
     index = jax.process_index()
-    if (index, path.stem) == (1, sys.argv[2]):
+    if (index, path.stem) == (1, no_room):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
     write(path, *rest)
-    with open(Path(sys.argv[1]), "a") as log:
-        log.write(f"{index} wrote {path.name}\\n")
+    with open(log, "a") as lines:
+        lines.write(f"{index} wrote {path.name}\\n")
 
 video.write_clip = watched
-arguments = sys.argv[3:]
 sys.argv = ["tfm-sample", *arguments]
 command.run(sample.execute)
 """
@@ -128,9 +126,9 @@ def test_two_processes_make_the_videos_of_one(finished, model, launch, tmp_path)
     (out, err), (out_of_other, err_of_other) = (process.communicate(timeout=PATIENCE) for process in two)
     assert [process.returncode for process in two] == [0, 0], err + err_of_other
     assert sorted(log.read_text().splitlines()) == ["0 wrote 000.mp4", "0 wrote 002.mp4", "1 wrote 001.mp4"]
-    assert out == f"{output}: 3 videos and contact_sheet.png\n"
+    assert out.endswith(f"{output}: 3 videos and contact_sheet.png\n")
     assert "devices: 8 x cpu in 2 processes" in err
-    assert not out_of_other
+    assert "videos" not in out_of_other + err_of_other
     assert_equal(output, finished)
 
     other = [*options[:2], *meshes[1], f"--sampling.output={tmp_path / 'three'}"]
