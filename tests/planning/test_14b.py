@@ -37,3 +37,15 @@ def test_14b_fits_on_small_machines_with_four_clips(where, sequence):
     assert found.seconds_at_peak < found.roofline.bound < 3 * found.seconds_at_peak
     assert 0.2 < found.best_utilisation < 0.8
     assert not found.roofline.unknown
+
+
+@pytest.mark.slow
+def test_14b_samples_480p_on_small_machines():
+    """One video at a time. A v5e-8 has 8 chips of 15.75 GiB."""
+    found = plan_of_14b("--sampling", "--topology=v5e:2x4", "--mesh.sequence=8")
+    assert found.fits
+    assert (found.clips, found.tokens, found.steps) == (1, 32760, 50)
+    sizes = {name: size / 2**30 for name, size in found.networks.items()}
+    assert sizes["transformer"] == pytest.approx(14.29e9 * 2 / 8 / 2**30, rel=0.02)
+    assert sizes["text encoder"] == pytest.approx(5.68e9 * 2 / 8 / 2**30, rel=0.02)
+    assert sizes["autoencoder"] == pytest.approx(126.9e6 * 4 / 2**30, rel=0.02)

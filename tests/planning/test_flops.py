@@ -10,7 +10,7 @@ from helpers.plans import fake_topology, run_14b
 
 from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import LoraConfig, ModelConfig
-from tfm_jax.flops import sampling_flops, training_flops
+from tfm_jax.flops import sampling_flops, training_flops, video_flops
 from tfm_jax.lora.adapters import adapter_sizes
 from tfm_jax.planning import hlo, programs
 from tfm_jax.planning.chips import CHIPS
@@ -62,7 +62,7 @@ ALL = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 )
 def test_operations_of_a_step_are_those_of_the_compiled_program(tiny_run, remat, targets):
     run = tiny_run(TrainPlan, f"--train.remat={remat}", f"--lora.targets=[{', '.join(targets)}]")
-    lowered, _ = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1]))
+    lowered = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1])).lowered
     counted = training_flops(programs.transformer_config(run.model), run.lora, remat, 2, programs.num_tokens(run))
     found = roofline_of(compile_unoptimized(lowered))
     assert found.flops == sum(counted)
@@ -73,9 +73,17 @@ def test_operations_of_a_step_are_those_of_the_compiled_program(tiny_run, remat,
 
 def test_operations_of_sampling_are_those_of_the_compiled_program(tiny_run):
     run = tiny_run(SamplePlan)
-    lowered, _ = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1]))
+    lowered = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1])).lowered
     counted = sampling_flops(programs.transformer_config(run.model), 1, programs.num_tokens(run), guided=True)
     assert roofline_of(compile_unoptimized(lowered)).flops == counted
+
+
+def test_steps_without_guidance_take_half(tiny_run):
+    run = tiny_run(SamplePlan, "--sampling.steps=10", "--sampling.guidance_interval=[0.2, 0.9]")
+    network, tokens = programs.transformer_config(run.model), programs.num_tokens(run)
+    once = sampling_flops(network, 1, tokens, guided=False)
+    assert video_flops(network, run.sampling, tokens) == (7 * 2 + 3) * once
+    assert video_flops(network, dataclasses.replace(run.sampling, guidance=1), tokens) == 10 * once
 
 
 def test_the_text_width_is_read_from_the_weights_if_they_exist():

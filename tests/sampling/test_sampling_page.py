@@ -73,7 +73,7 @@ def our_video(solver: str, negative: str) -> np.ndarray:
     run = load(SampleRun, "wan_tiny", options)
     samples = sample(run)
     [latents] = read_latents(samples.latents_file(0), (2, 4, 6, 16))
-    return np.stack(list(decode(load_vae(WAN_TINY), latents, 0, run)))
+    return np.stack(list(decode(load_vae(WAN_TINY), latents[None], [0], run)[0]))
 
 
 def assert_same_pixels(ours: np.ndarray, theirs: np.ndarray) -> None:
