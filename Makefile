@@ -5,7 +5,8 @@ RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 # The tests of `make check` compile little, so that together they take about a minute.
-FAST := tests/objective tests/lora tests/data tests/test_config.py tests/test_inputs.py tests/test_files.py
+FAST := tests/objective tests/lora tests/data tests/footage tests/test_config.py tests/test_config_mistakes.py \
+	tests/test_inputs.py tests/test_files.py
 
 .PHONY: setup setup-test demo check test test-all lint clean
 
@@ -18,6 +19,7 @@ $(VENV)/.setup: requirements.txt pyproject.toml
 
 $(VENV)/.setup-test: $(VENV)/.setup
 	$(PIP) install --quiet --constraint requirements.txt --editable '.[test]'
+	$(PIP) install --quiet --constraint requirements.txt --no-deps diffsynth
 	touch $@
 
 demo: $(VENV)/.setup

@@ -32,13 +32,17 @@ DEMO = Path("runs/demo")
 CONFIG = "wan_tiny"
 LAW = "gravity"
 """A law of motion that the embedded model does not know."""
-CLIP_SETS = {"clips": (256, 1), "reference": (64, 2)}
+CLIP_SETS = {"clips": (272, 1), "reference": (64, 2)}
 """Folder -> number and seed of its real clips: the first folder is for training, the second for comparison."""
+WATCHING = ("--data.held_out=0.06", "--train.eval_every=100", "--train.eval_clips=8", "--train.sample_every=350",
+            f"--sampling.prompts={DEMO}/watched_prompts.txt")  # fmt: skip
+"""How the training run is watched: by its loss on clips that are held out, and by samples for a few prompts."""
 NUM_PROMPTS = 32
 """Number of captions of reference clips that are used as prompts; at most half of the reference clips, so that as many
 are left for the noise floor."""
 NUM_SHOWN = 4
-"""Number of prompts, counted from the first, for which the report and the animation show clips."""
+"""Number of prompts, counted from the first, for which the pictures show clips, and which are sampled
+during training."""
 
 
 @config.section
@@ -55,18 +59,20 @@ def main(argv: Sequence[str]) -> None:
         write_clips(ROOT / DEMO / name, count, seed=seed, laws=[LAW], num_objects=[1])
     captions = [row.prompt for row in read_metadata(ROOT / DEMO / "reference")]
     write_prompts(ROOT / DEMO / "prompts.txt", captions[:NUM_PROMPTS])
+    write_prompts(ROOT / DEMO / "watched_prompts.txt", captions[:NUM_SHOWN])
 
     run_program("tfm-prepare", "--config", CONFIG)
-    run_program("tfm-train", "--config", CONFIG)
+    run_program("tfm-train", "--config", CONFIG, *WATCHING)
+    run_program("tfm-report", str(DEMO))
     run_program("tfm-export", str(DEMO), str(DEMO / "lora.safetensors"))
-    folders = {name: DEMO / "samples" / name for name in ("base", "lora")}
+    folders = {name: DEMO / "videos" / name for name in ("base", "lora")}
     run_program("tfm-sample", "--config", CONFIG, f"--sampling.output={folders['base']}")
     run_program("tfm-sample", "--config", CONFIG, f"--sampling.output={folders['lora']}",
                 f"--sampling.lora={DEMO}/lora.safetensors")  # fmt: skip
     run_program("tfm-evaluate", *map(str, folders.values()), "--config", CONFIG, f"--reference={DEMO}/reference",
                 f"--prompts={DEMO}/prompts.txt", f"--json={DEMO}/evaluation.json")  # fmt: skip
     show(ROOT / DEMO)
-    print(f"done: see {DEMO}/report.gif, {DEMO}/report.png and {DEMO}/samples/")
+    print(f"done: see {DEMO}/report.gif, {DEMO}/report.png, {DEMO}/report.html and {DEMO}/videos/")
 
 
 def run_program(name: str, *arguments: str) -> None:
@@ -80,7 +86,7 @@ def run_program(name: str, *arguments: str) -> None:
 def show(demo: Path) -> None:
     """Draw report.png, report.gif and report.mp4."""
     clip = config.load(SampleRun, CONFIG).clip
-    folders = {"base": demo / "samples" / "base", "LoRA": demo / "samples" / "lora", "real": demo / "reference"}
+    folders = {"base": demo / "videos" / "base", "LoRA": demo / "videos" / "lora", "real": demo / "reference"}
     captions = read_prompts(demo / "prompts.txt")[:NUM_SHOWN]
     examples = read_examples(folders, captions, ClipSpec(clip.frames, (clip.height, clip.width), clip.rate))
     evaluation = json.loads((demo / "evaluation.json").read_text(encoding="utf-8"))

@@ -29,6 +29,16 @@ def test_mp4_round_trip(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a b.mp4"]
 
 
+@pytest.mark.parametrize("options", [{}, {"rotation": 90}, {"container": "avi", "codec": "mpeg4"}], ids=str)
+def test_frames_one_by_one(tmp_path, options):
+    """They are those of `read_windows` at the size of the file, upright."""
+    file = encode(tmp_path / f"a.{options.get('container', 'mp4')}", smooth_clip(7), **options)
+    frames = list(video.read_frames(file))
+    height, width = (96, 64) if "rotation" in options else (64, 96)
+    [expected] = read_windows(file, [0], 7, height, width, "native")
+    assert np.array_equal(frames, expected)
+
+
 def test_pure_colours_survive(tmp_path):
     """A matrix or range that differs between writing and reading shifts colours by 10 and more."""
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 60, 90]], np.uint8)

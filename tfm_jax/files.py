@@ -51,6 +51,16 @@ def check_new_file(file: Path) -> None:
         raise InputError(f"{file}: {parent} is a file; expected a directory")
 
 
+def check_parent(field: str, file: Path) -> None:
+    """Check that `file` is not a folder and is in a folder that exists; it may exist itself.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise InputError(f"{field}={file}: cannot be written; expected a file in an existing folder")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`.

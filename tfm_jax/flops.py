@@ -2,13 +2,13 @@
 
 Each multiply-add of a matrix product counts as two operations, no matter which kernel computes the product. Operations
 that are repeated to save memory are counted separately. Norms, softmax and the objective are not matrix products and
-are not counted.
+are not counted. Nor is the product of A and B from which a DoRA gets its norms: it does not grow with the tokens.
 """
 
 from typing import NamedTuple
 
 from tfm_jax.arrays import TEXT_LENGTH
-from tfm_jax.config import LoraConfig, Remat
+from tfm_jax.config import LoraConfig, Remat, SamplingConfig
 from tfm_jax.lora.adapters import adapter_sizes
 from tfm_jax.wan.transformer import PATCH, TransformerConfig
 
@@ -117,6 +117,15 @@ def sampling_flops(config: TransformerConfig, clips: int, tokens: int, guided: b
         layer.kernel_flops() for layer in _linear_layers(config, tokens)
     )
     return clips * (1 + guided) * (config.layers * block + sum(_outside_blocks(config, tokens)))
+
+
+def video_flops(config: TransformerConfig, sampling: SamplingConfig, tokens: int) -> int:
+    """Count the operations of the transformer for one video, over all steps. The small ones of the text encoder and the
+    autoencoder are not counted."""
+    first, last = (round(edge * sampling.steps) for edge in sampling.guidance_interval)
+    guided = 0 if sampling.guidance == 1 else last - first
+    with_guidance, without = (sampling_flops(config, 1, tokens, guided=each) for each in (True, False))
+    return guided * with_guidance + (sampling.steps - guided) * without
 
 
 def _attention(config: TransformerConfig, queries: int, keys: int) -> int:

@@ -11,6 +11,7 @@ Otherwise the run is a single process.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -19,14 +20,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
 
 from tfm_jax import errors, interrupts, jax_distributed
 from tfm_jax.errors import InputError
+
+T = TypeVar("T")
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -41,6 +44,9 @@ _ERROR = "tfm_jax/error"
 
 _MEETING = "tfm_jax/meeting"
 """The start of the keys that say where each process is."""
+
+_DECISION = "tfm_jax/decision"
+"""The start of the keys that store what the first process decided."""
 
 
 @contextlib.contextmanager
@@ -106,6 +112,27 @@ def meet(name: str) -> None:
         for process in range(jax.process_count()):
             while jax_distributed.get(f"{_MEETING}/{name}/{process}") is None:
                 time.sleep(0.2)
+
+
+def decided_by_first(name: str, decide: Callable[[], T]) -> T:
+    """Return what `decide` returns in the first process, which alone calls it.
+
+    This is for decisions that depend on the state of files, because processes may see different states. It needs no
+    devices. A name can be used once in a run.
+
+    Args:
+        decide: returns a value that JSON can represent.
+    """
+    if not is_distributed():
+        return decide()
+    key = f"{_DECISION}/{name}"
+    if is_first():
+        decision = decide()
+        jax_distributed.put(key, json.dumps(decision))
+        return decision
+    while (text := jax_distributed.get(key)) is None:
+        time.sleep(0.2)
+    return json.loads(text)
 
 
 def stop_requested(step: int) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
@@ -68,12 +68,22 @@ def num_slices(devices: Sequence[Any]) -> int:
 
 def one_device_mesh() -> Mesh:
     """Return a mesh of the first device of this process alone."""
-    return _mesh(np.array(_devices(local=True)[:1]).reshape(1, 1, 1, 1))
+    return batch_mesh(_devices(local=True)[:1])
 
 
 def local_mesh() -> Mesh:
     """Return a mesh that splits batches over the devices of this process; each of them holds all parameters."""
-    return _mesh(np.array(_devices(local=True)).reshape(-1, 1, 1, 1))
+    return batch_mesh(_devices(local=True))
+
+
+def batch_mesh(devices: Sequence[Any]) -> Mesh:
+    """Return a mesh that splits batches over `devices`; each of them holds all parameters."""
+    return _mesh(np.array(devices).reshape(-1, 1, 1, 1))
+
+
+def first_devices(mesh: Mesh) -> list[Any]:
+    """Return the first device of each shard of a batch. The other devices of a shard work on the same rows."""
+    return list(mesh.devices.reshape(num_shards("batch", mesh), -1)[:, 0])
 
 
 def _mesh(devices: np.ndarray) -> Mesh:
@@ -201,13 +211,22 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def per_device(
-    function: Callable[..., Array], arrays: Sequence[Shaped[Array, "..."]], axes: Sequence[Axes]
-) -> Shaped[Array, "..."]:
+def split_batch(rows: Shaped[np.ndarray, "b ..."], mesh: Mesh) -> Shaped[Array, "b ..."]:
+    """Put the rows of a batch on their devices. Every process has all rows, and uses those of its own devices."""
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), rows.__getitem__)
+
+
+def fetch(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Return all values of an array, in every process whose devices hold a part of it. All of these call this."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+def per_device(function: Callable[..., Any], arrays: Sequence[Any], axes: Sequence[Axes]) -> Any:
     """Run `function` on each device's part of `arrays`, which are split by their logical `axes`.
 
-    The result is split like the first array. This is for kernels that the compiler cannot partition, and for
-    communication that it would not choose. The mesh is that of `jax.set_mesh`; without one, return `function(*arrays)`.
+    Each of `arrays` may be a tree of arrays that are all split in the same way. The result is split like the first one.
+    This is for kernels that the compiler cannot partition, and for communication that it would not choose. The mesh is
+    that of `jax.set_mesh`; without one, return `function(*arrays)`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(*arrays)

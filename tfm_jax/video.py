@@ -9,7 +9,7 @@ import errno
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -98,9 +98,7 @@ def read_windows(
         return
     numbers = [start + number for start in starts for number in range(frames)]
     with open_video(path) as (container, stream):
-        decoded = container.decode(stream)
-        if CONTAINERS[path.suffix.lower()] in DECODING_TIMES_ONLY:
-            decoded = _with_times(decoded)
+        decoded = _decode(container, stream, path)
         if fps == "native":
             shown = _frames_numbered(numbers, decoded, path)
         else:
@@ -109,6 +107,19 @@ def read_windows(
         fitted = (_fit(frame, height, width, aspect, resize, path) for frame in shown)
         for _ in starts:
             yield np.stack(list(itertools.islice(fitted, frames)))
+
+
+def read_frames(path: Path) -> Iterator[UInt8[np.ndarray, "y x 3"]]:
+    """Yield all frames of a video one by one, upright, with the pixels that the file stores.
+
+    Raises:
+        InputError: the file does not exist or is not a video, is damaged, or has frames of more than `MAX_FRAME_PIXELS`
+            pixels. The frames before a damaged place have been yielded.
+    """
+    check_type(path)
+    with open_video(path) as (container, stream):
+        for _, frame in _intact(_decode(container, stream, path), path):
+            yield _turned(_rgb(frame), _orientation(frame, path))
 
 
 def check_type(path: Path) -> None:
@@ -174,14 +185,14 @@ def write_clip(
         container.mux(stream.encode(None))
 
 
-def find_clips(folder: Path) -> list[Path]:
-    """Return the mp4 files of a folder, sorted by the numbers in their names: 999.mp4 comes before 1000.mp4."""
+def find_clips(folder: Path, suffixes: Container[str] = (".mp4",)) -> list[Path]:
+    """Return the videos of a folder, sorted by the numbers in their names: 999.mp4 comes before 1000.mp4."""
 
     def key(file: Path) -> tuple[list[str | int], str]:
         parts = re.split(r"([0-9]+)", file.name)  # every second part is a number
         return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
 
-    return sorted(folder.glob("*.mp4"), key=key)
+    return sorted((file for file in folder.glob("*") if file.suffix.lower() in suffixes), key=key)
 
 
 def from_uint8(pixels: UInt8[np.ndarray | Array, "*any 3"]) -> Float[np.ndarray | Array, "*any 3"]:
@@ -268,6 +279,11 @@ def _read_image(path: Path, frames: int, height: int, width: int, resize: Resize
     return images.scale_and_crop(images.read_image(path, MAX_FRAME_PIXELS), height, width, Fraction(1), resize)[None]
 
 
+def _decode(container: InputContainer, stream: av.VideoStream, path: Path) -> Iterator[av.VideoFrame]:
+    decoded = container.decode(stream)
+    return _with_times(decoded) if CONTAINERS[path.suffix.lower()] in DECODING_TIMES_ONLY else decoded
+
+
 def _with_times(decoded: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     """Set when each frame is shown, for containers that store only when frames are decoded.
 
@@ -337,13 +353,24 @@ def _fit(
 ) -> UInt8[np.ndarray, "y x 3"]:
     """Return the upright pixels of a frame, cropped around its centre to the new aspect ratio and scaled smoothly."""
     turn = _orientation(frame, path)
-    swapped = turn[0, 0] == 0
-    if swapped:
+    if _swaps_axes(turn):
         height, width = width, height
-    image = Image.fromarray(frame.to_ndarray(format="rgb24", interpolation=TO_RGB))
-    pixels = images.scale_and_crop(image, height, width, aspect, resize)
+    pixels = images.scale_and_crop(Image.fromarray(_rgb(frame)), height, width, aspect, resize)
+    return _turned(pixels, turn)
+
+
+def _rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "y x 3"]:
+    return frame.to_ndarray(format="rgb24", interpolation=TO_RGB)
+
+
+def _turned(pixels: UInt8[np.ndarray, "y x 3"], turn: Int[np.ndarray, "2 2"]) -> UInt8[np.ndarray, "y2 x2 3"]:
+    """Return the pixels as displayed; `turn` is what `_orientation` returns."""
     step_x, step_y = turn.sum(0)
-    return (pixels.swapaxes(0, 1) if swapped else pixels)[::step_y, ::step_x]
+    return (pixels.swapaxes(0, 1) if _swaps_axes(turn) else pixels)[::step_y, ::step_x]
+
+
+def _swaps_axes(turn: Int[np.ndarray, "2 2"]) -> bool:
+    return bool(turn[0, 0] == 0)
 
 
 def _orientation(frame: av.VideoFrame, path: Path) -> Int[np.ndarray, "2 2"]:

@@ -144,7 +144,7 @@ def test_samples(call, world, tmp_path):
     assert load(SampleRun, output / "config.yaml").sampling.output == output
 
 
-@pytest.mark.parametrize("layout", ["original", "tfm_jax"])
+@pytest.mark.parametrize("layout", ["original", "comfy", "tfm_jax"])
 def test_converted_and_back(call, world, tmp_path, layout):
     assert call("convert_weights", world / "model", tmp_path / "other", f"--to={layout}", "--dtype=float32").code == 0
     outcome = call("convert_weights", tmp_path / "other", tmp_path / "back", "--to=diffusers", "--dtype=float32")

@@ -104,7 +104,7 @@ def test_clips_are_chosen_from_all_sizes():
 def test_another_autoencoder_is_refused(folder, fake_vae):
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace(ENCODERS["vae"], "0123456789abcdef"))
-    with pytest.raises(InputError, match=r"model.path=.*: its autoencoder .* is not the one that made the latents"):
+    with pytest.raises(InputError, match=r"was prepared with the vae 0123456789abcdef, but model.path=.*; use that"):
         inspect(prepare_run(folder))
     assert not (folder / CONTACT_SHEET).exists()
 

@@ -3,10 +3,10 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tfm_jax.cli import command
-from tfm_jax.config import section
+from tfm_jax.config import Config, section
 
 T = TypeVar("T")
 
@@ -33,6 +33,11 @@ def options_with(kind: type) -> type:
 def configured(kind: type[T], argv: Sequence[str]) -> T:
     """Read the sections of the dataclass `kind` from `--config FILE` and `--section.field=value` arguments."""
     return command.parse(options_with(kind), argv, "program", "About it.").options().run
+
+
+def read(file: Path, *options: str, kind: type = Config) -> Any:
+    """Read the sections of the dataclass `kind` from a file and options."""
+    return configured(kind, ["--config", str(file), *options])
 
 
 def write_config(folder: Path) -> Path:

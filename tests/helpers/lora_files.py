@@ -1,5 +1,7 @@
 """LoRA files with random factors, and the weight changes that they describe."""
 
+import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -61,6 +63,23 @@ def official_file(path: Path, layers: int = 40, dim: int = 8, ffn_dim: int = 12,
             tensors[f"{module}.lora_A.default.weight"] = a.bfloat16()
             tensors[f"{module}.lora_B.default.weight"] = b.bfloat16()
     save_file(tensors, path)
+    return path
+
+
+def official_zeros(path: Path) -> Path:
+    """Write a file with the keys, shapes and dtypes of the TFM release's LoRA. Its zeros take no space on the disk."""
+    header, end = {}, 0
+    for layer in range(40):
+        for name in BLOCK_LINEARS:
+            features_in, features_out = (13824 if name == wide else 5120 for wide in ("ffn.2", "ffn.0"))
+            for factor, shape in (("A", (32, features_in)), ("B", (features_out, 32))):
+                start, end = end, end + 2 * math.prod(shape)
+                about = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
+                header[f"blocks.{layer}.{name}.lora_{factor}.default.weight"] = about
+    text = json.dumps(header).encode()
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
     return path
 
 

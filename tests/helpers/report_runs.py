@@ -27,8 +27,8 @@ def write_run(folder: Path) -> Path:
     evaluations = [_evaluation(model, step, loss) for model, at in losses.items() for step, loss in at.items()]
     write_lines(folder / "validation.jsonl", evaluations)
     write_lines(folder / "events.jsonl", [
-        {"time": "2030-01-01T10:00:00", "step": 0, "event": "started", "detail": EVIL},
-        {"time": "2030-01-01T11:00:00", "step": RESUMED, "event": "resumed", "detail": ""},
+        {"time": "2030-01-01T10:00:00", "step": 0, "event": "started", "detail": EVIL, "steps": 45},
+        {"time": "2030-01-01T11:00:00", "step": RESUMED, "event": "resumed", "detail": "", "steps": 50},
     ])  # fmt: skip
     (folder / "environment.json").write_text(json.dumps({"versions": {"jax": "0.0"}, "command": ["tfm-train", EVIL]}))
     for name in ("base", "step_000020", "step_000040"):
@@ -39,9 +39,10 @@ def write_run(folder: Path) -> Path:
 
 
 def bare_run(folder: Path) -> Path:
-    """Write a run that has not finished a step."""
+    """Write a run of 50 steps that has not finished a step."""
     folder.mkdir()
-    (folder / "config.yaml").write_text("train:\n  steps: 50\nmodel:\n  path: '</script>'\n")
+    write_lines(folder / "events.jsonl", [{"step": 0, "event": "started", "steps": 50}])
+    (folder / "config.yaml").write_text("train:\n  epochs: 2\nmodel:\n  path: '</script>'\n")
     (folder / "metrics.jsonl").touch()
     return folder
 

@@ -8,6 +8,8 @@ from tfm_jax.config import ClipConfig, ModelConfig, SamplingConfig
 from tfm_jax.sampling.pipeline import SampleRun
 
 PROMPTS = ["a red disc moves right", "a blue square", "一个蓝色的圆 🔵"]
+VIDEOS = ["000.mp4", "001.mp4", "002.mp4"]
+LATENTS = ["000.safetensors", "001.safetensors", "002.safetensors"]
 STEPS = 2
 SIZE = {"dim": 96, "ffn_dim": 256, "heads": 4, "layers": 4}
 

@@ -1,5 +1,7 @@
 """tfm-lora: inspect, convert and diff, on files of every dialect and on one like that of the TFM release."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,14 +13,18 @@ from helpers.lora_files import (
     file_metadata,
     make_lora,
     official_file,
+    official_zeros,
     rewritten,
 )
 from helpers.wan_reference import SIZES, reference_transformer
 from safetensors.torch import load_file
 
+from tfm_jax.lora.applying import check_fits
 from tfm_jax.lora.files import read_lora, write_lora
 from tfm_jax.lora.keys import DIALECT_KEYS, DIALECTS
 from tfm_jax.wan.names import BlockLinear
+from tfm_jax.wan.tensors import open_safetensors, safetensors_dtypes
+from tfm_jax.wan.transformer import TransformerConfig
 
 
 @pytest.mark.parametrize("target", DIALECTS)
@@ -50,6 +56,24 @@ def test_the_file_of_the_release(call, tmp_path):
         assert len(after) == 1200 if dialect == "kohya" else 800
         a = DIALECT_KEYS[dialect].key(BlockLinear(0, "self_attn.q"), "A")
         assert torch.equal(after[a], before["blocks.0.self_attn.q.lora_A.default.weight"])
+
+
+def test_a_file_of_the_size_of_the_release(call, tmp_path):
+    file = official_zeros(tmp_path / "tfm-lora.safetensors")
+    outcome = call("lora", "inspect", file)
+    assert "dialect diffsynth (for DiffSynth), bfloat16, rank 32, alpha 32" in outcome.out, outcome.err
+    assert "adapters on 400 of the 400 linear layers in 40 blocks" in outcome.out
+    assert call("lora", "convert", file, tmp_path / "comfy").out.endswith("400 adapters (comfy, bfloat16)\n")
+    before, after = safetensors_shapes(file), safetensors_shapes(tmp_path / "comfy")
+    assert after == {f"diffusion_model.{key.replace('.default', '')}": about for key, about in before.items()}
+    assert sum(math.prod(shape) for shape, _ in after.values()) == 153_354_240
+    check_fits(read_lora(tmp_path / "comfy"), TransformerConfig(dim=5120, ffn_dim=13824, heads=40, layers=40))
+
+
+def safetensors_shapes(file):
+    """Map the keys of a file to shapes and dtypes."""
+    dtypes = safetensors_dtypes(file)
+    return {name: (tensor.shape, dtypes[name]) for name, tensor in open_safetensors(file).items()}
 
 
 def test_inspect_shows_the_norm_of_every_change(call, tmp_path):

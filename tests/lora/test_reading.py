@@ -117,12 +117,7 @@ ADAPTER = {"transformer.r": RANK, "transformer.lora_alpha": 8}
         ),
         (set_to("text_embedding.0.lora_A.weight", torch.ones(RANK, DIM)), "comfy", "text_embedding.0 has no B factor"),
         (set_to("text_embedding.1.lora_A.weight", torch.ones(RANK, DIM)), "comfy", "not 'text_embedding"),
-        (set_to(f"{Q}.dora_scale", torch.ones(DIM)), "comfy", r"q\.dora_scale' belongs to a DoRA"),
-        (
-            set_to(f"{Q}.lora_magnitude_vector", torch.ones(DIM)),
-            "comfy",
-            r"q\.lora_magnitude_vector' belongs to a DoRA",
-        ),
+        (set_to(f"{Q}.dora_scale", torch.ones(DIM)), "comfy", r"q\.dora_scale' belongs to a DoRA whose norms"),
         (set_to(f"{Q}.lora_C.weight", torch.ones(1)), "comfy", rf"not '{Q}\.lora_C.*similar names: {Q}\.lora_"),
         (set_to("diffusion_model.blocks.00.ffn.0.lora_A.weight", torch.ones(1)), "comfy", r"not .*blocks\.00"),
         (

@@ -24,6 +24,7 @@ def test_14b_compiles_for_a_pod_within_5_minutes_of_two_cores_and_8_gb():
     assert found.fits
     assert found.cpu_seconds < 600
     assert found.compiler_memory < 8e9
+    assert found.roofline.flops == pytest.approx(sum(found.flops.values()) / 64, rel=0.01)
 
 
 @pytest.mark.slow
@@ -32,3 +33,19 @@ def test_14b_fits_on_small_machines_with_four_clips(where, sequence):
     found = plan_of_14b(f"--topology={where}", "--mesh.fsdp=4", f"--mesh.sequence={sequence}")
     assert found.fits
     assert (found.clips, found.tokens, found.mesh["sequence"]) == (4, 32760, sequence)
+    assert found.roofline.flops == pytest.approx(sum(found.flops.values()) / found.devices, rel=0.01)
+    assert found.seconds_at_peak < found.roofline.bound < 3 * found.seconds_at_peak
+    assert 0.2 < found.best_utilisation < 0.8
+    assert not found.roofline.unknown
+
+
+@pytest.mark.slow
+def test_14b_samples_480p_on_small_machines():
+    """One video at a time. A v5e-8 has 8 chips of 15.75 GiB."""
+    found = plan_of_14b("--sampling", "--topology=v5e:2x4", "--mesh.sequence=8")
+    assert found.fits
+    assert (found.clips, found.tokens, found.steps) == (1, 32760, 50)
+    sizes = {name: size / 2**30 for name, size in found.networks.items()}
+    assert sizes["transformer"] == pytest.approx(14.29e9 * 2 / 8 / 2**30, rel=0.02)
+    assert sizes["text encoder"] == pytest.approx(5.68e9 * 2 / 8 / 2**30, rel=0.02)
+    assert sizes["autoencoder"] == pytest.approx(126.9e6 * 4 / 2**30, rel=0.02)

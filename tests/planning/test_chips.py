@@ -63,6 +63,8 @@ def test_memory_of_gpus_is_what_jax_takes_of_it(monkeypatch):
 def test_devices_of_a_chip():
     assert fake_topology("tpu7x", 8).chips == 4
     assert np.isclose(CHIPS["tpu7x"].peak, 2307e12 / 2)
+    assert np.isclose(CHIPS["tpu7x"].bandwidth, 7380e9 / 2)
+    assert np.isclose(CHIPS["tpu7x"].interconnect, 600e9 / 2)
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "2xv5e:2x2"])

@@ -1,8 +1,6 @@
 """The operations of a program by formula are those of the compiled program."""
 
 import dataclasses
-import math
-import re
 from pathlib import Path
 
 import jax
@@ -10,11 +8,15 @@ import pytest
 from helpers.paths import ROOT, WAN_TINY
 from helpers.plans import fake_topology, run_14b
 
+from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import LoraConfig, ModelConfig
-from tfm_jax.flops import sampling_flops, training_flops
+from tfm_jax.flops import sampling_flops, training_flops, video_flops
+from tfm_jax.lora.adapters import adapter_sizes
 from tfm_jax.planning import hlo, programs
+from tfm_jax.planning.chips import CHIPS
 from tfm_jax.planning.plan import flops
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
+from tfm_jax.planning.roofline import make_roofline
 from tfm_jax.sharding import make_mesh
 
 
@@ -23,18 +25,32 @@ def compile_unoptimized(lowered):
     return lowered.compile({"xla_backend_optimization_level": 0})
 
 
-def matrix_product_flops(compiled):
-    """Operations of all matrix products that one execution of a compiled program computes."""
-    module = hlo.Module(compiled.as_text())
-    total = 0
-    for name, instruction in module.instructions():
-        if instruction.op == "dot":
-            left = module.computations[name].instructions[instruction.operands[0]].shape
-            sizes = [int(n) for n in re.search(r"\[([\d,]*)\]", left)[1].split(",")]
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", instruction.attributes)[1].split(",")
-            result = hlo.array_bytes(instruction.shape) // 4
-            total += module.times[name] * 2 * result * math.prod(sizes[int(axis)] for axis in contracted)
-    return total
+def roofline_of(compiled):
+    """Roofline of a program compiled for the CPU, at the rates of another chip."""
+    return make_roofline(hlo.Module(compiled.as_text()), CHIPS["v5e"])
+
+
+def counted_flops(run, rank):
+    lora = dataclasses.replace(run.lora, rank=rank)
+    model, tokens = programs.transformer_config(run.model), programs.num_tokens(run)
+    return training_flops(model, lora, run.train.remat, run.train.batch_size, tokens)
+
+
+def lora_flops(run):
+    """Operations of the adapters in a step: what more a step of twice the rank computes."""
+    twice, once = (counted_flops(run, rank) for rank in (2 * run.lora.rank, run.lora.rank))
+    return sum(twice) - sum(once)
+
+
+def attention_flops(run):
+    """Operations of attention in a step, without repeated scores: two products forward and four backward. `full`
+    repeats the forward pass, and the keys of the text need no gradient without an adapter."""
+    model, tokens, repeated = run.model, programs.num_tokens(run), run.train.remat == "full"
+    product = 2 * model.dim * tokens
+    needed = (6 + 2 * repeated) * (tokens + TEXT_LENGTH)
+    if "cross_attn.k" not in adapter_sizes(run.lora):
+        needed -= TEXT_LENGTH
+    return product * needed * model.layers * run.train.batch_size
 
 
 ALL = ("q", "k", "v", "o", "ffn.0", "ffn.2")
@@ -46,16 +62,28 @@ ALL = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 )
 def test_operations_of_a_step_are_those_of_the_compiled_program(tiny_run, remat, targets):
     run = tiny_run(TrainPlan, f"--train.remat={remat}", f"--lora.targets=[{', '.join(targets)}]")
-    lowered, _ = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1]))
+    lowered = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1])).lowered
     counted = training_flops(programs.transformer_config(run.model), run.lora, remat, 2, programs.num_tokens(run))
-    assert matrix_product_flops(compile_unoptimized(lowered)) == sum(counted)
+    found = roofline_of(compile_unoptimized(lowered))
+    assert found.flops == sum(counted)
+    by_class = {row.name: row.flops for row in found.classes}
+    assert by_class["LoRA"] == lora_flops(run)
+    assert by_class["attention"] == attention_flops(run) + counted.scores
 
 
 def test_operations_of_sampling_are_those_of_the_compiled_program(tiny_run):
     run = tiny_run(SamplePlan)
-    lowered, _ = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1]))
+    lowered = programs.lower(run, make_mesh(run.mesh, jax.devices()[:1])).lowered
     counted = sampling_flops(programs.transformer_config(run.model), 1, programs.num_tokens(run), guided=True)
-    assert matrix_product_flops(compile_unoptimized(lowered)) == counted
+    assert roofline_of(compile_unoptimized(lowered)).flops == counted
+
+
+def test_steps_without_guidance_take_half(tiny_run):
+    run = tiny_run(SamplePlan, "--sampling.steps=10", "--sampling.guidance_interval=[0.2, 0.9]")
+    network, tokens = programs.transformer_config(run.model), programs.num_tokens(run)
+    once = sampling_flops(network, 1, tokens, guided=False)
+    assert video_flops(network, run.sampling, tokens) == (7 * 2 + 3) * once
+    assert video_flops(network, dataclasses.replace(run.sampling, guidance=1), tokens) == 10 * once
 
 
 def test_the_text_width_is_read_from_the_weights_if_they_exist():

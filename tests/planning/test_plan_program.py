@@ -7,8 +7,10 @@ import sys
 
 import pytest
 from helpers.paths import ROOT
+from helpers.plans import fake_plan
 
 from tfm_jax.planning.chips import GIB
+from tfm_jax.planning.roofline import CLASSES, Roofline, Row
 
 NINE_TOKENS = ("--clip.frames=1", "--clip.height=48", "--clip.width=48")
 
@@ -49,6 +51,17 @@ def test_help_has_the_options_and_all_fields(call, tiny_file):
     assert done.code == 0
     assert "--search" in done.out
     assert "--mesh.fsdp" in done.out
+
+
+def test_the_roofline_is_shown_on_request(call, tiny_file, monkeypatch):
+    rows = [Row(name, 1, 10**12, 10**9, 0, 0.5, 0.0, 0) for name in CLASSES]
+    found = fake_plan(roofline=Roofline(3.0, rows, rows[:1], [], [], 1e12, 1e11))
+    monkeypatch.setattr("tfm_jax.cli.plan.make_plan", lambda *_: found)
+    options = ("plan", "--config", tiny_file, "--topology=v5e:2x2", "--mesh.fsdp=2", "--mesh.sequence=2")
+    assert "roofline" not in call(*options).out
+    done = call(*options, "--roofline")
+    assert done.code == 0
+    assert re.search(r"copies and layout +1 +1\.0", done.out)
 
 
 def test_a_step_too_large_exits_with_1_and_the_bytes_over(tiny_file):

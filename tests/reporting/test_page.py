@@ -66,7 +66,7 @@ def test_summary_and_tables(page):
     assert (data["resumed"], data["skipped"]) == ([21], [SKIPPED])
     assert data["skipped_table"] == [[str(SKIPPED), "bad.mp4"]]
     assert data["events"][0] == ["2030-01-01T10:00:00", "0", "started", EVIL]
-    assert data["settings"] == {"train": [["steps", "50"]], "model": [["path", "</script>"]]}
+    assert data["settings"] == {"train": [["epochs", "2"]], "model": [["path", "</script>"]]}
     assert data["environment"] == [["versions.jax", "0.0"], ["command", json.dumps(["tfm-train", EVIL])]]
     assert data["notes"] == []
 
@@ -160,7 +160,8 @@ def test_the_last_record_of_a_repeated_step_counts(tmp_path):
 def test_states(tmp_path, event, steps, state):
     folder = bare_run(tmp_path / "run")
     write_lines(folder / "metrics.jsonl", [{"step": steps, "seconds": 1}])
-    events = [{"step": steps, "event": name} for name in ("started", "stopped", event, "checkpoint")]
+    events = [{"step": 0, "event": "started", "steps": 50}]
+    events += [{"step": steps, "event": name} for name in ("stopped", event, "checkpoint")]
     write_lines(folder / "events.jsonl", events)
     data = curves(folder)
     assert data["state"] == state

@@ -21,7 +21,8 @@ def test_the_page_is_written(call, run):
     outcome = call("report", run)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith(f"{run}/report.html: ")
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "report.html"]
+    names = ["config.yaml", "events.jsonl", "metrics.jsonl", "report.html"]
+    assert sorted(path.name for path in run.iterdir()) == names
 
 
 def test_a_folder_that_is_no_run(call, tmp_path):

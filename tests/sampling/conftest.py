@@ -1,4 +1,4 @@
-"""A small random model, and the noise of the rounds that a test samples."""
+"""A small random model, a run with it, and the noise of the rounds that a test samples."""
 
 from pathlib import Path
 
@@ -15,6 +15,17 @@ def model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sampling") / "model"
     write_model(path, PROMPTS)
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(model) -> Path:
+    """The folder of an uninterrupted run."""
+    from helpers.sampling_runs import run_of
+
+    from tfm_jax.sampling.pipeline import sample
+
+    sample(run_of(model, model.parent / "finished"))
+    return model.parent / "finished"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tfm_jax.errors import InputError, StoppedEarly
 from tfm_jax.files import fingerprint as file_fingerprint
 from tfm_jax.lora.combining import parse_choice
 from tfm_jax.moving_shapes.pretraining.network import initialise
-from tfm_jax.sampling import outputs, pipeline
+from tfm_jax.sampling import outputs, pipeline, writing
 from tfm_jax.sampling.outputs import Samples, fingerprint_loras, fingerprint_weights
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.wan.components import TEXT_ENCODER
@@ -24,7 +24,7 @@ from tfm_jax.wan.text_encoder import TextEncoderConfig
 
 
 def test_a_missing_tokenizer_is_refused_before_any_network_is_read(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_vae", None)
+    monkeypatch.setattr(writing, "load_vae", None)
     copy = shutil.copytree(model, tmp_path / "model")
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(InputError, match="no tokenizer; expected"):
@@ -49,10 +49,10 @@ def test_absurd_guidance_is_refused(guidance):
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(model, tmp_path, monkeypatch):
-    def interrupt(_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "load_vae", interrupt)
+    monkeypatch.setattr(writing, "load_vae", interrupt)
     with pytest.raises(StoppedEarly, match="0 of 3 videos are done"):
         sample(run_of(model, tmp_path / "new" / "out"))
     assert not (tmp_path / "new").exists()

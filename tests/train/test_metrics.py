@@ -87,6 +87,7 @@ def test_the_event_log(tmp_path):
             reports.flush()
         reports.tell(Event("stopped", 1, {"reason": "SIGTERM"}))
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event.get("steps") for event in events] == [4, None, None]
     assert [(event["step"], event["event"], event["detail"]) for event in events] == [
         (0, "started", ""), (1, "skipped", "the loss is nan; clips of this step: 5"), (1, "stopped", "SIGTERM"),
     ]  # fmt: skip

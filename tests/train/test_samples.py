@@ -77,16 +77,16 @@ def test_samples_equal_those_of_the_exported_lora(world):
 
 
 def test_a_signal_leaves_no_folder_and_a_bad_sample_no_video(world, tmp_path, monkeypatch, capsys):
-    def decode(vae, latents, number, run):
-        if number == 1:
+    def decode(vae, latents, numbers, run):
+        if numbers == [1]:
             raise InputError("prompt 1: the latents are not finite")
-        return np.zeros((5, 32, 48, 3), np.uint8)
+        return {0: np.zeros((5, 32, 48, 3), np.uint8)}
 
     # Asked in both rounds of one prompt, and before both videos: the first look ends in a round, the second between the
     # videos.
     signals = iter([None, "SIGINT", None, None, None, "SIGINT"])
     monkeypatch.setattr(interrupts, "requested", lambda: next(signals, None))
-    monkeypatch.setattr(samples, "embed", lambda run, prompts: np.zeros((len(prompts), 512, TEXT_DIM), np.float32))
+    monkeypatch.setattr(samples, "embed", lambda _, prompts, mesh: np.zeros((len(prompts), 512, TEXT_DIM), np.float32))
     monkeypatch.setattr(samples, "sample_round", lambda *arguments, on_step: on_step() or np.zeros((1, 2, 4, 6, 16)))
     monkeypatch.setattr(samples, "without_lora", lambda model: model)
     monkeypatch.setattr(samples, "load_vae", lambda path: None)

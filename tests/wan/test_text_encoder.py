@@ -12,7 +12,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from tfm_jax.errors import InputError
-from tfm_jax.wan.names import TEXT_ENCODER_ALIASES, text_encoder_rows, text_encoder_sizes
+from tfm_jax.wan.names import TEXT_ENCODER_ALIASES, text_encoder_rows
+from tfm_jax.wan.sizes import text_encoder_sizes
 from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder, relative_buckets
 
 CONFIGS = [

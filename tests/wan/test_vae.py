@@ -11,7 +11,8 @@ from flax import nnx
 
 from tfm_jax.errors import InputError
 from tfm_jax.wan.components import VAE, abstract_model, abstract_parameters, named_parameters
-from tfm_jax.wan.names import vae_rows, vae_sizes
+from tfm_jax.wan.names import vae_rows
+from tfm_jax.wan.sizes import vae_sizes
 from tfm_jax.wan.vae import VaeConfig, WanVae
 
 SMALL = VaeConfig(base_dim=8)

@@ -9,7 +9,14 @@ from typing import Any, NoReturn
 
 from tfm_jax import errors, processes
 from tfm_jax.checkpoint.fingerprints import summarize
-from tfm_jax.checkpoint.reading import MakeTarget, Restored, first_text, one_line, read_checkpoint
+from tfm_jax.checkpoint.reading import (
+    MakeTarget,
+    Restored,
+    first_text,
+    one_line,
+    read_checkpoint,
+    read_metadata,
+)
 from tfm_jax.checkpoint.record import DamagedError, make_record, to_orbax
 from tfm_jax.checkpoint.trees import Arrays
 from tfm_jax.checkpoint.writing import open_writer
@@ -66,6 +73,17 @@ class Checkpoints:
     def damaged(self) -> list[Path]:
         """The damaged checkpoints that a writer has renamed."""
         return sorted(self.directory.glob("*.damaged*"))
+
+    def newest_metadata(self) -> dict[str, Any] | None:
+        """Return the metadata of the newest checkpoint that has undamaged metadata; None if there is none.
+
+        Its arrays are not read, so they may be damaged.
+
+        Raises:
+            InputError: version 0.1.0 wrote the checkpoint.
+        """
+        found = (read_metadata(self.directory / str(step)) for step in reversed(self.steps))
+        return next((metadata for metadata in found if metadata is not None), None)
 
     def restore(self, make_target: MakeTarget | None = None, step: int | None = None) -> Restored | None:
         """Read the newest undamaged checkpoint, or that of `step`. Return None if there are no checkpoints.

@@ -56,6 +56,20 @@ def read_checkpoint(checkpoint: Path, make_target: MakeTarget | None) -> Restore
     return Restored(record.step, arrays, record.metadata)
 
 
+def read_metadata(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the metadata of a checkpoint, or None if they are damaged.
+
+    Raises:
+        InputError: version 0.1.0 wrote the checkpoint.
+    """
+    try:
+        return read_record(checkpoint).metadata
+    except Exception as error:
+        if isinstance(error, InputError) or _is_unrelated_to_damage(error):
+            raise
+        return None
+
+
 def read_arrays(checkpoint: Path, target: Arrays) -> dict[str, Array]:
     """Read arrays in Orbax's format with TensorStore. Each process reads only what its devices need.
 

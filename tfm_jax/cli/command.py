@@ -6,12 +6,13 @@ file that `--config` names. tyro reads the command line and prints the help. pyd
 and of the options together.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from types import NoneType
@@ -33,17 +34,38 @@ T = TypeVar("T")
 def run(execute: Callable[[Sequence[str]], None]) -> None:
     """Call `execute` with the command-line arguments. If it fails, report the error and exit with the error's code."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain log every step
-    try:
-        with interrupts.handled():
-            _check_environment()
-            execute(sys.argv[1:])
-    except (Exception, KeyboardInterrupt) as error:
-        described = errors.describe(error)
-        if described is None:
+    with _closed_pipe_ends_quietly():
+        try:
+            with interrupts.handled():
+                _check_environment()
+                execute(sys.argv[1:])
+        except BrokenPipeError:
             raise
-        message, code = described
-        print(f"error: {message}" if code != 75 else message, file=sys.stderr)
-        sys.exit(code)
+        except (Exception, KeyboardInterrupt) as error:
+            described = errors.describe(error)
+            if described is None:
+                raise
+            message, code = described
+            print(f"error: {message}" if code != 75 else message, file=sys.stderr)
+            sys.exit(code)
+
+
+@contextlib.contextmanager
+def _closed_pipe_ends_quietly() -> Iterator[None]:
+    """If nobody reads the output to its end, as in `tfm-lora inspect FILE | head`, exit without a message.
+
+    The exit code is 141, with which shells report SIGPIPE.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # the rest of the output, also of --help
+    except BrokenPipeError:
+        # Python flushes both streams again when it exits, which must not fail.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(141)
 
 
 def _check_environment() -> None:

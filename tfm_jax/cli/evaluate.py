@@ -1,6 +1,6 @@
 """Measure how objects move in generated clips, compared with real clips of the same world.
 
-    tfm-evaluate runs/demo/samples/base runs/demo/samples/lora \\
+    tfm-evaluate runs/demo/videos/base runs/demo/videos/lora \\
         --reference=runs/demo/reference --prompts=runs/demo/prompts.txt
 
 Each folder contains mp4 files, and optionally metadata.csv with their prompts. For each metric, the table shows a value
@@ -8,6 +8,11 @@ for every folder of generated clips, one for the reference, and the floor: the d
 the reference. Differences that are not well above the floor are meaningless. A second table shows 95% intervals
 over the clips and, for two folders whose clips have the same prompts, of the difference. If all clips have the same
 value, its interval has no width.
+
+These metrics are for the world of moving shapes only. Others, with options of their own, are for any videos:
+
+    tfm-evaluate --vbench samples/base samples/lora
+    tfm-evaluate --vbench --help
 """
 
 from collections.abc import Sequence
@@ -18,9 +23,10 @@ from pydantic import Field
 from tyro.conf import Positional
 
 from tfm_jax import config
-from tfm_jax.cli import command
+from tfm_jax.cli import command, footage
 from tfm_jax.config import ClipConfig, NonEmptyPath, section
 from tfm_jax.errors import InputError
+from tfm_jax.files import check_parent
 from tfm_jax.moving_shapes.evaluation.folders import CaptionedClip, find_captioned_clips, measure_clips
 from tfm_jax.moving_shapes.evaluation.intervals import DIFFERENCE, measure_intervals
 from tfm_jax.moving_shapes.evaluation.report import (
@@ -69,18 +75,21 @@ class ClipSection:
 
 
 def execute(argv: Sequence[str]) -> None:
+    if footage.FLAG in argv:
+        footage.execute(argv)
+        return
     options = command.parse(Options, argv, "tfm-evaluate", __doc__).options()
     spec = read_spec(options)
     names = [folder.name for folder in options.generated]
-    _check_names(names)
+    footage.check_names(names, (*OTHER_COLUMNS, DIFFERENCE))
     listed = [find_captioned_clips(folder, options.prompts, minimum=2) for folder in options.generated]
     reference = find_captioned_clips(options.reference, None, minimum=4)
     sizes = [len(clips) for clips in listed]
     if len(set(sizes)) > 1:
         found = ", ".join(f"{name} has {size}" for name, size in zip(names, sizes, strict=True))
         raise InputError(f"{found} clips; expected the same number in each folder")
-    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        raise InputError(f"--json={options.json}: cannot be written; expected a file in an existing folder")
+    if options.json:
+        check_parent("--json", options.json)
 
     generated = [measure_clips(clips, spec) for clips in listed]
     real = measure_clips(reference, spec)
@@ -91,14 +100,6 @@ def execute(argv: Sequence[str]) -> None:
     print(format_table(tables, counts), format_intervals(tables, intervals), sep="\n\n")
     if options.json:
         options.json.write_text(to_json(tables, counts, intervals), encoding="utf-8")
-
-
-def _check_names(names: Sequence[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{name}: {names.count(name)} folders have this name; expected different names")
-        if name in (*OTHER_COLUMNS, DIFFERENCE):
-            raise InputError(f"{name}: a folder has the name of a column of the report; expected another name")
 
 
 def _have_same_prompts(folders: Sequence[Sequence[CaptionedClip]]) -> bool:

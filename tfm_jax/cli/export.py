@@ -22,8 +22,8 @@ class Options:
     """Safetensors file to write; it must not exist."""
     dialect: Dialect = "comfy"
     """Selects the names of the tensors. comfy: diffusers, ComfyUI and DiffSynth can load the file. diffsynth: the names
-    in the official TFM release. diffusers: the names in diffusers. kohya: the names in musubi-tuner and other programs
-    that follow kohya."""
+    in the official TFM release. diffusers: the names in diffusers, and the only choice for a DoRA. kohya: the names in
+    musubi-tuner and other programs that follow kohya."""
     dtype: Dtype = "bfloat16"
     """Data type of the factors."""
     step: int | None = None

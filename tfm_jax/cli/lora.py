@@ -11,13 +11,12 @@ A file with keys that do not belong to a LoRA for Wan2.1-T2V is refused.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from tyro.conf import Positional
 
 from tfm_jax.arrays import DTYPES, Dtype
 from tfm_jax.cli import command
-from tfm_jax.cli.convert import convert, written
+from tfm_jax.cli.convert import convert
 from tfm_jax.config import NonEmptyPath, Positive, section
 from tfm_jax.config.reading import shown
 from tfm_jax.files import check_new_file
@@ -29,7 +28,7 @@ from tfm_jax.lora.files import read_lora, write_lora
 from tfm_jax.lora.inspecting import describe, draw, norms, read_contents
 from tfm_jax.lora.keys import Dialect
 from tfm_jax.wan.components import TRANSFORMER
-from tfm_jax.wan.saving import save_for_comfy
+from tfm_jax.wan.names import ModelLayout
 from tfm_jax.wan.sources import find_source
 
 
@@ -85,29 +84,23 @@ class Merge:
     """Add LoRAs to the weights of a model, and write the whole model."""
 
     model: NonEmptyPath
-    """Directory of the weights, in any layout."""
+    """Directory of the weights, in any layout, or one safetensors file as ComfyUI has it."""
     target: Positional[NonEmptyPath]
-    """Directory to write, which must be new or empty; with --to=comfy the file to write, which must not exist."""
+    """Directory to write, which must be new or empty; with --to=comfy also a new .safetensors file for the transformer
+    alone."""
     lora: NonEmptyPath | tuple[NonEmptyPath, ...]
     """LoRA file, or a list of files with or without strengths: [a.safetensors:0.7, b.safetensors]."""
-    to: Literal["diffusers", "original", "tfm_jax", "comfy"] = "diffusers"
-    """Layout to write. comfy: one safetensors file with the transformer for ComfyUI."""
+    to: ModelLayout = "diffusers"
+    """Layout to write."""
     dtype: Dtype = "bfloat16"
     """Data type of the kernels."""
 
     def execute(self) -> None:
         files = (self.lora,) if isinstance(self.lora, Path) else self.lora
-        if self.to == "comfy":
-            check_new_file(self.target)
         source = find_source(self.model, TRANSFORMER)
         lora = read_loras([parse_choice(file) for file in files])
         check_fits(lora, source.config, f"--lora={shown(self.lora)}")
-        if self.to != "comfy":
-            convert(self.model, self.target, self.to, self.dtype, weight_change(lora))
-            return
-        with written() as progress:
-            save_for_comfy(source._replace(change=weight_change(lora)), self.target, DTYPES[self.dtype], progress)
-        print(f"{self.target}: transformer (for ComfyUI, {self.dtype})")
+        convert(self.model, self.target, self.to, self.dtype, weight_change(lora))
 
 
 @section
@@ -134,6 +127,8 @@ class Diff:
                 print(f"only in {file}: {len(only)} linear layers, such as {only[0]}")
         if first.differences or second.differences:
             print(f"differences of whole tensors: {len(first.differences)} and {len(second.differences)}, not compared")
+        if first.magnitudes or second.magnitudes:
+            print("magnitudes of a DoRA: not compared")
 
 
 @section
@@ -141,9 +136,9 @@ class Extract:
     """Write the LoRA that comes closest to the difference between two models."""
 
     base: Positional[NonEmptyPath]
-    """Directory of the weights of the base model, in any layout."""
+    """Directory of the weights of the base model, in any layout, or one safetensors file."""
     tuned: Positional[NonEmptyPath]
-    """Directory of the weights of the fine-tuned model."""
+    """Directory or file of the weights of the fine-tuned model."""
     target: Positional[NonEmptyPath]
     """Safetensors file to write; it must not exist."""
     rank: Positive

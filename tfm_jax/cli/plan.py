@@ -5,7 +5,8 @@
 
 This needs no TPU, GPU or weights; `pip install 'jax[tpu]'` installs the compiler for TPUs. The plan shows the memory
 needed per device, the operations of a step, the bytes that each device sends, and the cost of compiling. It shows no
-step time, because nothing is run. The exit code is 1 if the run does not fit.
+step time, because nothing is run; --roofline shows a lower bound and where it comes from. The exit code is 1 if the run
+does not fit.
 """
 
 import os
@@ -26,6 +27,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.planning.chips import find_topology
 from tfm_jax.planning.plan import Plan, describe, make_plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
+from tfm_jax.planning.roofline_tables import describe_roofline
 from tfm_jax.planning.search import RULE, SAVED_ACTIVATIONS, options, search
 
 
@@ -40,8 +42,11 @@ class Options:
     search: Annotated[Positive | None, command.ValueIfOmitted("8")] = None
     """Compile this many of the most promising meshes (8 if no number is given), each with several remat policies or
     only with that of --train.remat. Rank the plans that fit, and print the command for the best."""
+    roofline: bool = False
+    """Show a lower bound for the time of a step at the chip's peak rates: by class of operation, for the largest
+    operations, and for the transfers between devices."""
     json: bool = False
-    """Print the plan as JSON; for a search, the list of plans."""
+    """Print the plan as JSON, with its roofline; for a search, the list of plans."""
 
 
 @section
@@ -65,7 +70,8 @@ def execute(argv: Sequence[str]) -> None:
     if chosen.json:
         print(json.dumps(plans[0].as_json() if chosen.search is None else [plan.as_json() for plan in plans]))
     else:
-        print("\n\n".join(map(describe, plans)))
+        parts = [describe, describe_roofline] if chosen.roofline else [describe]
+        print("\n\n".join(part(plan) for plan in plans for part in parts))
         if chosen.search is not None:
             print(f"\nranked by {RULE}")
             print(_command(plans[0], line))

@@ -6,6 +6,9 @@
 
 Each video is saved as soon as it is done. Ctrl-C and SIGTERM stop the program after the current step with exit code 75;
 a second signal ends it at once. To make the missing videos, run the same command again.
+
+All devices are used. To use several hosts, start the program on each of them, as described in tfm-train --help; all of
+them must share a filesystem.
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tfm_jax import compile_cache
+from tfm_jax import compile_cache, processes
 from tfm_jax.cli import command
 from tfm_jax.config import section
 from tfm_jax.sampling.comparing import compare
@@ -36,14 +39,15 @@ class Options:
 def execute(argv: Sequence[str]) -> None:
     line = command.parse(Options, argv, "tfm-sample", __doc__)
     compile_cache.enable()
-    options = line.options()
-    run = options.run
-    if options.prompt is not None:
-        run = dataclasses.replace(run, sampling=dataclasses.replace(run.sampling, prompt=options.prompt))
-    if options.compare:
-        compare(run)
-    else:
-        sample(run)
+    with processes.distributed():  # invalid values are reported once for all processes
+        options = line.options()
+        run = options.run
+        if options.prompt is not None:
+            run = dataclasses.replace(run, sampling=dataclasses.replace(run.sampling, prompt=options.prompt))
+        if options.compare:
+            compare(run)
+        else:
+            sample(run)
 
 
 def main() -> None:

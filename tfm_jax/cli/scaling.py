@@ -1,4 +1,4 @@
-"""Compile the training step of both models for many machines, and write docs/scaling.md with a figure.
+"""Compile the training step of both models, and sampling with 14B, for many machines. Write docs/scaling.md.
 
     python scripts/scaling.py
 
@@ -16,7 +16,14 @@ from pathlib import Path
 
 from tfm_jax.cli import command
 from tfm_jax.config import NonEmptyPath, Positive, section
-from tfm_jax.planning.scaling import PlanCache, best_plans, remat_plans, scaling_curves, write_document
+from tfm_jax.planning.scaling import (
+    PlanCache,
+    best_plans,
+    remat_plans,
+    sampling_plans,
+    scaling_curves,
+    write_document,
+)
 
 
 @section
@@ -35,9 +42,9 @@ def execute(argv: Sequence[str]) -> None:
     options = command.parse(Options, argv, "python scripts/scaling.py", __doc__).options()
     cache = PlanCache(options.output, compile_missing=not options.write)
     rows = list(best_plans(cache, options.tries))
-    by_policy, curves = remat_plans(cache), scaling_curves(cache)
+    by_policy, curves, sampling = remat_plans(cache), scaling_curves(cache), sampling_plans(cache)
     page = f"python scripts/scaling.py --tries={options.tries}"
-    print(f"done: see {write_document(rows, by_policy, curves, options.docs, page)}")
+    print(f"done: see {write_document(rows, by_policy, curves, sampling, options.docs, page)}")
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ from tfm_jax.errors import InputError
 @section
 class ModelConfig:
     path: ModelPath
-    """Directory of the weights in the Diffusers, original (Wan-AI) or tfm_jax layout. wan_tiny selects the embedded
-    model, unless a file or directory of that name exists."""
+    """Directory of the weights in the Diffusers, original (Wan-AI), ComfyUI or tfm_jax layout, or one safetensors file
+    with the transformer. wan_tiny selects the embedded model, unless a file or directory of that name exists."""
     dim: Positive
     """Width of the transformer. This field and the next three must match the weights."""
     ffn_dim: Positive
@@ -139,6 +139,9 @@ class LoraConfig:
     """The output of each adapter is scaled by alpha / rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023)."""
+    dora: bool = False
+    """Also train the norm of the weights of each output, apart from their direction (DoRA, Liu et al. 2024). Only
+    diffusers loads the result; see tfm-export."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
     """Linear layers that get an adapter, selected by how their names end: q selects self_attn.q and cross_attn.q."""
     init: NonEmptyPath | None = None

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from tfm_jax.arrays import pad_text
+from tfm_jax.arrays import DTYPES, TEXT_LENGTH, pad_text
 from tfm_jax.data.order import Order
 from tfm_jax.data.records import Records
 from tfm_jax.errors import InputError
@@ -92,6 +92,13 @@ class Batches:
         steps = grain.MapDataset.range(start, sys.maxsize)
         batches = steps.map(lambda step: (int(step), *self.read(int(step))))
         return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+    def abstract(self, latents: tuple[int, ...]) -> Batch:
+        """Return a placed batch of clips whose latents have this shape, with abstract arrays instead of values."""
+        shapes = (latents, (TEXT_LENGTH, self.records.text_dim))
+        dtype, sharding = DTYPES[self.records.manifest.dtype], batch_sharding(self._mesh)
+        arrays: Any = [jax.ShapeDtypeStruct((self.batch_size, *s), dtype, sharding=sharding) for s in shapes]
+        return Batch(*arrays)
 
     def place(self, batch: Batch) -> Batch:
         """Make global JAX arrays, split over the devices of all processes, from the rows of this process."""

@@ -142,7 +142,7 @@ def _unused(entry: Surveyed) -> Fraction:
 
 def _text_dim(model: configs.ModelConfig) -> int:
     """Return the width of the text embeddings of the weights or, without weights, of Wan2.1-T2V."""
-    found = find_source_or_none(model.path, TRANSFORMER) if model.path.is_dir() else None
+    found = find_source_or_none(model.path, TRANSFORMER) if model.path.exists() else None
     return found.config.text_dim if found else TransformerConfig.text_dim
 
 

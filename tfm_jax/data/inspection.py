@@ -13,16 +13,15 @@ from PIL import Image
 from tfm_jax import video
 from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import DataConfig
-from tfm_jax.data.format import REJECTED, REMEDY, Entry, Manifest
+from tfm_jax.data.format import REJECTED, REMEDY, Entry
 from tfm_jax.data.order import is_held_out
 from tfm_jax.data.prepare import PrepareRun
-from tfm_jax.data.records import Records, open_records
+from tfm_jax.data.records import Records, check_encoder, open_records
 from tfm_jax.data.survey import list_reasons
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
 from tfm_jax.wan import load_vae
 from tfm_jax.wan.components import VAE
-from tfm_jax.wan.fingerprint import fingerprint
 from tfm_jax.wan.vae import WanVae
 
 CONTACT_SHEET = "contact_sheet.png"
@@ -41,7 +40,7 @@ def inspect(run: PrepareRun) -> None:
     """
     records = open_records(run.data.path)
     print("\n".join(describe(records, run.data)), flush=True)
-    _check_vae(records.manifest, run)
+    check_encoder(records, run.model.path, VAE)
     numbers = choose(records.index, run.data.seed)
     file = records.folder / CONTACT_SHEET
     with replacing(file) as scratch:
@@ -114,10 +113,3 @@ def draw(records: Records, numbers: Sequence[int], vae: WanVae) -> Image.Image:
     shown = [records[number] for number in numbers]
     pixels = (np.asarray(vae.decode(jnp.asarray(record.latents, jnp.float32)[None]))[0] for record in shown)
     return video.contact_sheet(map(video.to_uint8, pixels), [f"{record.video}: {record.prompt}" for record in shown])
-
-
-def _check_vae(manifest: Manifest, run: PrepareRun) -> None:
-    made, found = manifest.encoders.get(VAE.name), fingerprint(run.model.path, VAE)
-    if found and made != found:
-        problem = f"its autoencoder ({found}) is not the one that made the latents in {run.data.path} ({made})"
-        raise InputError(f"model.path={run.model.path}: {problem}; expected the model with which they were prepared")

@@ -28,6 +28,8 @@ from tfm_jax.data.format import (
     read_manifest,
 )
 from tfm_jax.errors import InputError
+from tfm_jax.wan.components import Component
+from tfm_jax.wan.fingerprint import fingerprint
 
 
 class Records:
@@ -103,6 +105,21 @@ def open_records(folder: Path) -> Records:
     for shard in manifest.shards:
         _check_shard(folder / shard.file, shard)
     return Records(folder, manifest, index, _read_empty_prompt(folder / EMPTY_PROMPT, manifest))
+
+
+def check_encoder(records: Records, model: Path, component: Component) -> bool:
+    """Return whether the model in a directory has this encoder, the autoencoder or the text encoder.
+
+    Raises:
+        InputError: it is not the one that made the clips.
+    """
+    found, before = fingerprint(model, component), records.manifest.encoders.get(component.name)
+    if found is not None and found != before:
+        raise InputError(
+            f"data.path={records.folder}: was prepared with the {component.name} {before}, but model.path={model} has "
+            f"the {component.name} {found}; use that model, or prepare the data with this one"
+        )
+    return found is not None
 
 
 def _check_shard(path: Path, expected: Shard) -> None:

@@ -19,7 +19,7 @@ from tfm_jax.lora.applying import check_fits
 from tfm_jax.lora.files import Adapter, Lora, uniform
 from tfm_jax.lora.keys import network_order
 from tfm_jax.sharding import one_device_mesh, shardings
-from tfm_jax.wan.layers import Linear
+from tfm_jax.wan.layers import Linear, column_norms
 from tfm_jax.wan.names import BLOCK_LINEARS, LORA_TARGETS, BlockLinear, TransformerLinear
 from tfm_jax.wan.transformer import WanTransformer
 
@@ -82,7 +82,8 @@ def adapter_sizes(config: LoraConfig) -> dict[str, Size]:
 
 
 def attach_lora(model: WanTransformer, config: LoraConfig) -> None:
-    """Give the targeted linear layers of `model` abstract adapters (only shapes): A `[in, rank]` and B `[rank, out]`.
+    """Give the targeted linear layers of `model` abstract adapters (only shapes): A `[in, rank]` and B `[rank, out]`,
+    and for a DoRA the magnitudes `[out]`.
 
     Raises:
         InputError: a target is unknown, or a rank exceeds the input or output width of a targeted layer.
@@ -94,10 +95,10 @@ def attach_lora(model: WanTransformer, config: LoraConfig) -> None:
             width = min(features_in, features_out)
             field = f"lora.rank={size.rank}" if size.rank == config.rank else f"lora.ranks={shown(config.ranks)}"
             raise InputError(f"{field}: expected at most {width}, the width of {name}")
-        _attach(linear, size.rank, size.alpha)
+        _attach(linear, size.rank, size.alpha, config.dora)
 
 
-def _attach(linear: Linear, rank: int, alpha: float) -> None:
+def _attach(linear: Linear, rank: int, alpha: float, dora: bool) -> None:
     *stack, features_in, features_out = linear.kernel.shape
     *layers, axis_in, axis_out = linear.kernel.get_metadata()["axes"]
     linear.lora_a = nnx.LoRAParam(
@@ -107,18 +108,22 @@ def _attach(linear: Linear, rank: int, alpha: float) -> None:
         jax.ShapeDtypeStruct((*stack, rank, features_out), jnp.float32), axes=(*layers, "rank", axis_out)
     )
     linear.lora_scale = alpha / rank
+    if dora:
+        linear.lora_magnitude = nnx.LoRAParam(
+            jax.ShapeDtypeStruct((*stack, features_out), jnp.float32), axes=(*layers, axis_out)
+        )
 
 
 def init_lora(model: WanTransformer, key: jax.Array, mesh: Mesh | None = None) -> None:
-    """Initialise the attached adapters: A is uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), B is zero."""
+    """Initialise the attached adapters: A is uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), B is zero, and the
+    magnitudes of a DoRA are the norms of the weights, so that new adapters change nothing."""
     lora = split_lora(model).lora
 
     def init(key: jax.Array) -> nnx.State:
         values = []
         for number, (path, variable) in enumerate(nnx.to_flat_state(lora)):
-            _, features_in, _ = variable.shape
             if path[-1] == "lora_a":
-                bound = features_in**-0.5
+                bound = variable.shape[1] ** -0.5
                 part = jax.random.fold_in(key, number)
                 value = jax.random.uniform(part, variable.shape, jnp.float32, -bound, bound)
             else:
@@ -127,6 +132,16 @@ def init_lora(model: WanTransformer, key: jax.Array, mesh: Mesh | None = None) -
         return nnx.from_flat_state(values)
 
     nnx.update(model, jax.jit(init, out_shardings=shardings(lora, mesh or one_device_mesh()))(key))
+    _init_magnitudes(model)
+
+
+def _init_magnitudes(model: WanTransformer) -> None:
+    """Set the magnitudes of a DoRA to the norms of the weights of the base. Their arrays are already sharded."""
+    for name in BLOCK_LINEARS:
+        linear = _linear(model, name)
+        if linear.lora_magnitude is not None:
+            norms = jax.jit(column_norms, out_shardings=linear.lora_magnitude[...].sharding)
+            linear.lora_magnitude.set_value(norms(linear.kernel[...]))
 
 
 def split_lora(model: WanTransformer) -> LoraSplit:
@@ -135,9 +150,11 @@ def split_lora(model: WanTransformer) -> LoraSplit:
 
 
 def without_lora(model: WanTransformer) -> WanTransformer:
-    """Return the base model, as `model` with adapters of zeros, so that it runs the same programs."""
+    """Return the base model, as `model` with adapters that change nothing, so that it runs the same programs."""
     graph, lora, frozen = split_lora(model)
-    return nnx.merge(graph, jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), lora), frozen)
+    base = nnx.merge(graph, jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), lora), frozen)
+    _init_magnitudes(base)
+    return base
 
 
 def lora_from_checkpoint(arrays: Mapping[str, np.ndarray | Array], config: LoraConfig) -> Lora:
@@ -149,13 +166,18 @@ def lora_from_checkpoint(arrays: Mapping[str, np.ndarray | Array], config: LoraC
     """
     adapters: dict[TransformerLinear, Adapter] = {}
     alphas: dict[TransformerLinear, float] = {}
+    magnitudes: dict[TransformerLinear, np.ndarray] = {}
     for name, size in adapter_sizes(config).items():
-        paths = [f"blocks/{BLOCK_LINEARS[name].ours.replace('.', '/')}/lora_{factor}/value" for factor in "ab"]
+        place = f"blocks/{BLOCK_LINEARS[name].ours.replace('.', '/')}"
+        paths = [f"{place}/lora_{factor}/value" for factor in "ab"]
         if paths[0] in arrays:
             for layer, (a, b) in enumerate(zip(*(np.asarray(arrays[path]) for path in paths), strict=True)):
                 adapters[BlockLinear(layer, name)] = Adapter(a.T, b.T)
                 alphas[BlockLinear(layer, name)] = size.alpha
-    return uniform(adapters, alphas)
+        if config.dora:
+            for layer, magnitude in enumerate(np.asarray(arrays[f"{place}/lora_magnitude/value"])):
+                magnitudes[BlockLinear(layer, name)] = magnitude
+    return uniform(adapters, alphas)._replace(magnitudes=magnitudes)
 
 
 def check_lora(lora: Lora, config: LoraConfig) -> None:
@@ -163,6 +185,9 @@ def check_lora(lora: Lora, config: LoraConfig) -> None:
     if lora.differences:
         what = f"a difference of a whole tensor, {next(iter(lora.differences))}"
         raise InputError(f"the LoRA has {what}; expected only adapters, because only these are trained")
+    if bool(lora.magnitudes) != config.dora:
+        kind = "is a DoRA" if lora.magnitudes else "is no DoRA"
+        raise InputError(f"the LoRA {kind}; expected lora.dora={shown(bool(lora.magnitudes))}")
     sizes = adapter_sizes(config)
     found = {linear.name for linear in lora.adapters}
     if found != sizes.keys():
@@ -183,16 +208,18 @@ def load_adapters(model: WanTransformer, lora: Lora, mesh: Mesh | None = None) -
         InputError: the adapters do not match the linear layers of this model.
     """
     check_fits(lora, model.config)
-    stacks: dict[str, list[Adapter]] = {}
-    for linear in sorted(lora.adapters, key=network_order):
-        stacks.setdefault(linear.ours, []).append(lora.adapters[linear])
-    for path, adapters in stacks.items():
+    stacks: dict[str, list[TransformerLinear]] = {}
+    for name in sorted(lora.adapters, key=network_order):
+        stacks.setdefault(name.ours, []).append(name)
+    for path, names in stacks.items():
         linear = attrgetter(path)(model)
-        _attach(linear, lora.rank, lora.alpha)
-        for factor in ("a", "b"):
-            variable = getattr(linear, f"lora_{factor}")
-            value = np.stack([getattr(adapter, factor).T for adapter in adapters])
-            variable.set_value(jnp.asarray(value.reshape(variable.shape), jnp.float32))
+        _attach(linear, lora.rank, lora.alpha, bool(lora.magnitudes))
+        values = {factor: [getattr(lora.adapters[name], factor).T for name in names] for factor in ("a", "b")}
+        if lora.magnitudes:
+            values["magnitude"] = [lora.magnitudes[name] for name in names]
+        for part, value in values.items():
+            variable = getattr(linear, f"lora_{part}")
+            variable.set_value(jnp.asarray(np.stack(value).reshape(variable.shape), jnp.float32))
     state = split_lora(model).lora
     nnx.update(model, jax.device_put(state, shardings(state, mesh or one_device_mesh())))
 

@@ -12,6 +12,7 @@ from tfm_jax.lora.files import Lora
 from tfm_jax.wan.checks import expected_shapes, similar
 from tfm_jax.wan.components import TRANSFORMER, abstract_parameters
 from tfm_jax.wan.names import BlockLinear, Row, Shapes, transformer_rows
+from tfm_jax.wan.sources import Change
 from tfm_jax.wan.transformer import TransformerConfig
 
 
@@ -65,15 +66,23 @@ def _check_differences(lora: Lora, config: TransformerConfig) -> None:
             )
 
 
-def weight_change(lora: Lora) -> Callable[[Row], np.ndarray | None]:
-    """Return a function from the row of a tensor to what `lora` adds to it: the `change` of a `Source`."""
+def weight_change(lora: Lora) -> Change:
+    """Return what `lora` adds to each tensor: the `change` of a `Source`."""
     adapters = {f"{linear}.weight": adapter for linear, adapter in lora.adapters.items()}
+    magnitudes = {f"{linear}.weight": magnitude for linear, magnitude in lora.magnitudes.items()}
 
-    def change(row: Row) -> np.ndarray | None:
+    def change(row: Row, read: Callable[[], np.ndarray]) -> np.ndarray | None:
         total = lora.differences.get(row.original)
         if adapter := adapters.get(row.original):
             product = (adapter.b * np.float32(lora.scale)) @ adapter.a
             total = product if total is None else product + total
-        return None if total is None else rearrange(total, row.axes)
+        if total is None:
+            return None
+        total = rearrange(total, row.axes)
+        if row.original not in magnitudes:
+            return total
+        weight = read().astype(np.float32)
+        changed = weight + total
+        return changed * (magnitudes[row.original] / np.linalg.norm(changed, axis=0)) - weight
 
     return change

@@ -42,7 +42,7 @@ def read_loras(choices: Sequence[Choice]) -> Lora:
     """Read LoRA files and return their sum, weighted by the strengths.
 
     Raises:
-        InputError: a file cannot be read (see `read_lora`), or two files are for models of different widths.
+        InputError: a file cannot be read (see `read_lora`), or cannot be added to the others (see `combine`).
     """
     return combine([(read_lora(choice.file), choice) for choice in choices])
 
@@ -51,6 +51,9 @@ def combine(loras: Sequence[tuple[Lora, Choice]]) -> Lora:
     """Return the weighted sum of LoRAs, whose ranks and linear layers may differ.
 
     The factors of a linear layer are concatenated along the rank. A single LoRA with strength 1 is returned as it is.
+
+    Raises:
+        InputError: two LoRAs are for models of different widths, or one of them is a DoRA.
     """
     first, choice = loras[0]
     if len(loras) == 1 and choice.strength == 1:
@@ -58,6 +61,8 @@ def combine(loras: Sequence[tuple[Lora, Choice]]) -> Lora:
     parts: dict[TransformerLinear, list[Adapter]] = {}
     differences: dict[str, np.ndarray] = {}
     for lora, (file, strength) in loras:
+        if lora.magnitudes:
+            raise InputError(f"{file}: is a DoRA, which has no sum with others; expected it alone, with strength 1")
         for linear, (a, b) in lora.adapters.items():
             others = parts.setdefault(linear, [])
             if others and (a.shape[1], len(b)) != (others[0].a.shape[1], len(others[0].b)):

@@ -13,6 +13,11 @@ A loader changes each weight W to W + alpha / rank * B A. The dialects also diff
 loaders ignore alpha, so `comfy` and `diffsynth` files have no alpha, and the scale is multiplied into the factors.
 `kohya` files have a tensor `.alpha` in every module. `diffusers` files have alpha in their metadata if it is not the
 rank.
+
+A DoRA also sets the norms of the rows of the changed weight: its magnitudes. Only diffusers, through PEFT, computes
+what was trained. DiffSynth has no DoRA, and ComfyUI divides by the norms of W instead of those of the changed weight
+(Comfy-Org/ComfyUI#15458). A DoRA is therefore written in the dialect `diffusers` only, with tensors
+`.lora_magnitude_vector`.
 """
 
 import json
@@ -20,23 +25,23 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import pydantic
 from jaxtyping import Float32
 from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from tfm_jax.errors import InputError
 from tfm_jax.files import replacing
-from tfm_jax.inputs import parse_json, read_json, short_repr, validate
+from tfm_jax.inputs import short_repr
+from tfm_jax.lora import peft_config
 from tfm_jax.lora.keys import (
     DIALECT_KEYS,
     Dialect,
     difference_key,
-    is_dora,
+    is_dora_scale,
     network_order,
     parse_difference,
     parse_factor,
@@ -69,14 +74,13 @@ class Lora(NamedTuple):
     """Metadata of the file that the adapters were read from, such as the base model and the number of steps."""
     differences: Mapping[str, Float32[np.ndarray, "..."]] = MappingProxyType({})
     """Original name of a tensor -> what is added to it, in torch's layout. LoRAs that distil a model have these."""
+    magnitudes: Mapping[TransformerLinear, Float32[np.ndarray, "out"]] = MappingProxyType({})
+    """The norms that a DoRA gives to the rows of the weights of all linear layers with an adapter, after these have
+    changed; empty for a plain LoRA."""
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
-
-
-_PEFT_METADATA = "lora_adapter_metadata"
-_PEFT_PREFIX = "base_model.model."
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ def write_lora(
 
     Raises:
         InputError: `path` is a directory, a factor would not be finite in `dtype`, the dialect cannot store
-            differences, or it is `kohya` and not exactly the linear layers of the blocks have adapters.
+            differences or a DoRA, or it is `kohya` and not exactly the linear layers of the blocks have adapters.
     """
     if path.is_dir():
         raise InputError(f"{path}: is a directory; expected the name of a file")
@@ -108,6 +112,11 @@ def write_lora(
         raise InputError(
             f"{path}: only dialect comfy stores differences of whole tensors, such as {next(iter(lora.differences))}; "
             "choose it, or merge the LoRA into the model"
+        )
+    if lora.magnitudes and not DIALECT_KEYS[dialect].magnitude:
+        raise InputError(
+            f"{path}: the programs that load dialect {dialect} do not apply a DoRA as it was trained; choose dialect "
+            "diffusers, or merge the DoRA into the model"
         )
     if dialect == "kohya":
         _require_every_linear(path, lora)
@@ -117,7 +126,10 @@ def write_lora(
             raise InputError(f"{path}: {key} would not be finite in {value.dtype}; nothing was written")
     metadata = {**metadata, "format": "pt"}
     if dialect == "diffusers" and lora.alpha != lora.rank:
-        metadata[_PEFT_METADATA] = json.dumps(_diffusers_config(lora))
+        modules = [linear.diffusers for linear in lora.adapters]
+        metadata[peft_config.METADATA] = peft_config.to_metadata(
+            lora.rank, float(lora.alpha), bool(lora.magnitudes), modules
+        )
     with replacing(path) as scratch:
         save_file(tensors, scratch, metadata)
         _sort_metadata(scratch)
@@ -136,6 +148,9 @@ def _tensors(lora: Lora, dialect: Dialect, dtype: DTypeLike) -> dict[str, np.nda
                 tensors[keys.key(linear, part)] = np.array(value * np.float32(factor), dtype, order="C")
         if dialect == "kohya":
             tensors[keys.key(linear, "alpha")] = np.array(lora.alpha, np.float32)
+    for linear, value in lora.magnitudes.items():
+        # In fewer digits, the rounding of a magnitude would change the whole row of a weight.
+        tensors[keys.key(linear, "magnitude")] = np.array(value, np.float32)
     for name, value in lora.differences.items():
         with np.errstate(over="ignore"):
             tensors[difference_key(name)] = np.array(value, dtype, order="C")
@@ -171,18 +186,10 @@ def _require_every_linear(path: Path, lora: Lora) -> None:
                 )
 
 
-def _diffusers_config(lora: Lora) -> dict[str, object]:
-    """Return the metadata from which `diffusers.loaders.WanLoraLoaderMixin` makes a `peft.LoraConfig`."""
-    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
-    modules = [linear.diffusers for linear in lora.adapters]
-    config = {"r": lora.rank, "lora_alpha": alpha, "target_modules": modules}
-    return {f"transformer.{field}": value for field, value in config.items()}
-
-
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 _Parts = dict[str, LazyTensor]
-"""The tensors of one module by part: A, B, and alpha if the file has it."""
+"""The tensors of one module by part: A, B, and alpha and magnitude if the file has them."""
 
 
 def read_lora(path: Path) -> Lora:
@@ -196,8 +203,8 @@ def read_lora(path: Path) -> Lora:
 
     Raises:
         InputError: the file is not safetensors, or it has a key that does not belong to a Wan2.1-T2V LoRA (such as
-            that of a layer that only I2V has) or to a DoRA, a factor without its counterpart, `lora_unet_` keys without
-            `.alpha`, or a value that is not finite.
+            that of a layer that only I2V has), `.dora_scale`, a factor without its counterpart, `lora_unet_` keys
+            without `.alpha`, or a value that is not finite.
     """
     tensors = open_safetensors(path)
     metadata = safetensors_metadata(path)
@@ -206,10 +213,15 @@ def read_lora(path: Path) -> Lora:
     adapters = {linear: _adapter(path, linear, parts) for linear, parts in modules.items()}
     for factor in ("a", "b"):
         _check_same_widths(path, factor, adapters)
-    configured = _configured_alpha(path, tensors, metadata, {adapter.a.shape[0] for adapter in adapters.values()})
+    magnitudes = _magnitudes(path, modules)
+    ranks = {adapter.a.shape[0] for adapter in adapters.values()}
+    configured = peft_config.configured_alpha(path, tensors.keys(), metadata, ranks, bool(magnitudes))
     alphas = _alphas(path, tensors, modules, adapters, configured)
-    kept = {key: value for key, value in metadata.items() if key not in ("format", _PEFT_METADATA)}
-    return uniform(adapters, alphas)._replace(metadata=kept, differences=_differences(path, tensors, named))
+    return uniform(adapters, alphas)._replace(
+        metadata={key: value for key, value in metadata.items() if key not in ("format", peft_config.METADATA)},
+        differences=_differences(path, tensors, named),
+        magnitudes=magnitudes,
+    )
 
 
 def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[TransformerLinear, _Parts]:
@@ -218,8 +230,11 @@ def _modules(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[TransformerL
     unknown = []
     for key in tensors:
         parsed = parse_factor(key)
-        if is_dora(key):
-            raise InputError(f"{path}: {short_repr(key)} belongs to a DoRA; expected a LoRA, which has only factors")
+        if is_dora_scale(key):
+            raise InputError(
+                f"{path}: {short_repr(key)} belongs to a DoRA whose norms differ from program to program; expected a "
+                "DoRA with .lora_magnitude_vector, as PEFT and diffusers write it"
+            )
         if parsed is None:
             unknown.append(key)
             continue
@@ -260,6 +275,21 @@ def _adapter(path: Path, linear: TransformerLinear, parts: _Parts) -> Adapter:
             raise InputError(f"{path}: {part} factor of {linear} is not finite; expected finite numbers")
         factors.append(value)
     return Adapter(*factors)
+
+
+def _magnitudes(path: Path, modules: Mapping[TransformerLinear, _Parts]) -> dict[TransformerLinear, np.ndarray]:
+    """Read the magnitudes of a DoRA, which all modules have or none."""
+    values: dict[TransformerLinear, np.ndarray] = {}
+    for linear, parts in modules.items():
+        if "magnitude" in parts:
+            values[linear] = np.asarray(parts["magnitude"].read(...), np.float32)
+            if values[linear].shape != parts["B"].shape[:1] or not np.isfinite(values[linear]).all():
+                problem = f"magnitude of {linear} has shape {list(values[linear].shape)} or a value that is not finite"
+                raise InputError(f"{path}: {problem}; expected {parts['B'].shape[0]} finite numbers")
+    for linear in modules if values else ():
+        if linear not in values:
+            raise InputError(f"{path}: {linear} has no magnitude, but other modules do; expected it in all or in none")
+    return values
 
 
 def _check_same_widths(path: Path, factor: Literal["a", "b"], adapters: Mapping[TransformerLinear, Adapter]) -> None:
@@ -337,39 +367,3 @@ def _differences(path: Path, tensors: Mapping[str, LazyTensor], named: Mapping[s
         if not np.isfinite(values[name]).all():
             raise InputError(f"{path}: {short_repr(key)} is not finite; expected finite numbers")
     return values
-
-
-def _configured_alpha(
-    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], ranks: set[int]
-) -> float | None:
-    """Return alpha from the `peft.LoraConfig` in the metadata (from diffusers) or in adapter_config.json (from PEFT).
-
-    The fields have the prefix `transformer.` if a pipeline of diffusers wrote them, and no prefix if a model did. If
-    there is no such configuration, return None.
-    """
-    config_file = path.with_name("adapter_config.json")
-    if _PEFT_METADATA in metadata:
-        place = f"{path}: metadata {_PEFT_METADATA}"
-        values = parse_json(metadata[_PEFT_METADATA], place)
-    elif all(key.startswith(_PEFT_PREFIX) for key in tensors) and config_file.is_file():
-        place, values = str(config_file), read_json(config_file)
-    else:
-        return None
-    fields = {key.removeprefix("transformer."): value for key, value in values.items()}
-    for field in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
-        if fields.get(field):
-            raise InputError(f"{place}: {field} is {short_repr(fields[field])}; expected a plain LoRA without it")
-    config = validate(_PeftConfig, fields, place)
-    if ranks != {config.r}:
-        expected = " and ".join(map(str, sorted(ranks)))
-        raise InputError(f"{place}: r is {config.r}; expected {expected}, the rank of the tensors")
-    return config.lora_alpha
-
-
-class _PeftConfig(pydantic.BaseModel):
-    """The fields of a `peft.LoraConfig` that set the scale of the adapters."""
-
-    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
-
-    r: int
-    lora_alpha: Annotated[float, pydantic.Field(gt=0, lt=1e30)]

@@ -53,7 +53,8 @@ def read_contents(path: Path) -> Contents:
     parts = {key: found[1] for key in keys if (found := parse_factor(key))}
     ranks = {tensors[key].shape[0] for key, part in parts.items() if part == "A"}
     alphas = {float(tensors[key].read(...).item()) for key, part in parts.items() if part == "alpha"}
-    dtypes = {dtype for key, dtype in safetensors_dtypes(path).items() if not key.endswith(".alpha")}
+    always_float32 = [key for key, part in parts.items() if part in ("alpha", "magnitude")]
+    dtypes = {dtype for key, dtype in safetensors_dtypes(path).items() if key not in always_float32}
     dialect, types = find_dialect(keys), tuple(sorted(dtypes, key=str))
     return Contents(lora, dialect, types, tuple(sorted(ranks)), tuple(sorted(alphas)), keys[0])
 
@@ -74,7 +75,7 @@ def product(one: Adapter, other: Adapter) -> float:
 
 
 def norms(lora: Lora) -> dict[TransformerLinear, float]:
-    """Return the Frobenius norm of the change of every linear layer: of alpha / rank * B A."""
+    """Return the Frobenius norm of what the adapters add to every linear layer: of alpha / rank * B A."""
     return {linear: lora.scale * product(a, a) ** 0.5 for linear, a in lora.adapters.items()}
 
 
@@ -99,6 +100,8 @@ def describe(path: Path, contents: Contents, layers: int | None = None) -> str:
     ]
     if outer:
         lines.append(f"adapters outside the blocks: {', '.join(outer)}")
+    if lora.magnitudes:
+        lines.append("a DoRA: each row of a changed weight also gets a new norm, which the chart does not show")
     if lora.differences:
         example = next(iter(lora.differences))
         lines.append(

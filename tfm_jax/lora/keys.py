@@ -1,7 +1,8 @@
 """How LoRA files name their tensors.
 
-A file has two factors for each linear layer with an adapter. A LoRA that distils a model may also have differences:
-what is added to a whole weight (`.diff`), bias (`.diff_b`) or modulation table (`.diff_m` or `.modulation.diff`).
+A file has two factors for each linear layer with an adapter, and a DoRA also has magnitudes. A LoRA that distils a
+model may also have differences: what is added to a whole weight (`.diff`), bias (`.diff_b`) or modulation table
+(`.diff_m` or `.modulation.diff`).
 """
 
 import re
@@ -21,22 +22,24 @@ DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 
 class Keys(NamedTuple):
-    """How a dialect names the module of a linear layer (as a format string) and the two factors in the module."""
+    """How a dialect names the module of a linear layer (as a format string) and the parts of the module."""
 
     module: str
     a: str
     b: str
+    magnitude: str = ""
+    """Empty if the dialect has no DoRA."""
 
     def key(self, linear: TransformerLinear, part: str) -> str:
-        """Return the key of a part: A, B or alpha."""
-        names = {"A": self.a, "B": self.b, "alpha": "alpha"}
+        """Return the key of a part: A, B, alpha or magnitude."""
+        names = {"A": self.a, "B": self.b, "alpha": "alpha", "magnitude": self.magnitude}
         return f"{self.module.format(linear)}.{names[part]}"
 
 
 DIALECT_KEYS: dict[Dialect, Keys] = {
     "comfy": Keys("diffusion_model.{0.original}", "lora_A.weight", "lora_B.weight"),
     "diffsynth": Keys("{0.original}", "lora_A.default.weight", "lora_B.default.weight"),
-    "diffusers": Keys("transformer.{0.diffusers}", "lora_A.weight", "lora_B.weight"),
+    "diffusers": Keys("transformer.{0.diffusers}", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
     "kohya": Keys("lora_unet_{0.kohya}", "lora_down.weight", "lora_up.weight"),
 }
 
@@ -48,12 +51,11 @@ LOADED_BY: dict[Dialect, str] = {
 }
 """The programs that load each dialect."""
 
-_DORA = re.compile(r".*\.(dora_scale|lora_magnitude_vector)\b.*")
-
 _PREFIX = r"(?: diffusion_model\. | pipe\.dit\. | transformer\. | base_model\.model\. )?"
 _FACTOR = re.compile(
     rf"""(?: lora_unet_(?P<kohya> [^.]+ ) | {_PREFIX} (?P<module> .+? ) )
-         \.(?P<part> alpha | lora_(?: A | B | down | up )(?: \.default )?\.weight )""",
+         \.(?P<part> alpha | lora_(?: A | B | down | up )(?: \.default )?\.weight
+                  | lora_magnitude_vector(?: \.default )?(?: \.weight )? )""",
     re.VERBOSE,
 )
 _DIFFERENCE = re.compile(rf"{_PREFIX} (?P<module> .+? ) \.(?P<part> diff | diff_b | diff_m )", re.VERBOSE)
@@ -65,7 +67,10 @@ _BLOCK_NAMES = {spelling: name for name, names in BLOCK_LINEARS.items() for spel
 _OUTER_NAMES = {spelling: name for name, names in OUTER_LINEARS.items() for spelling in (name, names.diffusers)}
 _KOHYA_BLOCK_NAMES = {names.kohya: name for name, names in BLOCK_LINEARS.items()}
 _KOHYA_OUTER_NAMES = {names.kohya: name for name, names in OUTER_LINEARS.items()}
-_PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
+_PARTS = {
+    "lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha",
+    "lora_magnitude_vector": "magnitude",
+}  # fmt: skip
 
 _TENSORS = {row.original for row in transformer_rows(1)}
 _ENDINGS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
@@ -78,13 +83,18 @@ def network_order(linear: TransformerLinear) -> tuple[int, int]:
     return linear.layer, list(BLOCK_LINEARS).index(linear.name)
 
 
-def is_dora(key: str) -> bool:
-    """Whether a key names the magnitudes of a DoRA."""
-    return _DORA.fullmatch(key) is not None
+def is_dora_scale(key: str) -> bool:
+    """Whether a key names magnitudes that are not those of PEFT.
+
+    Some programs mean norms along the other axis. ComfyUI means the same axis as PEFT if the lengths fit, but divides
+    by the norms of the base's weights alone.
+    """
+    return key.endswith(".dora_scale")
 
 
 def parse_factor(key: str) -> tuple[TransformerLinear, str] | None:
-    """Return the linear layer and the part (A, B or alpha) of a key, or None if a Wan2.1-T2V LoRA has no such key."""
+    """Return the linear layer and the part (A, B, alpha or magnitude) that a key names, or None if a Wan2.1-T2V LoRA
+    has no such key."""
     match = _FACTOR.fullmatch(key)
     if not match:
         return None

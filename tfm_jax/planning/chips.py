@@ -28,18 +28,22 @@ class Chip(NamedTuple):
     """Bytes of device memory that programs can use."""
     peak: float
     """Dense bfloat16 operations per second."""
+    bandwidth: float
+    """Bytes per second between the chip and its memory (HBM)."""
+    interconnect: float
+    """Bytes per second that the device sends to others if all of its links are busy, in one direction."""
     per_chip: int = 1
     """Devices per chip."""
     target: str = ""
     """Describes the GPU to the compiler (a GpuTargetConfigProto in text form); empty for TPUs."""
 
 
-def _tpu(gib: float, peak: float, per_chip: int = 1) -> Chip:
-    return Chip(round(gib * GIB), peak / per_chip, per_chip)
+def _tpu(gib: float, peak: float, bandwidth: float, interconnect: float, per_chip: int = 1) -> Chip:
+    return Chip(round(gib * GIB), peak / per_chip, bandwidth / per_chip, interconnect / per_chip, per_chip)
 
 
 def _gpu(name: str, capability: str, cores: int, lanes: int, memory: int, bandwidth: int, cache: int, clock: float,
-         shared: int, peak: float) -> Chip:  # fmt: skip
+         shared: int, peak: float, interconnect: float) -> Chip:  # fmt: skip
     major, minor = capability.split(".")
     target = f"""
         gpu_device_info {{
@@ -54,25 +58,28 @@ def _gpu(name: str, capability: str, cores: int, lanes: int, memory: int, bandwi
         platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 13 }} runtime_version {{ major: 13 }}
         device_description_str: "{name}"
     """
-    return Chip(memory, peak, target=target)
+    return Chip(memory, peak, bandwidth, interconnect, target=target)
 
 
-# TPUs: the memory is what libtpu 0.0.42 reports as available when a program exceeds it. GPUs: the target comes from
-# OpenXLA's xla/backends/gpu/target_config/specs.
+# TPUs: the memory is what libtpu 0.0.42 reports as available when a program exceeds it. Bandwidths are from the page of
+# each chip, such as cloud.google.com/tpu/docs/v5p; half of the bidirectional bandwidth between chips is sent. The page
+# of v4 lacks it: 6 links with 50 GB/s each are from Jouppi et al. 2023 (arXiv:2304.01433).
+# GPUs: the target, with the bandwidth of the memory, comes from OpenXLA's xla/backends/gpu/target_config/specs. Half of
+# the bandwidth of NVLink in NVIDIA's data sheets is sent; between hosts, it is less.
 CHIPS = {
-    "v4": _tpu(30.75, PEAKS["v4"]),
-    "v5e": _tpu(15.75, PEAKS["v5e"]),
-    "v5p": _tpu(95.74, PEAKS["v5p"]),
-    "v6e": _tpu(31.25, PEAKS["v6e"]),
-    "tpu7x": _tpu(94.75, PEAKS["tpu7x"], per_chip=2),
+    "v4": _tpu(30.75, PEAKS["v4"], 1200e9, 300e9),
+    "v5e": _tpu(15.75, PEAKS["v5e"], 819e9, 200e9),
+    "v5p": _tpu(95.74, PEAKS["v5p"], 2765e9, 600e9),
+    "v6e": _tpu(31.25, PEAKS["v6e"], 1638e9, 400e9),
+    "tpu7x": _tpu(94.75, PEAKS["tpu7x"], 7380e9, 600e9, per_chip=2),
     "a100": _gpu("NVIDIA A100-SXM4-80GB", "8.0", 108, 64, 85_100_068_864, 2_039_040_000_000, 41_943_040, 1.41,
-                 167_936, PEAKS["a100"]),
+                 167_936, PEAKS["a100"], 300e9),
     "h100": _gpu("NVIDIA H100 80GB HBM3", "9.0", 132, 128, 84_942_979_072, 3_352_320_000_000, 52_428_800, 1.98,
-                 233_472, PEAKS["h100"]),
+                 233_472, PEAKS["h100"], 450e9),
     "h200": _gpu("NVIDIA H200 141GB HBM3e", "9.0", 132, 128, 151_397_597_184, 4_800_000_000_000, 52_428_800, 1.98,
-                 233_472, PEAKS["h200"]),
+                 233_472, PEAKS["h200"], 450e9),
     "b200": _gpu("NVIDIA B200", "10.0", 148, 128, 191_514_411_008, 7_672_320_000_000, 132_644_864, 1.965,
-                 233_472, PEAKS["b200"]),
+                 233_472, PEAKS["b200"], 900e9),
 }  # fmt: skip
 
 _NUMBER = r"[1-9]\d{0,3}"

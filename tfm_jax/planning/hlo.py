@@ -17,7 +17,8 @@ _CALLEE = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?(
 _CALLEES = re.compile(r"(?:calls|branch_computations|called_computations)=\{([^}]*)\}")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
+_COMMENT = re.compile(r"/\*.*?\*/")
 
 _BITS = {"pred": 8}
 """Size in bits of the element types whose names do not contain it, unlike names such as bf16 and f8e4m3fn."""
@@ -36,7 +37,12 @@ class Instruction(NamedTuple):
 
 class Computation(NamedTuple):
     instructions: dict[str, Instruction]
+    """Name -> instruction, in the order in which they run."""
     root: str
+    parameters: list[str]
+    """Names of the parameters, in the order in which a caller passes them."""
+    users: dict[str, list[Instruction]]
+    """Name of an instruction -> the instructions that have it as an operand."""
 
 
 class Traffic(NamedTuple):
@@ -85,30 +91,36 @@ class Module:
 
     def _parse(self, text: str) -> None:
         instructions: dict[str, Instruction] = {}
-        name = root = ""
+        name = root = last = ""
         for line in text.splitlines():
             if header := _COMPUTATION.match(line):
                 name, instructions, root = header[2], {}, ""
                 self.entry = name if header[1] else self.entry
-            elif line.startswith("}"):  # the name of an execution thread may follow the brace
-                self.computations[name] = Computation(instructions, root)
             elif named := _INSTRUCTION.match(line):
-                instructions[named[2]] = _parse_instruction(named[2], line[named.end() :])
-                root = named[2] if named[1] else root
+                last = named[2]
+                instructions[last] = _parse_instruction(last, _COMMENT.sub("", line[named.end() :]))
+                root = last if named[1] else root
+            elif line.startswith(("}}", '"')):  # the metadata of a Pallas kernel fills several lines
+                instructions[last] = instructions[last]._replace(attributes=instructions[last].attributes + line)
+            elif line.startswith("}"):  # the name of an execution thread may follow the brace
+                self.computations[name] = _computation(instructions, root)
 
     def _count(self, name: str, times: int) -> None:
         """Add `times` runs of a computation and of the computations that it calls."""
         self.times[name] += times
         for instruction in self.computations[name].instructions.values():
-            if loop := _LOOP.search(instruction.attributes):
-                trips = self._trip_count(name, instruction, *loop.groups())
-                if trips is None:
-                    self.unread_loops.add(loop[2])
-                self._count(loop[1], times * ((trips or 1) + 1))
-                self._count(loop[2], times * (1 if trips is None else trips))
-            elif not instruction.op.endswith(("-done", "-update")):
-                for called in _called(instruction):
-                    self._count(called, times)
+            for computation, runs in self.calls(name, instruction):
+                self._count(computation, times * runs)
+
+    def calls(self, name: str, instruction: Instruction) -> list[tuple[str, int]]:
+        """Return the computations that an instruction of the computation `name` calls, and how often each runs."""
+        if loop := _LOOP.search(instruction.attributes):
+            trips = self._trip_count(name, instruction, *loop.groups())
+            if trips is None:
+                self.unread_loops.add(loop[2])
+                trips = 1
+            return [(loop[1], trips + 1), (loop[2], trips)]
+        return [] if instruction.op.endswith(("-done", "-update")) else [(name, 1) for name in called(instruction)]
 
     def _trip_count(self, name: str, loop: Instruction, condition: str, body: str) -> int | None:
         """Return how often the body of a loop runs, or None if the text does not show it."""
@@ -165,12 +177,24 @@ class Module:
         return int(instruction.operands[0]) if constant else None
 
 
+def _computation(instructions: dict[str, Instruction], root: str) -> Computation:
+    users: dict[str, list[Instruction]] = {name: [] for name in instructions}
+    for instruction in instructions.values():
+        for operand in dict.fromkeys(instruction.operands):
+            if operand in users:  # a parameter has its number as its operand, and a constant its value
+                users[operand].append(instruction)
+    parameters = [x for x in instructions.values() if x.op == "parameter"]
+    return Computation(
+        instructions, root, [x.name for x in sorted(parameters, key=lambda x: int(x.operands[0]))], users
+    )
+
+
 def _parse_instruction(name: str, text: str) -> Instruction:
     end = _closing(text) if text.startswith("(") else text.index(" ")
     shape, text = text[:end], text[end:].lstrip()
     op, _, text = text.partition("(")
     end = _closing("(" + text) - 1
-    operands = tuple(part.split()[-1].lstrip("%") for part in _split(text[: end - 1]) if part.strip())
+    operands = tuple(part.split()[-1].lstrip("%") for part in split(text[: end - 1]) if part.strip())
     return Instruction(name, shape, op, operands, text[end:])
 
 
@@ -184,7 +208,7 @@ def _closing(text: str) -> int:
     raise ValueError(f"HLO with an unclosed parenthesis: {text[:200]}")
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
     """Split a text at the commas outside brackets."""
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
@@ -195,7 +219,7 @@ def _split(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
     """Return the names of the computations that an instruction calls."""
     listed = [
         name.strip().lstrip("%") for names in _CALLEES.findall(instruction.attributes) for name in names.split(",")
@@ -212,10 +236,42 @@ def _attribute(name: str, instruction: Instruction) -> str:
 
 def array_bytes(shape: str) -> int:
     """Return the total size of the arrays in a shape, such as 28 for `(f32[2,3]{1,0}, s8[4])`."""
-    return (
-        sum(_bits(dtype) * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in _ARRAY.findall(shape))
-        // 8
-    )
+    return sum(_bits(dtype) * math.prod(sizes(dims)) for dtype, dims, _ in _ARRAY.findall(shape)) // 8
+
+
+def buffer_bytes(shape: str, hbm_only: bool = False) -> int:
+    """Return the bytes that the arrays of a shape occupy in memory, including the padding of their tiles.
+
+    A layout such as `{1,0:T(8,128)(2,1)S(1)}` lists the axes from the fastest to the slowest, the tile to which the
+    fastest axes are padded, and the memory. Main memory (HBM) is 0 or not listed.
+
+    Args:
+        hbm_only: leave out arrays that are in another memory, such as the VMEM of a TPU.
+    """
+    total = 0
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        if not (hbm_only and re.search(r"S\([1-9]", layout)):
+            total += _bits(dtype) * math.prod(_padded(sizes(dims), layout))
+    return total // 8
+
+
+def _padded(dims: list[int], layout: str) -> list[int]:
+    """Return the sizes of an array's axes with the padding of its tiles."""
+    order, _, tiling = layout.partition(":")
+    tile = re.match(r"T\(([\d,]+)\)", tiling)
+    for axis, step in zip(sizes(order), reversed(sizes(tile[1]) if tile else []), strict=False):
+        dims[axis] = -(-dims[axis] // step) * step
+    return dims
+
+
+def arrays(shape: str) -> list[list[int]]:
+    """Return the sizes of each array in a shape."""
+    return [sizes(dims) for _, dims, _ in _ARRAY.findall(shape)]
+
+
+def sizes(text: str) -> list[int]:
+    """Return the integers in a text such as `8,128`."""
+    return [int(size) for size in text.split(",") if size]
 
 
 def _bits(dtype: str) -> int:
@@ -244,20 +300,26 @@ def collectives(module: Module) -> Collectives:
     counts, sent = Counter(), Counter()
     uncounted_loops = 0
     for name, instruction in module.instructions():
-        kind = instruction.op.removesuffix("-start")
-        if kind not in COLLECTIVE_KINDS or not module.times[name] or _continues(instruction, module.computations[name]):
-            continue
-        size = array_bytes(_result_shape(instruction))
-        group = _group_size(instruction.attributes, module.devices)
-        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-            kind, size = "reduce-scatter", size // group
-        if group > 1:
+        if module.times[name] and (found := collective(module, name, instruction)):
+            kind, size = found
             counts[kind] += module.times[name]
-            sent[kind] += round(module.times[name] * _SENT[kind](size, group))
+            sent[kind] += round(module.times[name] * size)
             uncounted_loops += name in module.unread_loops
     return Collectives(
         {kind: Traffic(counts[kind], sent[kind]) for kind in COLLECTIVE_KINDS if counts[kind]}, uncounted_loops
     )
+
+
+def collective(module: Module, name: str, instruction: Instruction) -> tuple[str, float] | None:
+    """Return the kind of the collective that an instruction of the computation `name` is or starts, and the bytes that
+    one device sends; None if the instruction does neither, or if the collective involves one device only."""
+    kind = instruction.op.removesuffix("-start")
+    if kind not in COLLECTIVE_KINDS or _continues(instruction, module.computations[name]):
+        return None
+    size, group = array_bytes(result_shape(instruction)), _group_size(instruction.attributes, module.devices)
+    if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+        kind, size = "reduce-scatter", size // group
+    return (kind, float(_SENT[kind](size, group))) if group > 1 else None
 
 
 def _continues(instruction: Instruction, computation: Computation) -> bool:
@@ -266,10 +328,10 @@ def _continues(instruction: Instruction, computation: Computation) -> bool:
     return "chain_id=" in instruction.attributes and not starts
 
 
-def _result_shape(instruction: Instruction) -> str:
-    """Return the shape of a collective's result. The shape of a start may also list operands and tokens."""
+def result_shape(instruction: Instruction) -> str:
+    """Return the shape of the result of an instruction. The shape of a start may also list operands and tokens."""
     if instruction.op in ("all-gather-start", "collective-permute-start") or instruction.shape.startswith("(("):
-        return _split(instruction.shape[1:-1])[1]
+        return split(instruction.shape[1:-1])[1]
     return instruction.shape
 
 

@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 
 from tfm_jax import config as configs
 from tfm_jax.arrays import TEXT_LENGTH
@@ -19,12 +21,22 @@ from tfm_jax.data.buckets import list_buckets
 from tfm_jax.lora.adapters import attach_lora, split_lora
 from tfm_jax.sampling.loop import guided_velocity
 from tfm_jax.sampling.outputs import SampleRun
-from tfm_jax.sharding import batch_sharding, check_batch, check_split, num_shards, replicated, shardings
+from tfm_jax.sharding import (
+    batch_mesh,
+    batch_sharding,
+    check_batch,
+    check_split,
+    num_shards,
+    replicated,
+    shardings,
+)
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, init_state, make_step
-from tfm_jax.wan.components import TRANSFORMER, abstract_model
+from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE, Component, abstract_model
 from tfm_jax.wan.sources import find_source_or_none
+from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, token_grid
+from tfm_jax.wan.vae import VaeConfig, WanVae
 
 
 @section
@@ -45,11 +57,17 @@ class SamplePlan(SampleRun):
 
 
 @functools.cache
+def _config_of_weights(path: Path, component: Component) -> Any:
+    """Return the configuration of a network from its weights; None without weights."""
+    found = find_source_or_none(path, component) if path.exists() else None
+    return found.config if found else None
+
+
 def transformer_config(model: configs.ModelConfig) -> TransformerConfig:
     """Return the transformer's configuration. The text width is that of the weights; without weights, of Wan2.1-T2V."""
-    found = find_source_or_none(model.path, TRANSFORMER) if model.path.is_dir() else None
+    found = _config_of_weights(model.path, TRANSFORMER)
     config = TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
-    return dataclasses.replace(config, text_dim=found.config.text_dim) if found else config
+    return dataclasses.replace(config, text_dim=found.text_dim) if found else config
 
 
 def latent_shape(run: TrainPlan | SamplePlan) -> tuple[int, int, int, int]:
@@ -76,17 +94,26 @@ def check_mesh(run: TrainPlan | SamplePlan, mesh: Mesh | AbstractMesh) -> None:
     check_split(run.model.heads, num_tokens(run), mesh)
 
 
-def lower(run: TrainPlan | SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
-    """Return the lowered program, and the size of its arguments in bytes per device.
+class Program(NamedTuple):
+    """A program that can be compiled. Sizes are in bytes per device."""
+
+    lowered: jax.stages.Lowered
+    arguments: int
+    weights: int
+    """Size of the network among the arguments."""
+
+
+def lower(run: TrainPlan | SamplePlan, mesh: Mesh) -> Program:
+    """Return the training step, or a denoising step.
 
     Raises:
         InputError: the mesh cannot split the model, the clip, the batch or a parameter.
     """
     check_mesh(run, mesh)
-    return _training_step(run, mesh) if isinstance(run, TrainPlan) else _sampling_step(run, mesh)
+    return _training_step(run, mesh) if isinstance(run, TrainPlan) else _denoising_step(run, mesh)
 
 
-def _training_step(run: TrainPlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
+def _training_step(run: TrainPlan, mesh: Mesh) -> Program:
     model = _abstract_model(run.model)
     attach_lora(model, run.lora)
     graph, lora, frozen = split_lora(model)
@@ -104,23 +131,65 @@ def _training_step(run: TrainPlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]
     )
     args = (_with_shardings(state, placement), _with_shardings(frozen, shardings(frozen, mesh)), batch)
     with jax.set_mesh(mesh):
-        return step.lower(*args), _bytes_per_device(args)
+        return Program(step.lower(*args), _bytes_per_device(args), _bytes_per_device(args[1]))
 
 
-def _sampling_step(run: SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
+def _denoising_step(run: SamplePlan, mesh: Mesh) -> Program:
     settings = run.sampling
     model = _abstract_model(run.model)
     if settings.lora:
         attach_lora(model, run.lora)
-    graph, state = nnx.split(model)
-    model = nnx.merge(graph, _with_shardings(state, shardings(state, mesh)))
+    model = _placed(model, mesh)
     videos, text_dim = num_shards("batch", mesh), transformer_config(run.model).text_dim
     text = _abstract_batch((videos, TEXT_LENGTH, text_dim), mesh)
     sigma = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     args = (model, _abstract_batch((videos, *latent_shape(run)), mesh), sigma, text, text)
     program: Any = guided_velocity
     with jax.set_mesh(mesh):
-        return program.lower(*args, guidance=settings.guidance), _bytes_per_device(args)
+        lowered = program.lower(*args, guidance=settings.guidance)
+    return Program(lowered, _bytes_per_device(args), _bytes_per_device(model))
+
+
+def prompt_encoding(run: SamplePlan, mesh: Mesh) -> Program:
+    """Return the program that encodes one prompt for each shard of a batch."""
+    config = _config_of_weights(run.model.path, TEXT_ENCODER) or TextEncoderConfig()
+    encoder: Any = _placed(abstract_model(TEXT_ENCODER, config, jnp.dtype(run.model.dtype)), mesh)
+    ids = _abstract_batch((num_shards("batch", mesh), TEXT_LENGTH), mesh, jnp.int32)
+    encode: Any = type(encoder).__call__
+    with jax.set_mesh(mesh):
+        lowered = encode.lower(encoder, ids, ids)
+    return Program(lowered, _bytes_per_device((encoder, ids, ids)), _bytes_per_device(encoder))
+
+
+def decoded_size(run: SamplePlan) -> tuple[int, int, int]:
+    """Return the height, width and channels of the latents that the decoder decodes at once: of a frame or a tile."""
+    _, height, width, channels = latent_shape(run)
+    tile = run.sampling.tile or (height, width)
+    return min(tile[0], height), min(tile[1], width), channels
+
+
+def decoding(path: Path, size: tuple[int, int, int], device: Any) -> Program:
+    """Return the program that decodes a latent frame after the first. It is the same for every device that decodes.
+
+    Args:
+        path: directory of the model; it may be missing.
+        size: see `decoded_size`.
+    """
+    mesh = batch_mesh([device])
+    config = _config_of_weights(path, VAE) or VaeConfig()
+    vae: Any = _placed(abstract_model(VAE, config, jnp.float32), mesh)
+    frame = _abstract_batch((1, 1, *size), mesh)
+    with jax.set_mesh(mesh):
+        _, cache = jax.eval_shape(WanVae.decode_chunk, vae, frame, None)
+        cache = jax.tree.map(lambda x: _abstract_batch(x.shape, mesh), cache)
+        lowered = WanVae.decode_chunk.lower(vae, frame, cache)
+    return Program(lowered, _bytes_per_device((vae, frame, cache)), _bytes_per_device(vae))
+
+
+def _placed(model: nnx.Module, mesh: Mesh) -> Any:
+    """Return the network with the shardings of its parameters."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, _with_shardings(state, shardings(state, mesh)))
 
 
 def _abstract_model(model: configs.ModelConfig) -> WanTransformer:
@@ -141,8 +210,8 @@ def _initial_state(
     return jax.eval_shape(init, lora), placements[0]
 
 
-def _abstract_batch(shape: tuple[int, ...], mesh: Mesh) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+def _abstract_batch(shape: tuple[int, ...], mesh: Mesh, dtype: DTypeLike = jnp.float32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
 def _with_shardings(shapes: Any, placement: Any) -> Any:

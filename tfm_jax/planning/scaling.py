@@ -25,7 +25,7 @@ from tfm_jax.errors import CompilerError, InputError
 from tfm_jax.markdown import table
 from tfm_jax.planning.chips import GIB, Topology, find_topology
 from tfm_jax.planning.plan import Plan
-from tfm_jax.planning.programs import TrainPlan
+from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.planning.search import Run, search
 from tfm_jax.sharding import MESH_AXES
 
@@ -67,6 +67,12 @@ FIXED_BATCH = 16
 REMAT_TOPOLOGY, REMAT_MESH = "v5p:2x2x1", {"mesh.sequence": 4}
 """A topology and a mesh on which 1.3B fits with every remat policy, for one clip at 480p."""
 
+SAMPLING_MACHINES = {
+    "1 x H100 80 GB": "h100:1",
+    **{machine: MACHINES[machine] for machine in ("v5e-8", "v6e-8", "v5p-8 (4 chips)")},
+}
+"""The machines that sampling is planned for."""
+
 
 class Case(NamedTuple):
     """The model, resolution and machine of a row of the table."""
@@ -98,7 +104,7 @@ class PlanCache:
             self.plans = {key: Plan.from_json(values) for key, values in plans.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{file}: not a file of plans written by scaling.py ({error!r}); pass another --output"
+                f"{file}: not a file of plans written by this program ({error!r}); pass another --output"
             ) from None
 
     def plan(self, model: str, run: Run, topology: Topology) -> Plan:
@@ -125,11 +131,13 @@ class PlanCache:
 
 
 def _options(run: Run, topology: Topology) -> list[str]:
-    assert isinstance(run, TrainPlan)
     mesh = [f"--mesh.{axis}={getattr(run.mesh, axis)}" for axis in MESH_AXES]
     clip = [f"--clip.height={run.clip.height}", f"--clip.width={run.clip.width}"]
-    train = [f"--train.batch_size={run.train.batch_size}", f"--train.remat={run.train.remat}"]
-    return [f"--topology={topology.name}", *mesh, *clip, *train]
+    if isinstance(run, TrainPlan):
+        last = [f"--train.batch_size={run.train.batch_size}", f"--train.remat={run.train.remat}"]
+    else:
+        last = ["--sampling"]
+    return [f"--topology={topology.name}", *mesh, *clip, *last]
 
 
 def _compile(file: str, options: Sequence[str]) -> dict:
@@ -152,7 +160,7 @@ def best_plans(cache: PlanCache, tries: int, machines: Iterable[str] = MACHINES)
         batch = SMALL_BATCH if len(topology.devices) <= SMALL_MACHINE else len(topology.devices)
         for model in MODELS:
             for resolution in RESOLUTIONS:
-                run = _run(model, resolution, batch)
+                run = make_run(model, resolution, batch)
                 try:
                     plans = search(run, topology, tries, make=partial(cache.plan, model))
                     best = min(plans, key=lambda plan: (plan.recomputed_flops, plan.bytes_sent))
@@ -175,7 +183,7 @@ def scaling_curves(cache: PlanCache) -> dict[str, list[Plan]]:
             f"{FIXED_BATCH} clips": (FIXED_BATCH, fixed_batch_mesh),
         }
         for curve, (batch, mesh) in cases.items():
-            run = _run("14B", "480p", batch, {f"mesh.{axis}": size for axis, size in mesh.items()})
+            run = make_run("14B", "480p", batch, {f"mesh.{axis}": size for axis, size in mesh.items()})
             with contextlib.suppress(LookupError, CompilerError):
                 curves.setdefault(curve, []).append(cache.plan("14B", run, topology))
     return curves
@@ -186,37 +194,60 @@ def remat_plans(cache: PlanCache) -> list[Plan]:
     topology, plans = find_topology(REMAT_TOPOLOGY), []
     for remat in get_args(Remat):
         with contextlib.suppress(LookupError, CompilerError):
-            run = _run("1.3B", "480p", 1, {**REMAT_MESH, "train.remat": remat})
+            run = make_run("1.3B", "480p", 1, {**REMAT_MESH, "train.remat": remat})
             plans.append(cache.plan("1.3B", run, topology))
     return plans
 
 
-def _run(model: str, resolution: str, batch: int, extra: Mapping[str, Any] = MappingProxyType({})) -> TrainPlan:
+def sampling_plans(cache: PlanCache) -> Rows:
+    """Return the plans of sampling with 14B. All devices share the tokens of one video."""
+    rows = []
+    for machine, name in SAMPLING_MACHINES.items():
+        topology = find_topology(name)
+        for resolution, (height, width) in RESOLUTIONS.items():
+            fields = {"clip.height": height, "clip.width": width, "mesh.sequence": len(topology.devices)}
+            run = config.load(SamplePlan, MODELS["14B"], fields)
+            try:
+                plan = cache.plan("14B", run, topology)
+            except (LookupError, CompilerError):
+                plan = None
+            rows.append((Case("14B", resolution, machine), plan))
+    return rows
+
+
+def make_run(model: str, resolution: str, batch: int, extra: Mapping[str, Any] = MappingProxyType({})) -> TrainPlan:
+    """Return a run of a shipped configuration at a resolution, with other fields in `extra`."""
     height, width = RESOLUTIONS[resolution]
     fields = {"clip.height": height, "clip.width": width, "train.batch_size": batch, **extra}
     return config.load(TrainPlan, MODELS[model], fields)
 
 
-def write_document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, docs: Path, command: str) -> Path:
+def write_document(
+    rows: Rows, by_policy: Sequence[Plan], curves: Curves, sampling: Rows, docs: Path, command: str
+) -> Path:
     """Write scaling.md and scaling.png to the folder `docs`, and return the path of the page."""
     docs.mkdir(parents=True, exist_ok=True)
     draw(curves, docs / "scaling.png")
     file = docs / "scaling.md"
-    file.write_text(_document(rows, by_policy, curves, command), encoding="utf-8")
+    file.write_text(_document(rows, by_policy, curves, sampling, command), encoding="utf-8")
     return file
 
 
 COLUMNS = ("machine", "model", "resolution", "batch", "data x fsdp x sequence x tensor", "remat", "GiB per device",
            "GiB over", "PFLOP", "recomputed PFLOP", "GiB sent", "CPU s")  # fmt: skip
 
+SAMPLING_COLUMNS = ("machine", "resolution", "transformer", "text encoder", "autoencoder", "encoding", "denoising",
+                    "decoding", "GiB available", "GiB over", "PFLOP per video", "s per video")  # fmt: skip
+
 REMAT_COLUMNS = ("remat", "GiB per device", "GiB in host memory", "recomputed PFLOP")
 
 PAGE = """\
 # What fits where
 
-Every row is the training step of `tfm-train`: LoRA of rank 32 on all linear layers, 81 frames, AdamW, bfloat16
-weights. The step was compiled without the hardware and not run, so there are no step times. This command makes the
-page; after an interruption, the same command continues where it stopped:
+Every row of the first table is the training step of `tfm-train`: LoRA of rank 32 on all linear layers, 81 frames,
+AdamW, bfloat16 weights. [Sampling](#sampling) is at the end. All programs were
+compiled without the hardware and not run, so there are no step times. This command makes the page; after an
+interruption, the same command continues where it stopped:
 
     {command}
 
@@ -257,10 +288,28 @@ up to 8, then tensor.
 ![Memory per chip and bytes sent per chip, against the number of chips](scaling.png)
 
 {curves}
+
+## Sampling
+
+These plans are for `tfm-sample` with 14B: 81 frames, 50 steps with guidance, bfloat16 weights, no LoRA, one video at a
+time, whose tokens all devices share. To compile a single row:
+
+    tfm-plan --sampling --config wan2.1_t2v_14b --topology=v5e:2x4 --mesh.sequence=8
+
+All sizes are in GiB per device.
+
+- transformer, text encoder, autoencoder: the weights.
+- encoding, denoising, decoding: memory needed in each phase, with all weights that are then in memory. The autoencoder
+  is always there, and the transformer also while frames are decoded, on the first device.
+- GiB over: what the largest phase needs beyond the memory available.
+- PFLOP per video: operations of the matrix products of the transformer in all steps, summed over all devices.
+- s per video: these operations at the peak rate of the chips, a lower bound for the time.
+
+{sampling}
 """
 
 
-def _document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, command: str) -> str:
+def _document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, sampling: Rows, command: str) -> str:
     plans = [plan for curve in curves.values() for plan in curve]
     return PAGE.format(
         command=command,
@@ -270,6 +319,7 @@ def _document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, command: st
         table=table(COLUMNS, (_row(case, plan) for case, plan in rows)),
         by_policy=table(REMAT_COLUMNS, map(_policy_row, by_policy)),
         curves=table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), map(_curve_row, plans)),
+        sampling=table(SAMPLING_COLUMNS, (_sampling_row(case, plan) for case, plan in sampling)),
     )
 
 
@@ -282,6 +332,16 @@ def _row(case: Case, plan: Plan | None) -> tuple[str, ...]:
     recomputed = plan.recomputed_flops / 1e15
     costs = (over, f"{flops:.1f}", f"{recomputed:.1f}", _gib_sent(plan), f"{plan.cpu_seconds:.0f}")
     return (*names, *_shared_cells(plan), *costs)
+
+
+def _sampling_row(case: Case, plan: Plan | None) -> tuple[str, ...]:
+    names = (case.machine, case.resolution)
+    if plan is None or not plan.networks or not plan.phases:
+        return (*names, *("not compiled",) * (len(SAMPLING_COLUMNS) - len(names)))
+    sizes = [*plan.networks.values(), *(phase.needed for phase in plan.phases.values()), plan.available]
+    over = "fits" if plan.fits else f"{plan.over / GIB:.2f}"
+    bound = f"{(plan.flops_per_video or 0) / 1e15:.1f}", f"{plan.seconds_per_video:.0f}"
+    return (*names, *(f"{size / GIB:.2f}" for size in sizes), over, *bound)
 
 
 def _policy_row(plan: Plan) -> tuple[str, ...]:

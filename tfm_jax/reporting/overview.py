@@ -1,7 +1,7 @@
 """The words of the page: how far the run is, what happened in it, its settings and its environment."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def _state(records: Records) -> str:
 
     A run that was killed leaves no event, so the files cannot tell it from one that is in progress.
     """
-    total = _total_steps(records.settings)
+    total = _total_steps(records)
     if total is not None and _last_step(records) >= total:
         return "finished"
     events = [str(event.get("event")) for event in records.events]
@@ -66,7 +66,7 @@ def _state(records: Records) -> str:
 
 def _summary(records: Records, state: str) -> list[str]:
     """Return the parts of the line at the top of the page: steps, loss, speed and remaining time."""
-    total, done = _total_steps(records.settings), _last_step(records)
+    total, done = _total_steps(records), _last_step(records)
     parts = [f"step {done:,} of {total:,}" if total else f"step {done:,}"]
     recent = [record for record in records.metrics if not record.get("skipped")][-RECENT:]
     if (loss := _recent_mean(recent, "loss")) is not None:
@@ -83,10 +83,10 @@ def _summary(records: Records, state: str) -> list[str]:
     return parts
 
 
-def _total_steps(settings: Mapping[str, Mapping[str, Any]]) -> int | None:
-    """Return train.steps; None if the run is measured in epochs instead."""
-    steps = settings.get("train", {}).get("steps")
-    return steps if isinstance(steps, int) else None
+def _total_steps(records: Records) -> int | None:
+    """Return the number of steps of the whole run, as of its last start; None if it is not recorded."""
+    steps = [event["steps"] for event in records.events if isinstance(event.get("steps"), int)]
+    return steps[-1] if steps else None
 
 
 def _last_step(records: Records) -> int:

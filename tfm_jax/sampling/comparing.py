@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tfm_jax import files, video
+from tfm_jax import files, processes, video
 from tfm_jax.errors import InputError
 from tfm_jax.sampling.outputs import SampleRun, Samples
 from tfm_jax.sampling.pipeline import read_lora, sample
@@ -19,7 +19,8 @@ STRIP = 24
 def compare(run: SampleRun) -> None:
     """Sample into base/ and lora/ in run.sampling.output, and write 000.mp4, ... with both videos there.
 
-    What is there already is kept, so that the same command continues an interrupted run.
+    What is there already is kept, so that the same command continues an interrupted run. In a run of several processes,
+    all of them call this; the first one writes the files with both videos.
 
     Raises:
         InputError: there is no LoRA, the folder contains other files, or `sample` refuses the inputs.
@@ -34,6 +35,8 @@ def compare(run: SampleRun) -> None:
     for name, lora in zip(SIDES, (None, settings.lora), strict=True):
         sampling = dataclasses.replace(settings, lora=lora, output=settings.output / name)
         sides.append(sample(dataclasses.replace(run, sampling=sampling)))
+    if not processes.is_first():
+        return
     labels = ("base", ", ".join(file.name for file in settings.loras))
     for number in range(sides[0].count):
         target = settings.output / sides[0].video(number).name

@@ -160,10 +160,13 @@ class Samples:
                         for path in created:
                             path.rmdir()
 
-    def begin(self) -> None:
-        """Record what the videos are made from, and remove the unfinished files that a killed process left."""
+    def remove_unfinished(self) -> None:
+        """Remove the unfinished files that a killed process left."""
         for path in self.folder.glob(".*.partial"):
             path.unlink()
+
+    def begin(self) -> None:
+        """Record what the videos are made from."""
         with files.replacing(self.folder / RECORD) as scratch:
             text = json.dumps(configs.plain(self), indent=1, ensure_ascii=False)
             scratch.write_text(text + "\n", encoding="utf-8")

@@ -1,7 +1,9 @@
 """A sampling run: from a prompt file to 000.mp4, 001.mp4, ... and a contact sheet."""
 
+import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from tfm_jax import config as configs
-from tfm_jax import console, interrupts, video
+from tfm_jax import console, interrupts, processes
 from tfm_jax.arrays import pad_text
 from tfm_jax.config.reading import shown
 from tfm_jax.errors import InputError, StoppedEarly
@@ -20,8 +22,7 @@ from tfm_jax.lora.applying import check_fits, weight_change
 from tfm_jax.lora.combining import Choice, parse_choice, read_loras
 from tfm_jax.lora.files import Lora
 from tfm_jax.prompts import read_prompts
-from tfm_jax.sampling.decoding import check_latents, check_size, decode
-from tfm_jax.sampling.latents import draw_noise, read_latents, write_latents
+from tfm_jax.sampling.latents import draw_noise, read_latents
 from tfm_jax.sampling.loop import sample_latents
 from tfm_jax.sampling.outputs import (
     SampleRun,
@@ -30,14 +31,14 @@ from tfm_jax.sampling.outputs import (
     fingerprint_loras,
     fingerprint_weights,
 )
-from tfm_jax.sharding import batch_sharding, check_split, make_mesh, num_shards, replicated
-from tfm_jax.wan import find_base, load_base, load_text_encoder, load_tokenizer, load_vae
+from tfm_jax.sampling.writing import VideoWriter
+from tfm_jax.sharding import check_split, fetch, make_mesh, num_shards, split_batch
+from tfm_jax.wan import find_base, load_base, load_text_encoder, load_tokenizer
 from tfm_jax.wan.checks import check_source
 from tfm_jax.wan.components import TEXT_ENCODER, VAE, abstract_parameters
 from tfm_jax.wan.sources import find_source
 from tfm_jax.wan.tokenizer import encode_prompts, find_tokenizer
 from tfm_jax.wan.transformer import WanTransformer, token_grid
-from tfm_jax.wan.vae import WanVae
 
 Noise = Float[np.ndarray, "b f h w c"]
 
@@ -49,7 +50,9 @@ def sample(run: SampleRun) -> Samples:
     """Make the missing videos and the contact sheet in run.sampling.output. Save each video as soon as it is decoded.
 
     A video depends only on the inputs and its number, so that an interrupted and continued run writes the same files as
-    an uninterrupted one. All inputs are checked before the first step.
+    an uninterrupted one. All inputs are checked before the first step. In a run of several processes
+    (`tfm_jax.processes`), all of them call this with the same arguments, on a shared filesystem. The first process
+    decides which videos are missing, and each writes its own.
 
     The text encoder is freed before the transformer is loaded. The autoencoder (0.5 GB) stays in memory alongside the
     transformer.
@@ -63,72 +66,101 @@ def sample(run: SampleRun) -> Samples:
     mesh = make_mesh(run.mesh)
     check_split(run.model.heads, math.prod(token_grid(run.clip.latent_size)), mesh)
     prompts = read_sampling_prompts(settings)
-    each = f" x {settings.videos_per_prompt} videos" if settings.videos_per_prompt > 1 else ""
-    work = f"{len(prompts)} prompts{each}, {settings.steps} steps each, {run.clip.rate:g} frames a second"
-    model = f"{run.model.path} ({run.model.layers} blocks of width {run.model.dim}, {run.model.dtype})"
-    console.log(f"{work}; {model}; devices: {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    _announce(run, len(prompts), mesh)
     lora = read_lora(run)
     samples = Samples(
         run=run, prompts=prompts, weights=fingerprint_weights(check_model(run.model)),
         lora=fingerprint_loras(_lora_choices(run)), noise=fingerprint_latents(settings.latents),
     )  # fmt: skip
     given = _read_given(samples)
-    samples.check()
-    if not samples.missing() and samples.contact_sheet.exists():
-        print(f"{settings.output}: already contains all {samples.count} videos")
-        return samples
-    with samples.locked():
-        try:
-            if missing := samples.missing():
-                _make(samples, missing, lora, given, mesh)
-            samples.write_contact_sheet()
-        except KeyboardInterrupt:
-            done = samples.count - len(samples.missing())
-            raise StoppedEarly(
-                f"stopped: {done} of {samples.count} videos are done; to continue, run the same command again"
-            ) from None
-    print(f"{settings.output}: {samples.count} videos and {samples.contact_sheet.name}")
+    try:
+        with contextlib.ExitStack() as stack:
+            work = processes.decided_by_first(f"{settings.output}: work", lambda: _claim(samples, stack))
+            if work is None:
+                processes.print_once(f"{settings.output}: already contains all {samples.count} videos")
+                return samples
+            _make(samples, *work, lora, given, mesh)
+            if processes.is_first():
+                samples.write_contact_sheet()
+    except KeyboardInterrupt:
+        done = samples.count - len(samples.missing())
+        raise StoppedEarly(
+            f"stopped: {done} of {samples.count} videos are done; to continue, run the same command again"
+        ) from None
+    processes.print_once(f"{settings.output}: {samples.count} videos and {samples.contact_sheet.name}")
     return samples
 
 
-def _make(samples: Samples, missing: set[int], lora: Lora | None, given: Noise | None, mesh: Mesh) -> None:
+def _announce(run: SampleRun, prompts: int, mesh: Mesh) -> None:
+    if not processes.is_first():
+        return
+    settings = run.sampling
+    each = f" x {settings.videos_per_prompt} videos" if settings.videos_per_prompt > 1 else ""
+    work = f"{prompts} prompts{each}, {settings.steps} steps each, {run.clip.rate:g} frames a second"
+    model = f"{run.model.path} ({run.model.layers} blocks of width {run.model.dim}, {run.model.dtype})"
+    where = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    console.log(f"{work}; {model}; devices: {mesh.size} x {mesh.devices.flat[0].device_kind}{where}")
+
+
+def _claim(samples: Samples, stack: contextlib.ExitStack) -> tuple[list[int], list[int]] | None:
+    """Lock the folder until `stack` is closed, and find the missing videos.
+
+    Returns:
+        The numbers of the videos whose latents have been saved, and of the others; None if nothing is missing.
+
+    Raises:
+        InputError: the folder is in use or contains other files.
+    """
+    samples.check()
+    if not samples.missing() and samples.contact_sheet.exists():
+        return None
+    stack.enter_context(samples.locked())
+    samples.remove_unfinished()
+    missing = samples.missing()
+    saved = {number for number in missing if samples.latents_file(number).exists()}
+    return sorted(saved), sorted(missing - saved)
+
+
+def _make(
+    samples: Samples, saved: list[int], others: list[int], lora: Lora | None, given: Noise | None, mesh: Mesh
+) -> None:
     """Make the missing videos. Those whose latents were saved are only decoded."""
-    with console.timed("loading the autoencoder"):
-        vae = load_vae(samples.run.model.path)
-    check_size(vae, samples.run)
-    sampled = {number for number in missing if samples.latents_file(number).exists()}
-    for number in sorted(sampled):
-        _write_video(samples, vae, number)
-    if missing - sampled:
-        _sample_missing(samples, missing - sampled, lora, given, vae, mesh)
+    if not saved and not others:
+        return
+    with _timed("loading the autoencoder"):
+        writer = VideoWriter(samples, mesh)
+    for numbers in make_rounds(samples.count, num_shards("batch", mesh), set(saved)):
+        writer.write(numbers, saved)
+    if others:
+        _sample_missing(samples, others, lora, given, writer, mesh)
 
 
 def _sample_missing(
-    samples: Samples, missing: set[int], lora: Lora | None, given: Noise | None, vae: WanVae, mesh: Mesh
+    samples: Samples, missing: list[int], lora: Lora | None, given: Noise | None, writer: VideoWriter, mesh: Mesh
 ) -> None:
     """Sample and decode videos, in rounds of one batch each."""
     run = samples.run
-    with console.timed("encoding the prompts"):
-        text = embed(run, [*samples.prompts, run.sampling.negative_prompt])
-    with console.timed("loading the transformer"):
+    with _timed("encoding the prompts"):
+        text = embed(run, [*samples.prompts, run.sampling.negative_prompt], mesh)
+    with _timed("loading the transformer"):
         transformer = _transformer(run, lora, mesh)
-    rounds = make_rounds(samples.count, num_shards("batch", mesh), missing)
+    rounds = make_rounds(samples.count, num_shards("batch", mesh), set(missing))
     with interrupts.postponed("stopping after this step"):
-        with console.timed("compiling, and testing one step and the autoencoder"):
+        with _timed("compiling, and testing one step and the autoencoder"):
             first = sample_round(run, transformer, text, rounds[0], mesh, _stop_if_requested, given, until=1)
-            for _ in decode(vae, first[0], rounds[0][0], run):
-                pass
-        samples.begin()
-        with tqdm(total=len(rounds) * run.sampling.steps, desc="sampling", unit="step") as bar:
+            writer.rehearse(rounds[0], first)
+        if processes.is_first():
+            samples.begin()
+        hidden = not processes.is_first()
+        with tqdm(total=len(rounds) * run.sampling.steps, desc="sampling", unit="step", disable=hidden) as bar:
 
             def on_step() -> None:
                 bar.update()
                 _stop_if_requested()
 
             for numbers in rounds:
-                sampled = sample_round(run, transformer, text, numbers, mesh, on_step, given)
-                latents = dict(zip(numbers, sampled, strict=True))
-                _write_round(samples, vae, {number: latents[number] for number in missing & latents.keys()})
+                latents = sample_round(run, transformer, text, numbers, mesh, on_step, given)
+                writer.write(numbers, missing, latents)
 
 
 def sample_round(
@@ -151,19 +183,14 @@ def sample_round(
         draw_noise(settings, *place, size) if given is None else given[number % len(given)]
         for number, place in zip(numbers, places, strict=True)
     ])  # fmt: skip
-
-    def split(rows: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), rows.__getitem__)
-
-    rows = (split(each) for each in (noise, text[[prompt for prompt, _ in places]], text[[-1] * len(numbers)]))
-    with jax.set_mesh(mesh):  # not for the autoencoder, which runs on one device
+    rows = (noise, text[[prompt for prompt, _ in places]], text[[-1] * len(numbers)])
+    with jax.set_mesh(mesh):
         latents = sample_latents(
-            transformer, *rows, solver=settings.solver, steps=settings.steps, shift=settings.shift,
-            guidance=settings.guidance, guidance_interval=settings.guidance_interval, until=until, on_step=on_step,
+            transformer, *(split_batch(each, mesh) for each in rows), solver=settings.solver, steps=settings.steps,
+            shift=settings.shift, guidance=settings.guidance, guidance_interval=settings.guidance_interval,
+            until=until, on_step=on_step,
         )  # fmt: skip
-        if not latents.is_fully_addressable:
-            latents = jax.jit(lambda x: x, out_shardings=replicated(mesh))(latents)
-    return np.asarray(latents)
+    return fetch(latents)
 
 
 def make_rounds(count: int, size: int, missing: set[int]) -> list[list[int]]:
@@ -175,43 +202,6 @@ def make_rounds(count: int, size: int, missing: set[int]) -> list[list[int]]:
     last = count - 1
     rounds = [[min(first + n, last) for n in range(size)] for first in range(0, count, size)]
     return [numbers for numbers in rounds if not missing.isdisjoint(numbers)]
-
-
-def _write_round(samples: Samples, vae: WanVae, latents: dict[int, np.ndarray]) -> None:
-    """Save the latents of a round (number -> latents), then decode them and write the videos.
-
-    Raises:
-        InputError: latents or a video are not finite; the others have been written.
-    """
-
-    def save(number: int) -> None:
-        check_latents(latents[number], number, samples.run)
-        write_latents(samples.latents_file(number), latents[number][None])
-
-    errors = _attempt(save, latents)
-    saved = {number for number in latents if samples.latents_file(number).exists()}
-    errors += _attempt(lambda number: _write_video(samples, vae, number), saved)
-    if errors:
-        raise errors[0]
-
-
-def _write_video(samples: Samples, vae: WanVae, number: int) -> None:
-    """Decode the saved latents of one video and write it."""
-    clip = samples.run.clip
-    [latents] = read_latents(samples.latents_file(number), (*clip.latent_size, vae.config.z_dim))
-    frames = decode(vae, latents, number, samples.run)
-    video.write_clip(samples.video(number), frames, clip.rate, samples.about(number))
-
-
-def _attempt(action: Callable[[int], None], numbers: Iterable[int]) -> list[InputError]:
-    """Call `action` for every number, in order, and return the errors."""
-    errors = []
-    for number in sorted(numbers):
-        try:
-            action(number)
-        except InputError as error:
-            errors.append(error)
-    return errors
 
 
 # --- Input -----------------------------------------------------------------------------------------------------------
@@ -268,20 +258,26 @@ def _read_given(samples: Samples) -> Noise | None:
     return given
 
 
-def embed(run: SampleRun, prompts: Sequence[str]) -> np.ndarray:
-    """Encode the prompts into an array `[n, 512, d]` in host memory.
+def embed(run: SampleRun, prompts: Sequence[str], mesh: Mesh) -> np.ndarray:
+    """Encode the prompts into an array `[n, 512, d]` in host memory, one prompt for each shard of a batch at a time.
+
+    In a run of several processes, all of them call this, and each gets all embeddings.
 
     Raises:
-        InputError: the text encoder is damaged, or an embedding is not finite.
+        InputError: the text encoder is damaged, an embedding is not finite, or the mesh does not divide a parameter.
     """
     tokenizer = load_tokenizer(run.model.path)
-    encoder = load_text_encoder(run.model.path, run.model.dtype)
-    embeddings = []
-    for prompt in prompts:
-        embeddings += encode_prompts(tokenizer, encoder, [prompt])
-        if not np.isfinite(embeddings[-1].astype(np.float32)).all():
-            raise InputError(f"{run.model.path}: the text encoder's embedding of {prompt[:60]!r} is not finite")
-    return pad_text(embeddings)
+    encoder = load_text_encoder(run.model.path, run.model.dtype, mesh)
+    embeddings: dict[int, np.ndarray] = {}
+    for numbers in make_rounds(len(prompts), num_shards("batch", mesh), set(range(len(prompts)))):
+        encoded = encode_prompts(tokenizer, encoder, [prompts[number] for number in numbers], mesh)
+        embeddings |= zip(numbers, encoded, strict=True)
+    for number, embedding in embeddings.items():
+        if not np.isfinite(embedding.astype(np.float32)).all():
+            raise InputError(
+                f"{run.model.path}: the text encoder's embedding of {prompts[number][:60]!r} is not finite"
+            )
+    return pad_text(list(embeddings.values()))
 
 
 def read_lora(run: SampleRun) -> Lora | None:
@@ -309,6 +305,14 @@ def _transformer(run: SampleRun, lora: Lora | None, mesh: Mesh) -> WanTransforme
     return transformer
 
 
+def _timed(task: str) -> contextlib.AbstractContextManager[None]:
+    return console.timed(task) if processes.is_first() else contextlib.nullcontext()
+
+
+_STEPS = itertools.count(1)
+"""Numbers the steps of this process, because the processes of a run agree on the step to stop at."""
+
+
 def _stop_if_requested() -> None:
-    if interrupts.requested():
+    if processes.stop_requested(next(_STEPS)):
         raise KeyboardInterrupt

@@ -10,11 +10,10 @@ from tfm_jax import processes
 from tfm_jax.config.reading import shown
 from tfm_jax.data.batches import Batches
 from tfm_jax.data.order import is_held_out
-from tfm_jax.data.records import Records, open_records
+from tfm_jax.data.records import Records, check_encoder, open_records
 from tfm_jax.errors import InputError
 from tfm_jax.sharding import check_split
 from tfm_jax.wan.components import TEXT_ENCODER, VAE
-from tfm_jax.wan.fingerprint import fingerprint
 from tfm_jax.wan.transformer import TransformerConfig, token_grid
 
 
@@ -82,16 +81,7 @@ def _check_clip_settings(records: Records, clip: configs.ClipConfig) -> None:
 
 def _check_encoders(records: Records, model: configs.ModelConfig) -> None:
     """Raise InputError if the model has another autoencoder or text encoder than the one that made the clips."""
-    missing = []
-    for component in (VAE, TEXT_ENCODER):
-        found, before = fingerprint(model.path, component), records.manifest.encoders.get(component.name)
-        if found is None:
-            missing.append(component.name)
-        elif found != before:
-            raise InputError(
-                f"data.path={records.folder}: was prepared with the {component.name} {before}, but model.path="
-                f"{model.path} has the {component.name} {found}; prepare the data with this model"
-            )
+    missing = [part.name for part in (VAE, TEXT_ENCODER) if not check_encoder(records, model.path, part)]
     if missing:
         names = " and no ".join(missing)
         processes.print_once(f"note: {model.path} has no {names}, so nothing could be compared with that of the clips")

@@ -51,6 +51,7 @@ def export(
         "alpha": settings.alpha,
         **({"ranks": shown(settings.ranks)} if settings.ranks else {}),
         **({"rslora": True} if settings.rslora else {}),
+        **({"dora": True} if settings.dora else {}),
         "steps": restored.step,
         "objective": config["objective"]["kind"],
         "rho": config["objective"]["rho"],

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from tfm_jax import config as configs
 from tfm_jax import files, interrupts, processes
 from tfm_jax.checkpoint import Arrays, Checkpoints, fingerprints, flatten, unflatten
-from tfm_jax.data.batches import Batch, Batches
+from tfm_jax.data.batches import Batches
 from tfm_jax.errors import CompilerError, InputError, NonFiniteLoss, StoppedEarly, Terminated
 from tfm_jax.flops import training_flops
 from tfm_jax.lora.adapters import attach_lora, check_lora, init_lora, load_adapters, split_lora
@@ -89,7 +89,7 @@ def train(run: TrainRun, resume: bool = False, watchers: Sequence[Watcher] = ())
                 asked = needed if settings.epochs else f"train.steps={settings.steps}"
                 processes.print_once(f"{output} is complete: it has {first} steps, and {asked}")
                 return
-            step = _compile(setup, state, first)
+            step = _compile(setup, state)
         _loop(run, setup._replace(step=step), state, first)
 
 
@@ -160,6 +160,9 @@ def _prepare(run: TrainRun, watchers: Sequence[Watcher]) -> _Setup:
         size = f"{len(batches.clips)} clips, {settings.clips_per_step} per step"
         processes.print_once(f"train.epochs={settings.epochs}: {steps} steps, for {size}")
 
+    metadata = {"config": config_dict(run), "data": batches.records.fingerprint}
+    metadata["init"] = run.lora.init and files.fingerprint(run.lora.init)
+    _check_resumed(run, metadata)
     first_lora = _read_first_lora(run.lora)
     watchers = [*configured_watchers(run, batches.records, mesh), *watchers]
     model = load_base(run.model, mesh)
@@ -180,9 +183,15 @@ def _prepare(run: TrainRun, watchers: Sequence[Watcher]) -> _Setup:
         tokens = math.prod(token_grid(shape))
         return training_flops(model.config, run.lora, settings.remat, settings.clips_per_step, tokens).model
 
-    metadata = {"config": config_dict(run), "base": _fingerprint(frozen), "data": batches.records.fingerprint}
-    metadata["init"] = run.lora.init and files.fingerprint(run.lora.init)
+    metadata["base"] = _fingerprint(frozen)
     return _Setup(mesh, steps, batches, watchers, graphdef, frozen, state, state_sharding, step, flops_of, metadata)
+
+
+def _check_resumed(run: TrainRun, metadata: dict[str, Any]) -> None:
+    """Compare the run with its newest checkpoint, if there is one, before the base is loaded, which takes minutes."""
+    saved = Checkpoints(run.train.output / "checkpoints").newest_metadata()
+    if saved is not None:
+        check_same_run(saved, metadata, run)
 
 
 def _read_first_lora(config: configs.LoraConfig) -> Lora | None:
@@ -252,28 +261,20 @@ def _restore(run: TrainRun, setup: _Setup) -> tuple[int, TrainState]:
 # --- Loop ------------------------------------------------------------------------------------------------------------
 
 
-def _compile(setup: _Setup, state: TrainState, first: int) -> Step:
-    """Compile the training step for the batch of step `first`, so that the measured speed does not include compilation.
-
-    The result compiles the step for every other size of clips when the size first occurs.
-    """
-    compiled: dict[tuple[int, ...], Step] = {}
-
-    def compiled_for(state: TrainState, batch: Batch) -> Step:
-        shape = batch.latents.shape
-        if shape not in compiled:
-            compiled[shape] = _compile_for(setup, state, batch)
-        return compiled[shape]
-
-    batch, _ = setup.batches.read(first)
+def _compile(setup: _Setup, state: TrainState) -> Step:
+    """Compile the training step for every size of clips, so that no step waits for the compiler or fails in it."""
+    sizes = list(setup.batches.buckets)
     with jax.set_mesh(setup.mesh):
-        compiled_for(state, setup.batches.place(batch))
-    return lambda state, frozen, batch: compiled_for(state, batch)(state, frozen, batch)
+        compiled = {
+            size: _compile_for(setup, state, size, f" ({number} of {len(sizes)})" if len(sizes) > 1 else "")
+            for number, size in enumerate(sizes, 1)
+        }
+    return lambda state, frozen, batch: compiled[batch.latents.shape[1:]](state, frozen, batch)
 
 
-def _compile_for(setup: _Setup, state: TrainState, batch: Batch) -> Step:
-    size = describe_shape(batch.latents.shape[1:])
-    processes.print_once(f"compiling the training step for latents {size} ...")
+def _compile_for(setup: _Setup, state: TrainState, latents: tuple[int, ...], count: str) -> Step:
+    size, batch = describe_shape(latents), setup.batches.abstract(latents)
+    processes.print_once(f"compiling the training step for latents {size}{count} ...")
     start = time.monotonic()
     program: Any = setup.step
     try:

@@ -141,7 +141,10 @@ class Console(Watcher):
 
 
 class EventLog(Watcher):
-    """Records in events.jsonl when a run started, stopped and saved checkpoints, and in environment.json where."""
+    """Records in events.jsonl when a run started, stopped and saved checkpoints, and in environment.json where.
+
+    The lines of a start also have `steps`, the number of steps of the whole run.
+    """
 
     KINDS = ("started", "resumed", "checkpoint", "skipped", "stopped", "finished")
 
@@ -149,6 +152,7 @@ class EventLog(Watcher):
         self._lines: Any = None
 
     def open(self, about: About) -> None:
+        self._steps = about.last
         self._lines = JsonLines(about.output / "events.jsonl")
         with replacing(about.output / "environment.json") as scratch:
             scratch.write_text(json.dumps(_environment(about), indent=1) + "\n", encoding="utf-8")
@@ -157,7 +161,8 @@ class EventLog(Watcher):
         if event.kind in self.KINDS:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             detail = event.values.get("reason", "")
-            self._lines.append({"time": now, "step": event.step, "event": event.kind, "detail": detail})
+            steps = {"steps": self._steps} if event.kind in ("started", "resumed") else {}
+            self._lines.append({"time": now, "step": event.step, "event": event.kind, "detail": detail, **steps})
 
     def close(self) -> None:
         self._lines.close()

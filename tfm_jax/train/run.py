@@ -37,7 +37,10 @@ def config_dict(run: TrainRun) -> dict[str, dict[str, Any]]:
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) -> None:
-    """Raise InputError unless a checkpoint with metadata `saved` belongs to the run with metadata `now`."""
+    """Raise InputError unless a checkpoint with metadata `saved` belongs to the run with metadata `now`.
+
+    Of the base, the data and the LoRA to start from, only those are compared that `now` contains.
+    """
     output = run.train.output
     started = f"the run in {output} was started with"
     config = configs.from_plain(TrainRun, saved["config"], str(output / "checkpoints"))
@@ -46,12 +49,13 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], run: TrainRun) ->
     for name, value in after.items():
         if name not in may_change and before[name] != value:
             raise InputError(f"{name}={shown(value)}: {started} {shown(before[name])}; expected the same value")
-    if saved["data"] != now["data"]:
-        raise InputError(f"data.path={run.data.path}: these are not the clips that {started}")
-    if saved["base"] != now["base"]:
-        raise InputError(f"model.path={run.model.path}: these are not the base weights that {started}")
-    if saved.get("init") != now.get("init"):
-        raise InputError(f"lora.init={shown(run.lora.init)}: this is not the LoRA file that {started}")
+    for part, problem in (
+        ("data", f"data.path={run.data.path}: these are not the clips"),
+        ("base", f"model.path={run.model.path}: these are not the base weights"),
+        ("init", f"lora.init={shown(run.lora.init)}: this is not the LoRA file"),
+    ):
+        if part in now and saved.get(part) != now[part]:
+            raise InputError(f"{problem} that {started}")
     if config.train.clips_per_step != run.train.clips_per_step:
         given = f"train.batch_size={run.train.batch_size}, train.accumulate={run.train.accumulate}"
         raise InputError(f"{given}: {started} {config.train.clips_per_step} clips per step; expected the same product")

@@ -47,7 +47,7 @@ class SampleVideos(Watcher):
         self._prompts = read_sampling_prompts(run.sampling)
         check_model(run.model)
         processes.print_once(f"samples: {len(self._prompts)} prompts; encoding them ...")
-        self._text = embed(self._run, [*self._prompts, run.sampling.negative_prompt])
+        self._text = embed(self._run, [*self._prompts, run.sampling.negative_prompt], mesh)
         self._rounds = make_rounds(len(self._prompts), num_shards("batch", mesh), set(range(len(self._prompts))))
 
     def open(self, about: About) -> None:
@@ -109,8 +109,8 @@ class SampleVideos(Watcher):
         for number in range(len(self._prompts)):
             _stop_if_requested()
             try:
-                frames = decode(vae, latents[number], number, self._run)
-                video.write_clip(folder / f"{number:03}.mp4", frames, self._run.clip.rate)
+                frames = decode(vae, latents[number][None], [number], self._run)
+                video.write_clip(folder / f"{number:03}.mp4", frames[number], self._run.clip.rate)
             except InputError as error:  # such as latents that are not finite, which must not stop the training
                 log(f"note: {error}; no video is written")
 

@@ -21,6 +21,9 @@ LINEAR_OUTPUT = "linear_output"
 """Checkpoint name of what linear layers return and of what the first factor of their adapters returns. With these and
 the outputs of attention saved, the backward pass repeats no matrix product."""
 
+LORA_SCOPE = "lora"
+"""Named scope of everything that an adapter computes, in profiles and for `tfm_jax.planning.roofline`."""
+
 
 def param(
     key: jax.Array,
@@ -63,8 +66,9 @@ class Linear(nnx.Module):
     """`x @ kernel + bias`, plus a low-rank adapter if one is attached.
 
     `kernel` is `[in, out]`. `tfm_jax.lora.adapters` attaches an adapter by setting `lora_a` `[in, rank]`, `lora_b`
-    `[rank, out]` and `lora_scale` = alpha / rank. All parameters are used in the dtype of the input; `lora_a` and
-    `lora_b` are stored in float32.
+    `[rank, out]` and `lora_scale` = alpha / rank. The adapter of a DoRA (Liu et al. 2024, arXiv 2402.09353) also has
+    `lora_magnitude` `[out]`, the norms of the columns of the kernel with the adapter. All parameters are used in the
+    dtype of the input, except for the magnitudes; those of an adapter are stored in float32.
     """
 
     def __init__(
@@ -84,19 +88,42 @@ class Linear(nnx.Module):
         )
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_magnitude: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = _matmul(x, gathered(self.kernel, x.dtype))
+        kernel = gathered(self.kernel, x.dtype)
+        y = _matmul(x, kernel)
         if self.bias is not None:
             y = y + gathered(self.bias, x.dtype)
         # Round here. Otherwise XLA may keep excess precision, and how much depends on whether there is an adapter.
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
-        if self.lora_a is not None and self.lora_b is not None:
-            low = checkpoint_name(_matmul(x, gathered(self.lora_a, x.dtype)), LINEAR_OUTPUT)
-            y = y + _matmul(low, gathered(self.lora_b, x.dtype)) * self.lora_scale
+        if self.lora_a is None or self.lora_b is None:
+            return checkpoint_name(y, LINEAR_OUTPUT)
+        with jax.named_scope(LORA_SCOPE):
+            y = self._adapt(y, x, kernel, gathered(self.lora_a, x.dtype), gathered(self.lora_b, x.dtype))
         return checkpoint_name(y, LINEAR_OUTPUT)
+
+    def _adapt(
+        self, y: Float[Array, "... o"], x: Float[Array, "... i"], kernel: Array, a: Array, b: Array
+    ) -> Float[Array, "... o"]:
+        """Return the output with the adapter, given the output `y` without it."""
+        low = checkpoint_name(_matmul(x, a), LINEAR_OUTPUT)
+        y = y + _matmul(low, b) * self.lora_scale
+        if self.lora_magnitude is None:
+            return y
+        # The norms count as constants in the gradient (section 4.3 of the paper of DoRA), as in PEFT.
+        norms = jax.lax.stop_gradient(column_norms(kernel, _matmul(a, b) * self.lora_scale))
+        y, norms = (checkpoint_name(value, LINEAR_OUTPUT) for value in (y, norms))
+        excess = gathered(self.lora_magnitude, jnp.float32) / norms - 1
+        product = y if self.bias is None else y - gathered(self.bias, x.dtype)
+        return y + (product.astype(jnp.float32) * excess).astype(x.dtype)
+
+
+def column_norms(kernel: Float[Array, "... i o"], change: Float[Array, "... i o"] | float = 0) -> Float[Array, "... o"]:
+    """Return the Euclidean norms of the columns of `kernel` + `change`, in float32."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32) + change), axis=-2))
 
 
 @jax.custom_vjp

@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan.checks import check_source
 from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE, abstract_model, named_parameters
 from tfm_jax.wan.names import Row
-from tfm_jax.wan.sources import Source, find_source, no_change
+from tfm_jax.wan.sources import Change, Source, find_source, no_change
 from tfm_jax.wan.tensors import copy_into
 from tfm_jax.wan.text_encoder import UMT5Encoder
 from tfm_jax.wan.tokenizer import Tokenizer
@@ -32,7 +31,8 @@ def load_transformer(path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Me
     """Load the diffusion transformer, which maps (latents, timesteps in 0..1000, text) to velocities.
 
     Args:
-        path: directory of the whole model or of this network alone, in any of the layouts of `tfm_jax.wan.sources`.
+        path: directory of the whole model or of this network alone, in any of the layouts of `tfm_jax.wan.sources`, or
+            one safetensors file as ComfyUI has it.
         dtype: type of the weights and of the computation. Norms, modulation, time embedding and softmax are always
             float32.
         mesh: devices over which `tfm_jax.sharding.RULES` shards the parameters; None means the first device alone.
@@ -44,9 +44,7 @@ def load_transformer(path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Me
     return _load(find_source(Path(path), TRANSFORMER), dtype, mesh)
 
 
-def load_base(
-    model: ModelConfig, mesh: Mesh | None = None, change: Callable[[Row], np.ndarray | None] = no_change
-) -> WanTransformer:
+def load_base(model: ModelConfig, mesh: Mesh | None = None, change: Change = no_change) -> WanTransformer:
     """Load the transformer that a configuration names, in the dtype of the configuration.
 
     Args:

@@ -4,17 +4,32 @@ Each tensor of a network is described by one `Row`. A parameter of stacked layer
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from tfm_jax.errors import InputError
 from tfm_jax.wan.tensors import Shape
 from tfm_jax.wan.vae import Stage, VaeConfig
 
 Layout = Literal["diffusers", "original", "tfm_jax"]
+"""How the tensors of a network are named."""
+
+ModelLayout = Literal["diffusers", "original", "comfy", "tfm_jax"]
 """How a directory of weights is organised; `tfm_jax.wan.sources` describes the layouts."""
 
 Shapes = Mapping[str, Shape]
 """Tensor name -> shape."""
+
+SINGLE_FILES: dict[str, dict[Layout, str]] = {
+    "transformer": {"original": "blocks.0.self_attn.q.weight"},
+    "vae": {"original": "decoder.upsamples.0.residual.2.weight"},
+    "text_encoder": {
+        "diffusers": "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "original": "blocks.0.attn.q.weight",
+    },
+}
+"""Network -> how the tensors are named in one file for ComfyUI -> a tensor by which such a file is recognised.
+
+ComfyUI reads the first naming of each network. Files of the text encoder with original names are for its extensions.
+"""
 
 
 class Row(NamedTuple):
@@ -202,18 +217,6 @@ def transformer_rows(layers: int) -> list[Row]:
     return rows
 
 
-def transformer_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Infer the width of the text embeddings, which the config.json of the original layout lacks.
-
-    Raises:
-        InputError: the tensors are not those of a transformer.
-    """
-    shape = shapes.get("text_embedding.0.weight", ())
-    if len(shape) != 2:
-        raise InputError(f"text_embedding.0.weight has shape {list(shape)}; expected a matrix, as in a WanModel")
-    return {"text_dim": shape[1]}
-
-
 # --- Video autoencoder -----------------------------------------------------------------------------------------------
 
 CONV3D = "o i t h w -> t h w i o"
@@ -288,43 +291,6 @@ def vae_rows(config: VaeConfig) -> list[Row]:
     return rows
 
 
-def vae_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Infer the sizes of an autoencoder from the shapes of its tensors, because the original layout has no config.json.
-
-    Raises:
-        InputError: the tensors are not those of a Wan2.1 autoencoder.
-    """
-
-    def width(name: str) -> int:
-        if not shapes.get(name):
-            raise InputError(f"autoencoder has no tensor {name}; expected the original layout of Wan2.1_VAE.pth")
-        return shapes[name][0]
-
-    z_dim, base_dim = width("conv2.weight"), width("encoder.conv1.weight")
-    levels: list[list[int]] = [[]]
-    temporal: list[bool] = []
-    stages = {name.split(".")[2] for name in shapes if name.startswith("encoder.downsamples.")}
-    for i in range(len(stages)):
-        if f"encoder.downsamples.{i}.resample.1.weight" in shapes:
-            temporal.append(f"encoder.downsamples.{i}.time_conv.weight" in shapes)
-            levels.append([])
-        else:
-            levels[-1].append(width(f"encoder.downsamples.{i}.residual.6.weight"))
-    expected = [[level[0]] * len(levels[0]) for level in levels if level and base_dim and level[0] % base_dim == 0]
-    if levels != expected:
-        raise InputError(
-            f"encoder.downsamples has block widths {levels}; expected every level to have equally many "
-            f"blocks and a single block width, a multiple of {base_dim}"
-        )
-    return {
-        "base_dim": base_dim,
-        "z_dim": z_dim,
-        "dim_mult": tuple(level[0] // base_dim for level in levels),
-        "num_res_blocks": len(levels[0]),
-        "temporal_downsample": tuple(temporal),
-    }
-
-
 # --- Text encoder ----------------------------------------------------------------------------------------------------
 
 #   ours                      original                         diffusers
@@ -361,38 +327,3 @@ def text_encoder_rows(layers: int) -> list[Row]:
             for ours, original, diffusers in _table(table):
                 rows.append(Row(f"blocks.{ours}", n, f"blocks.{n}.{original}", f"encoder.block.{n}.{diffusers}", axes))
     return rows
-
-
-def text_encoder_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Infer the sizes of a umT5 encoder from the shapes of its tensors, named as in either public layout.
-
-    The result lacks `max_distance` and `eps`, which do not affect any shape.
-
-    Raises:
-        InputError: the tensors are not those of a umT5 encoder.
-    """
-    shapes = {TEXT_ENCODER_ALIASES.get(name, name): shape for name, shape in shapes.items()}
-    layout = "original" if "token_embedding.weight" in shapes else "diffusers"
-    names = {row.ours: getattr(row, layout) for row in text_encoder_rows(1)}
-
-    def matrix(ours: str) -> tuple[int, int]:
-        found = shapes.get(names[ours])
-        if found is None:
-            raise InputError(f"text encoder: tensor {names[ours]} is missing; expected the weights of a umT5 encoder")
-        if len(found) != 2 or 0 in found:
-            raise InputError(f"text encoder: tensor {names[ours]} has shape {list(found)}; expected a matrix")
-        return found[0], found[1]
-
-    vocab_size, dim = matrix("embedding")
-    buckets, heads = matrix("blocks.attention.position_bias")
-    prefix, suffix = names["blocks.attention.position_bias"].split(".0.", 1)
-    layers = sum(name.startswith(f"{prefix}.") and name.endswith(f".{suffix}") for name in shapes)
-    return {
-        "vocab_size": vocab_size,
-        "dim": dim,
-        "heads": heads,
-        "head_dim": matrix("blocks.attention.q.kernel")[0] // heads,
-        "ffn_dim": matrix("blocks.ffn.gate.kernel")[0],
-        "layers": layers,
-        "buckets": buckets,
-    }

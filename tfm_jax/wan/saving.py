@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,21 @@ from tfm_jax.errors import InputError
 from tfm_jax.files import check_new_directory
 from tfm_jax.inputs import read_json, short_repr
 from tfm_jax.wan.checks import check_source, expected_shapes
-from tfm_jax.wan.components import COMPONENTS, VAE, abstract_parameters
+from tfm_jax.wan.components import COMPONENTS, TEXT_ENCODER, TRANSFORMER, VAE, abstract_parameters
 from tfm_jax.wan.config_json import SCHEMAS, config_json
-from tfm_jax.wan.names import Layout, Row
-from tfm_jax.wan.sources import ORIGINAL_FILES, Source, sidecar_fields, sidecar_file
+from tfm_jax.wan.names import SINGLE_FILES, Layout, ModelLayout, Row
+from tfm_jax.wan.sources import COMFY_FILES, ORIGINAL_FILES, Source, sidecar_fields, sidecar_file
 from tfm_jax.wan.tensors import Shape, TensorWriter, allocate, copy_into
+from tfm_jax.wan.weights import SPIECE_MODEL
 
 PTH_OVERHEAD = 2**12
 """Upper bound, in bytes, on what a .pth file stores per tensor besides the numbers, and on the rest of the file."""
 
 COMFY_PREFIX = "model.diffusion_model."
 """Start of the names of a transformer's tensors in a single file for ComfyUI."""
+
+SPIECE_FILE = "spiece.model"
+"""The SentencePiece model in the folder of the tokenizer. ComfyUI reads it from the file of the text encoder."""
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
@@ -45,17 +49,30 @@ Progress = Callable[[str, int], None]
 """Called with the name of a tensor and the number of bytes just written for it."""
 
 
-def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, progress: Progress | None = None) -> None:
+def save(
+    source: Source,
+    directory: Path,
+    layout: ModelLayout,
+    dtype: DTypeLike,
+    progress: Progress | None = None,
+    tokenizer: Path | None = None,
+) -> None:
     """Write one network in `layout` into the model directory `directory`.
 
     Parameters are converted to `dtype`, except those that the network always keeps in float32, such as norms and the
     time embedding. Loading the result therefore gives the same network as loading the source in `dtype`.
+
+    Args:
+        tokenizer: the folder of the tokenizer, for a text encoder in layout comfy.
 
     Raises:
         InputError: the tensors of the source do not match its configuration or are not finite, or PyTorch, which
             writes .pth files, is not installed.
     """
     component = source.component
+    if layout == "comfy":
+        save_single_file(source, directory / COMFY_FILES[component.name], dtype, progress, tokenizer)
+        return
     rows, content = _content(source, layout, dtype)
     folder = directory if layout == "original" else directory / component.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,28 +81,51 @@ def save(source: Source, directory: Path, layout: Layout, dtype: DTypeLike, prog
         with tempfile.TemporaryDirectory(dir=folder) as scratch, TensorWriter(Path(scratch), "all", content) as writer:
             _fill(writer, source, rows, layout, progress)
             _save_pth(pth, {name: writer[name] for name in content})
-        if fields := sidecar_fields(component, source.config, {name: shape for name, (shape, _) in content.items()}):
-            _write_json(sidecar_file(pth), fields)
+        _save_sidecar(source, pth, content)
         return
     with TensorWriter(folder, "model" if layout == "tfm_jax" else component.stem, content) as writer:
         _fill(writer, source, rows, layout, progress)
     _write_json(folder / "config.json", config_json(component.name, layout, source.config))
 
 
-def save_for_comfy(source: Source, file: Path, dtype: DTypeLike, progress: Progress | None = None) -> None:
-    """Write the transformer to one safetensors file for ComfyUI. Its names are those of the original layout, after
-    `COMFY_PREFIX`. On failure, nothing is written.
+def save_single_file(
+    source: Source,
+    file: Path,
+    dtype: DTypeLike,
+    progress: Progress | None = None,
+    tokenizer: Path | None = None,
+) -> None:
+    """Write one network to one safetensors file for ComfyUI. On failure, nothing is written.
 
-    Raises:
-        InputError: see `save`.
+    The arguments and errors are those of `save`.
     """
-    rows, content = _content(source, "original", dtype)
+    layout = next(iter(SINGLE_FILES[source.component.name]))
+    rows, content = _content(source, layout, dtype)
+    prefix = COMFY_PREFIX if source.component is TRANSFORMER else ""
+    named = {prefix + name: about for name, about in content.items()}
+    pieces = np.frombuffer(_spiece_model(tokenizer) if source.component is TEXT_ENCODER else b"", np.uint8)
+    if pieces.size:
+        named[SPIECE_MODEL] = (pieces.shape, pieces.dtype)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as scratch:
-        named = {COMFY_PREFIX + name: about for name, about in content.items()}
         with TensorWriter(Path(scratch), "model", named, max_bytes=sys.maxsize) as writer:
-            _fill(writer, source, rows, "original", progress, COMFY_PREFIX)
+            _fill(writer, source, rows, layout, progress, prefix)
+            if pieces.size:
+                writer[SPIECE_MODEL][...] = pieces
+        _save_sidecar(source, file, content)
         Path(scratch, "model.safetensors").replace(file)
+
+
+def _spiece_model(tokenizer: Path | None) -> bytes:
+    """Return the SentencePiece model in the folder of a tokenizer, or nothing if there is none."""
+    file = Path(tokenizer or "", SPIECE_FILE)
+    return file.read_bytes() if tokenizer and file.is_file() else b""
+
+
+def _save_sidecar(source: Source, file: Path, content: Mapping[str, tuple[Shape, DTypeLike]]) -> None:
+    """Write the sidecar file of a file of weights, if some field of the network needs it."""
+    if fields := sidecar_fields(source.component, source.config, {name: shape for name, (shape, _) in content.items()}):
+        _write_json(sidecar_file(file), fields)
 
 
 def _content(source: Source, layout: Layout, dtype: DTypeLike) -> tuple[list[Row], dict[str, tuple[Shape, DTypeLike]]]:
@@ -156,7 +196,7 @@ def save_model(
     sources: list[Source],
     tokenizer: Path | None,
     directory: Path,
-    layout: Layout,
+    layout: ModelLayout,
     dtype: DTypeLike,
     *,
     scheduler: Path | None = None,
@@ -184,7 +224,7 @@ def save_model(
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         for source in sources:
-            save(source, scratch, layout, jnp.float32 if source.component is VAE else dtype, progress)
+            save(source, scratch, layout, jnp.float32 if source.component is VAE else dtype, progress, tokenizer)
         if tokenizer:
             shutil.copytree(tokenizer, scratch / ("google/umt5-xxl" if layout == "original" else "tokenizer"))
         whole = layout == "diffusers" and len(sources) == len(COMPONENTS)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, BinaryIO, NamedTuple
@@ -24,9 +24,9 @@ STRIP = 256
 FILL_BYTES = 2**20
 """Number of zeros that `allocate` writes at a time on systems without `posix_fallocate`."""
 
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+FP8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+_NAMES = {np.dtype(dtype): name for name, dtype in {**DTYPES, "U8": np.uint8}.items()}
 
 
 class LazyTensor(NamedTuple):
@@ -35,30 +35,14 @@ class LazyTensor(NamedTuple):
     shape: Shape
     file: Path
     read: Callable[[Index], np.ndarray]
+    fp8: bool = False
+    """Whether the numbers have 8 bits. `tfm_jax.wan.weights` finds their scales."""
 
 
 Tensors = Mapping[str, LazyTensor]
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
-
-
-def open_tensors(files: Sequence[Path]) -> Tensors:
-    """Map names to the tensors in safetensors files. If all names share a known prefix, such as `model.`, remove it.
-
-    Raises:
-        InputError: `open_safetensors` rejects a file, or a tensor is in two files.
-    """
-    tensors: dict[str, LazyTensor] = {}
-    for file in files:
-        for name, tensor in open_safetensors(file).items():
-            if name in tensors:
-                raise InputError(f"{file}: tensor {short_repr(name)} is also in {tensors[name].file}; expected it once")
-            tensors[name] = tensor
-    for prefix in _PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
 
 
 def safetensors_in(directory: Path) -> list[Path]:
@@ -89,44 +73,84 @@ def safetensors_in(directory: Path) -> list[Path]:
     return files
 
 
-def open_safetensors(file: Path) -> Tensors:
+def open_safetensors(
+    file: Path, dtypes: Mapping[str, DTypeLike] = DTYPES, skipped: Collection[str] = ()
+) -> dict[str, LazyTensor]:
     """Map the names in one safetensors file to its tensors.
 
+    Args:
+        dtypes: the accepted dtypes, by their names in the format.
+        skipped: names of tensors that are left out.
+
     Raises:
-        InputError: the file is missing or not safetensors, repeats a tensor, or has a tensor with an unsupported dtype.
+        InputError: the file is missing or not safetensors, repeats a tensor, or has a tensor with another dtype.
     """
+    handle = _open(file)
+    header, start = _header(file)
+    tensors = {}
+    for name in handle.keys():  # noqa: SIM118, not a dict
+        if name in skipped:
+            continue
+        piece = handle.get_slice(name)
+        dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
+        if dtype not in dtypes:
+            raise InputError(
+                f"{file}: tensor {short_repr(name)} has dtype {dtype}; expected one of {', '.join(dtypes)}"
+            )
+        if dtype in FP8:
+            read = _reader(file, start + header[name]["data_offsets"][0], FP8[dtype], shape)
+            tensors[name] = LazyTensor(shape, file, read, fp8=True)
+        else:
+            tensors[name] = LazyTensor(shape, file, piece.__getitem__)
+    return tensors
+
+
+def _reader(file: Path, offset: int, dtype: DTypeLike, shape: Shape) -> Callable[[Index], np.ndarray]:
+    """Return the `read` of a tensor whose dtype NumPy lacks: safetensors cannot return it as an array."""
+
+    def read(index: Index) -> np.ndarray:
+        data = np.memmap(file, np.uint8, "r", offset, (_nbytes(shape, dtype),))
+        return np.array(data.view(dtype).reshape(shape)[index])
+
+    return read
+
+
+def safetensors_names(file: Path) -> list[str]:
+    """Return the names in a safetensors file, which may have tensors that `open_safetensors` does not accept.
+
+    Raises:
+        InputError: the file is missing or not safetensors.
+    """
+    return list(_open(file).keys())
+
+
+def _open(file: Path) -> Any:
     check_download(file)
     try:
-        handle = safe_open(file, framework="numpy")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118, not a dict
+        return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a complete safetensors file ({error}); download it again") from None
-    _header(file)
-    tensors = {}
-    for name, piece in slices.items():
-        if piece.get_dtype() not in _DTYPES:
-            raise InputError(
-                f"{file}: tensor {short_repr(name)} has dtype {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}"
-            )
-        tensors[name] = LazyTensor(tuple(piece.get_shape()), file, piece.__getitem__)
-    return tensors
 
 
 def safetensors_metadata(file: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file that `open_safetensors` has accepted."""
-    return _header(file).get("__metadata__") or {}
+    return _header(file)[0].get("__metadata__") or {}
 
 
 def safetensors_dtypes(file: Path) -> dict[str, np.dtype]:
     """Map the names in a safetensors file that `open_safetensors` has accepted to dtypes."""
-    return {name: np.dtype(_DTYPES[about["dtype"]]) for name, about in _header(file).items() if name != "__metadata__"}
+    header, _ = _header(file)
+    return {name: np.dtype(DTYPES[about["dtype"]]) for name, about in header.items() if name != "__metadata__"}
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """Parse the header strictly, because safetensors itself accepts repeated keys and uses the last one."""
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return the header and the position at which the tensors start.
+
+    The header is parsed strictly, because safetensors itself accepts repeated keys and uses the last one.
+    """
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        return parse_json(stream.read(min(length, MAX_JSON_BYTES + 1)), f"{file}: header")
+        return parse_json(stream.read(min(length, MAX_JSON_BYTES + 1)), f"{file}: header"), 8 + length
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

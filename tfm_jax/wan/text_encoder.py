@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from tfm_jax.arrays import Text, TokenIds, TokenMask
 from tfm_jax.errors import InputError
 from tfm_jax.precision import precision_of
+from tfm_jax.sharding import constrain
 from tfm_jax.wan.layers import Linear, RMSNorm, param
 
 
@@ -132,13 +133,15 @@ class UMT5Encoder(nnx.Module):
     def __call__(self, ids: TokenIds, mask: TokenMask) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the embeddings `[b l d]` of the tokens. `mask` is 1 on tokens and 0 on padding, which is ignored.
 
+        Under `jax.set_mesh`, the prompts are split over the mesh.
+
         The rows of the padding are not zero. `encode_prompts` in `tfm_jax.wan.tokenizer` drops them, because the video
         transformer expects zeros there.
         """
         buckets = relative_buckets(ids.shape[1], self.config.buckets, self.config.max_distance)
 
         def layer(x: Text, block: Block) -> tuple[Text, None]:
-            return block(x, mask, buckets), None
+            return constrain(block(x, mask, buckets), ("batch",)), None
 
-        x, _ = jax.lax.scan(layer, self.embedding[...][ids], self.blocks)
+        x, _ = jax.lax.scan(layer, constrain(self.embedding[...][ids], ("batch",)), self.blocks)
         return self.norm(x)

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ftfy
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 from transformers import PreTrainedTokenizerFast
 
 from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.errors import InputError
 from tfm_jax.inputs import MAX_JSON_BYTES, read_json, short_repr
+from tfm_jax.sharding import fetch, one_device_mesh, split_batch
 from tfm_jax.wan.text_encoder import UMT5Encoder
 
 FOLDERS = ("tokenizer", "google/umt5-xxl")
@@ -75,8 +77,10 @@ class Tokenizer:
     """
 
     def __init__(self, model: str | Path):
-        if not Path(model).is_dir():
+        if not Path(model).exists():
             raise InputError(f"{model}: no such directory; expected Wan2.1 weights")
+        if not Path(model).is_dir():
+            raise InputError(f"{model}: is one file, without a tokenizer; expected the directory of a whole model")
         found = find_tokenizer(model)
         if not found:
             expected = " or ".join(str(Path(model, name, "tokenizer.json")) for name in FOLDERS)
@@ -101,11 +105,15 @@ class Tokenizer:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: Sequence[str]
+    tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: Sequence[str], mesh: Mesh | None = None
 ) -> list[Float[np.ndarray, "_ d"]]:
     """Return the text embedding of each prompt, one row per token, without padding (see `arrays.pad_text`).
 
     As in Wan, the encoder runs on ids that are padded to 512 tokens.
+
+    Args:
+        mesh: the devices of the encoder, which divide the prompts evenly; None means the first device alone. All
+            processes of the mesh call this, and each gets all embeddings.
 
     Raises:
         InputError: a token id is outside the vocabulary of the encoder.
@@ -116,5 +124,7 @@ def encode_prompts(
         raise InputError(
             f"tokenizer: token id {ids.max()} is not in the text encoder's vocabulary; expected less than {size}"
         )
-    embeddings = np.asarray(encoder(jnp.asarray(ids), jnp.asarray(mask)))
+    mesh = mesh or one_device_mesh()
+    with jax.set_mesh(mesh):
+        embeddings = fetch(encoder(split_batch(ids, mesh), split_batch(mask, mesh)))
     return [embedding[:length] for embedding, length in zip(embeddings, mask.sum(1), strict=True)]

@@ -3,7 +3,7 @@
 A block is self-attention over the video's tokens with 3-D rotary positions, cross-attention to the text, and a
 feed-forward network. The time embedding modulates the self-attention and the feed-forward network. All blocks have the
 same shapes, so they are built as one stack and run by `jax.lax.scan`. `remat` selects which activations are saved for
-the backward pass.
+the backward pass. Named scopes label the operations for profiles and for `tfm_jax.planning.roofline`.
 
 On a mesh every activation `[b s d]` is sharded over batch and tokens, and every linear layer of a block over heads or
 feed-forward channels. Within a block, apart from gathering weights, only attention (including the query and key norms)
@@ -158,13 +158,16 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
 
         y = (self.norm_self(x) * (1 + scale1) + shift1).astype(x.dtype)
-        x = (x + self.self_attn(y, y, rotary) * gate1).astype(x.dtype)
+        with jax.named_scope("self_attn"):
+            x = (x + self.self_attn(y, y, rotary) * gate1).astype(x.dtype)
 
         y = self.norm_cross(x).astype(x.dtype)
-        x = x + self.cross_attn(y, text, None)
+        with jax.named_scope("cross_attn"):
+            x = x + self.cross_attn(y, text, None)
 
         y = (self.norm_ffn(x) * (1 + scale2) + shift2).astype(x.dtype)
-        return constrain((x + self.ffn(y) * gate2).astype(x.dtype), ACTIVATION)
+        with jax.named_scope("ffn"):
+            return constrain((x + self.ffn(y) * gate2).astype(x.dtype), ACTIVATION)
 
 
 class WanTransformer(nnx.Module):

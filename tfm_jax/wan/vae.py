@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from tfm_jax.arrays import Latents, Video
 from tfm_jax.errors import InputError
+from tfm_jax.sharding import per_device
 from tfm_jax.wan.layers import Linear
 from tfm_jax.wan.vae_layers import (
     AttentionBlock,
@@ -248,22 +249,27 @@ class WanVae(nnx.Module):
     @jax.jit
     def decode(self, latents: Latents) -> Video:
         """Decode normalised latents to a video with values clipped to -1..1."""
-        return run_in_chunks(self._decode_chunk, latents, frames_in=1, frames_out=self.config.time_stride)
+        return run_in_chunks(self.decode_chunk, latents, frames_in=1, frames_out=self.config.time_stride)
 
     def decode_in_chunks(self, latents: Latents) -> Iterator[Video]:
         """Yield the frames of `decode` as they are decoded: the first frame, then those of one latent frame at a time.
 
-        Memory use does not depend on the length of the video, and neither do the two programs that run.
+        Memory use does not depend on the length of the video, and neither do the two programs that run. Under
+        `jax.set_mesh`, each device decodes its own videos of the batch.
         """
         cache = None
         for frame in range(latents.shape[1]):
             chunk = jax.lax.dynamic_slice_in_dim(latents, frame, 1, axis=1)
-            pixels, cache = self._decode_chunk(chunk, cache)
+            pixels, cache = self.decode_chunk(chunk, cache)
             yield pixels
 
     @partial(jax.jit, donate_argnames="cache")
-    def _decode_chunk(self, chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
-        mean, std = self._statistics(chunk.dtype)
-        mapped = self.post_quant_conv((chunk * std + mean).astype(self.dtype))
-        pixels, cache = self.decoder(mapped, cache)
-        return jnp.clip(pixels, -1, 1).astype(chunk.dtype), cache
+    def decode_chunk(self, chunk: Chunk, cache: Cache) -> tuple[Output, Cache]:
+        def decode(chunk: Chunk, cache: Cache, vae: WanVae) -> tuple[Output, Cache]:
+            mean, std = vae._statistics(chunk.dtype)
+            mapped = vae.post_quant_conv((chunk * std + mean).astype(vae.dtype))
+            pixels, cache = vae.decoder(mapped, cache)
+            return jnp.clip(pixels, -1, 1).astype(chunk.dtype), cache
+
+        # The compiler would move the videos of a batch between devices for the attention, which loops over frames.
+        return per_device(decode, (chunk, cache, self), (("batch",), ("batch",), ()))

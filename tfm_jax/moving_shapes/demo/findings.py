@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tfm_jax.moving_shapes.bootstrap import CONFIDENCE
+from tfm_jax.bootstrap import CONFIDENCE
 from tfm_jax.moving_shapes.evaluation import thresholds
 from tfm_jax.moving_shapes.evaluation.intervals import DIFFERENCE
-from tfm_jax.moving_shapes.numbers import format_number
+from tfm_jax.numbers import format_number
 
 ROWS = {
     "residual": "distance from the law, pixels",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tfm_jax.moving_shapes.bootstrap import Interval, bootstrap_interval
+from tfm_jax.bootstrap import Interval, bootstrap_interval
 from tfm_jax.moving_shapes.evaluation.set_metrics import SET_METRICS, ClipSet
 
 METRICS = ("residual", "faithful", "shapes", "colours", "whole", "directions")

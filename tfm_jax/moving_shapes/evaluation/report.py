@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tfm_jax.moving_shapes.bootstrap import CONFIDENCE, Interval
+from tfm_jax.bootstrap import CONFIDENCE, format_estimate
 from tfm_jax.moving_shapes.evaluation import thresholds
 from tfm_jax.moving_shapes.evaluation.intervals import DIFFERENCE, Intervals
 from tfm_jax.moving_shapes.evaluation.set_metrics import SET_METRICS, TITLES, Row
-from tfm_jax.moving_shapes.numbers import finite_or_none, format_number
+from tfm_jax.numbers import finite_or_none, format_number
 
 NEED_CAPTIONS = {"colours", "shapes", "directions"}
 OTHER_COLUMNS = ("reference", "floor")
@@ -76,7 +76,7 @@ def format_intervals(tables: Tables, intervals: Intervals) -> str:
             continue
         if DIFFERENCE in found:
             values.append(values[1] - values[0] if np.isfinite(values).all() else np.nan)
-        cells = (_format_estimate(value, interval) for value, interval in zip(values, found.values(), strict=True))
+        cells = (format_estimate(value, interval) for value, interval in zip(values, found.values(), strict=True))
         lines.append([TITLES[metric], *cells])
     width = max(len(cell) for line in lines for cell in line[1:]) + 2
     return "\n".join(f"{title:46}" + "".join(f"{cell:>{width}}" for cell in cells) for title, *cells in lines)
@@ -85,12 +85,6 @@ def format_intervals(tables: Tables, intervals: Intervals) -> str:
 def _interval_columns(tables: Tables, intervals: Intervals) -> list[str]:
     paired = any(DIFFERENCE in found for found in intervals.values())
     return [*tables, " less ".join(reversed([*tables]))] if paired else list(tables)
-
-
-def _format_estimate(value: float, interval: Interval) -> str:
-    """Format a value and its interval, such as "-2.1 [-2.9, -1.4]"."""
-    number, low, high = (format_number(each, digits=2) for each in (value, *interval))
-    return f"{number} [{low}, {high}]"
 
 
 def to_json(tables: Tables, counts: ClipCounts, intervals: Intervals) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from tfm_jax.moving_shapes.evaluation.set_metrics import TITLES
-from tfm_jax.moving_shapes.numbers import format_number
 from tfm_jax.moving_shapes.study import protocol
 from tfm_jax.moving_shapes.study.statistics import Estimate
+from tfm_jax.numbers import format_number
 
 
 def format_spread(by_seed: Mapping[int, float | None]) -> str:

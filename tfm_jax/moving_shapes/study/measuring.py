@@ -14,12 +14,12 @@ from tfm_jax.lora.adapters import load_adapters
 from tfm_jax.lora.files import read_lora
 from tfm_jax.moving_shapes.evaluation.folders import measure_folder
 from tfm_jax.moving_shapes.evaluation.set_metrics import Row, compare
-from tfm_jax.moving_shapes.numbers import finite_or_none
 from tfm_jax.moving_shapes.study import protocol
 from tfm_jax.moving_shapes.study.clips import World
 from tfm_jax.moving_shapes.study.plan import Study
 from tfm_jax.moving_shapes.study.results import Record
 from tfm_jax.moving_shapes.study.sensitivity import measure_sensitivity
+from tfm_jax.numbers import finite_or_none
 from tfm_jax.prompts import read_prompts
 from tfm_jax.sampling.pipeline import SampleRun, sample
 from tfm_jax.sharding import one_device_mesh

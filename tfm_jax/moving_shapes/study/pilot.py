@@ -6,12 +6,12 @@ import numpy as np
 
 from tfm_jax.markdown import table
 from tfm_jax.moving_shapes.evaluation.set_metrics import TITLES
-from tfm_jax.moving_shapes.numbers import format_number
 from tfm_jax.moving_shapes.study import protocol
 from tfm_jax.moving_shapes.study.findings import GUARDED
 from tfm_jax.moving_shapes.study.formats import enumerate_words, titles_with_arrows
 from tfm_jax.moving_shapes.study.plan import Study
 from tfm_jax.moving_shapes.study.results import Results
+from tfm_jax.numbers import format_number
 
 
 def pilot_section(study: Study, pilot: Results) -> str:

@@ -6,12 +6,12 @@ import numpy as np
 
 from tfm_jax.markdown import table
 from tfm_jax.moving_shapes.evaluation.set_metrics import TITLES
-from tfm_jax.moving_shapes.numbers import format_number
 from tfm_jax.moving_shapes.study import protocol
 from tfm_jax.moving_shapes.study.cost import latest_costs, relative_costs
 from tfm_jax.moving_shapes.study.findings import GUARDED, Cell, Findings
 from tfm_jax.moving_shapes.study.formats import enumerate_words, format_interval, format_spread, titles_with_arrows
 from tfm_jax.moving_shapes.study.statistics import Estimate, paired_difference
+from tfm_jax.numbers import format_number
 
 TFM, FM = f"`{protocol.TREATMENT}`", f"`{protocol.BASELINE}`"
 

@@ -27,6 +27,9 @@ from tfm_jax.wan.attention.splash import SPLASH
 ATTENTION_OUTPUT = "attention_output"
 """Checkpoint name of `out` and `lse`. A remat policy that saves this name avoids a second forward pass of attention."""
 
+KERNEL_SCOPE = "attention_kernel"
+"""Named scope of everything that a kernel computes, in profiles and for `tfm_jax.planning.roofline`."""
+
 
 @jax.custom_vjp
 def attention(query: Queries, key: Keys, value: Keys) -> Queries:
@@ -40,7 +43,8 @@ def attention(query: Queries, key: Keys, value: Keys) -> Queries:
 def forward(query: Queries, key: Keys, value: Keys) -> tuple[Queries, LogSumExp]:
     """Compute `out` and `lse` with the kernel for the platform that the program is lowered for."""
     branches = {platform: kernel.forward for platform, kernel in _platform_kernels(query, key).items()}
-    return jax.lax.platform_dependent(query, key, value, default=CHUNKED.forward, **branches)
+    with jax.named_scope(KERNEL_SCOPE):
+        return jax.lax.platform_dependent(query, key, value, default=CHUNKED.forward, **branches)
 
 
 def backward(
@@ -49,7 +53,8 @@ def backward(
     """Compute the gradients of query, key and value with the kernel for the same platform."""
     branches = {platform: kernel.backward for platform, kernel in _platform_kernels(query, key).items()}
     args = (query, key, value, out, lse, out_gradient)
-    return jax.lax.platform_dependent(*args, default=CHUNKED.backward, **branches)
+    with jax.named_scope(KERNEL_SCOPE):
+        return jax.lax.platform_dependent(*args, default=CHUNKED.backward, **branches)
 
 
 def _platform_kernels(query: Queries, key: Keys) -> dict[str, Kernel]:

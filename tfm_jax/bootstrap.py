@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from tfm_jax.numbers import format_number
+
 CONFIDENCE = 0.95
 """Confidence level of every interval."""
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
@@ -36,3 +38,9 @@ def bootstrap_interval(values: Float[np.ndarray, "n *row"], statistic: Callable[
     low = np.quantile(np.where(undefined, -np.inf, found), TAILS[0], method="lower")
     high = np.quantile(np.where(undefined, np.inf, found), TAILS[1], method="higher")
     return Interval(float(low), float(high))
+
+
+def format_estimate(value: float, interval: Interval, digits: int = 2) -> str:
+    """Format a value and its interval, such as "-2.1 [-2.9, -1.4]"."""
+    number, low, high = (format_number(each, digits) for each in (value, *interval))
+    return f"{number} [{low}, {high}]"
