@@ -1,7 +1,7 @@
 """Some of our own choices beside what they replaced, so that it shows when a new version of JAX makes one of them
 pointless."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -40,7 +40,7 @@ def _plain_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
-def _kernel_gradient(product, x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> Program:
+def _kernel_gradient(product: Callable, x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> Program:
     run = jax.jit(lambda x, kernel, gradient: jax.vjp(product, x, kernel)[1](gradient)[1])
     return lambda: jax.block_until_ready(run(x, kernel, gradient))
 

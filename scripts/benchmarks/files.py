@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
 
 from benchmarks import peers
 from benchmarks.sizes import Sizes
@@ -25,7 +24,7 @@ from benchmarks.usage import run_and_watch
 from benchmarks.weights import write_checkpoint
 from tfm_jax.lora.files import Adapter, Lora, write_lora
 from tfm_jax.wan import load_transformer
-from tfm_jax.wan.names import BLOCK_LINEARS, BlockLinear
+from tfm_jax.wan.names import BLOCK_LINEARS, BlockLinear, TransformerLinear
 
 CONVERT = Path(__file__).resolve().parents[1] / "convert_weights.py"
 RANK = 32
@@ -42,8 +41,10 @@ def measure(sizes: Sizes) -> Iterator[Row]:
 
 def measure_loading(source: Path, sizes: Sizes) -> Row:
     def theirs() -> object:
-        model = WanTransformer3DModel.from_pretrained(source / "transformer", torch_dtype=torch.bfloat16)
-        return model.to(peers.device_of(sizes))  # pyright: ignore[reportArgumentType]
+        model = peers.diffusers.WanTransformer3DModel.from_pretrained(
+            source / "transformer", torch_dtype=torch.bfloat16
+        )
+        return model.to(peers.device_of(sizes))
 
     def ours() -> object:
         return jax.block_until_ready(jax.tree.leaves(load_transformer(source, jnp.bfloat16)))
@@ -80,7 +81,7 @@ def measure_export(scratch: Path, sizes: Sizes) -> Row:
     """Write a LoRA in the dialect of diffusers in bfloat16."""
     config = sizes.files
     rng = np.random.default_rng(0)
-    adapters = {
+    adapters: dict[TransformerLinear, Adapter] = {
         BlockLinear(layer, name): Adapter(
             rng.standard_normal((RANK, config.ffn_dim if name == "ffn.2" else config.dim), np.float32),
             rng.standard_normal((config.ffn_dim if name == "ffn.0" else config.dim, RANK), np.float32),
@@ -93,7 +94,7 @@ def measure_export(scratch: Path, sizes: Sizes) -> Row:
 
     def theirs() -> None:
         state = {name: value.to(torch.bfloat16) for name, value in layers.items()}
-        WanPipeline.save_lora_weights(scratch / "lora", state)
+        peers.diffusers.WanPipeline.save_lora_weights(scratch / "lora", state)
 
     def ours() -> None:
         write_lora(scratch / "lora.safetensors", Lora(adapters, RANK, RANK), "diffusers", ml_dtypes.bfloat16)

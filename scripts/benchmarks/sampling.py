@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from benchmarks import ours, peers
 from benchmarks.sizes import Sizes, Work
@@ -42,11 +41,11 @@ def our_samplers(work: Work, sizes: Sizes) -> list[Program]:
 
 
 def peer_samplers(work: Work, sizes: Sizes) -> list[Program]:
-    pipeline = WanPipeline(
+    pipeline = peers.diffusers.WanPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=peers.autoencoder(BASE_DIM[sizes.device], sizes),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=peers.diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         transformer=peers.transformer(work.config, sizes),
     )
     pipeline.set_progress_bar_config(disable=True)
