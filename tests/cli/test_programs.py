@@ -12,10 +12,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from benchmarks.usage import run_and_watch
+from benchmarks.weights import write_checkpoint
 from helpers import virtual_devices
 from helpers.clips import smooth_clip
 from helpers.paths import ROOT
-from helpers.tiny_world import PROMPTS, Outcome, program, write_world
+from helpers.tiny_world import PROMPTS, Outcome, write_world
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -309,13 +311,12 @@ def test_a_run_without_a_good_checkpoint_does_not_start_again_by_itself(call, wo
 
 def test_conversion_holds_a_tensor_or_two(world, tmp_path):
     """200 MB of weights, the largest tensor 8 MB: the program needs little more than for a model of 3 MB."""
-    benchmark = program("benchmark")
     model = TransformerConfig(dim=512, ffn_dim=4096, heads=4, layers=8)
-    benchmark.write_checkpoint(tmp_path / "large" / "transformer", model)
+    write_checkpoint(tmp_path / "large" / "transformer", model)
     peaks = []
     for name, source in (("small", world / "model" / "transformer"), ("new", tmp_path / "large")):
         command = [sys.executable, ROOT / "scripts" / "convert_weights.py", source, tmp_path / name, "--to=tfm_jax"]
-        peaks.append(benchmark.run_and_watch(command, interval=0.005).peak_memory)
+        peaks.append(run_and_watch(command, interval=0.005).peak_memory)
     assert peaks[0] > 50e6  # it was looked at while it ran
     assert peaks[1] - peaks[0] < 40e6
 

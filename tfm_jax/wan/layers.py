@@ -10,11 +10,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tfm_jax.precision import precision_of
 from tfm_jax.sharding import Axes, gather
+
+LINEAR_OUTPUT = "linear_output"
+"""Checkpoint name of what linear layers return and of what the first factor of their adapters returns. With these and
+the outputs of attention saved, the backward pass repeats no matrix product."""
 
 LORA_SCOPE = "lora"
 """Named scope of everything that an adapter computes, in profiles and for `tfm_jax.planning.roofline`."""
@@ -95,19 +100,22 @@ class Linear(nnx.Module):
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
         if self.lora_a is None or self.lora_b is None:
-            return y
+            return checkpoint_name(y, LINEAR_OUTPUT)
         with jax.named_scope(LORA_SCOPE):
-            return self._adapt(y, x, kernel, gathered(self.lora_a, x.dtype), gathered(self.lora_b, x.dtype))
+            y = self._adapt(y, x, kernel, gathered(self.lora_a, x.dtype), gathered(self.lora_b, x.dtype))
+        return checkpoint_name(y, LINEAR_OUTPUT)
 
     def _adapt(
         self, y: Float[Array, "... o"], x: Float[Array, "... i"], kernel: Array, a: Array, b: Array
     ) -> Float[Array, "... o"]:
         """Return the output with the adapter, given the output `y` without it."""
-        y = y + _matmul(_matmul(x, a), b) * self.lora_scale
+        low = checkpoint_name(_matmul(x, a), LINEAR_OUTPUT)
+        y = y + _matmul(low, b) * self.lora_scale
         if self.lora_magnitude is None:
             return y
         # The norms count as constants in the gradient (section 4.3 of the paper of DoRA), as in PEFT.
         norms = jax.lax.stop_gradient(column_norms(kernel, _matmul(a, b) * self.lora_scale))
+        y, norms = (checkpoint_name(value, LINEAR_OUTPUT) for value in (y, norms))
         excess = gathered(self.lora_magnitude, jnp.float32) / norms - 1
         product = y if self.bias is None else y - gathered(self.bias, x.dtype)
         return y + (product.astype(jnp.float32) * excess).astype(x.dtype)
@@ -137,7 +145,10 @@ def _matmul_backward(residuals: tuple[Array, Array], gradient: Float[Array, "...
     def contract(left: Float[Array, "... i"], right: Float[Array, "... o"]) -> Float[Array, "i o"]:
         return jax.lax.dot_general(left, right, ((tokens, tokens), ((), ())), precision=precision)
 
-    dkernel = contract(x, gradient) if x.shape[-1] <= gradient.shape[-1] else contract(gradient, x).T
+    if x.shape[-1] <= gradient.shape[-1]:
+        dkernel = contract(x, gradient)
+    else:  # the barrier keeps XLA from swapping the operands to avoid the cheap transpose of the result
+        dkernel = jax.lax.optimization_barrier(contract(gradient, x)).T
     return jnp.matmul(gradient, kernel.T, precision=precision), dkernel
 
 

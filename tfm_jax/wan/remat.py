@@ -10,6 +10,7 @@ import jax
 
 from tfm_jax.config import Remat
 from tfm_jax.wan.attention import ATTENTION_OUTPUT
+from tfm_jax.wan.layers import LINEAR_OUTPUT
 
 _policies = jax.checkpoint_policies
 
@@ -26,6 +27,7 @@ POLICIES: dict[Remat, Callable[..., Any]] = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
-    # Saves everything that the gradients need, so nothing is recomputed.
-    "none": _policies.everything_saveable,
+    # Saves what matrix products and attention return, so that only elementwise operations are recomputed. Saving their
+    # results, too, takes more memory and, because they are cheaper to compute than to store, more time.
+    "none": _policies.save_only_these_names(ATTENTION_OUTPUT, LINEAR_OUTPUT),
 }

@@ -1,0 +1,131 @@
+"""What metrics, checkpoints and validation cost in a run of 500 tiny steps, beside the same steps with none of them.
+
+The run trains a tiny model on random latents and saves every 100 steps. Its time goes from the first step until the
+last checkpoint is complete; the peer is a bare loop over the same batches. Validation evaluates one clip for the base
+and one for the trained adapters, each at ten noise levels for two losses; the note says how much of the time these
+forward passes need by themselves.
+"""
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import ours
+from benchmarks.data import write_records
+from benchmarks.sizes import Sizes, Work
+from benchmarks.timing import Row, pair
+from benchmarks.weights import write_checkpoint
+from tfm_jax.config import from_plain
+from tfm_jax.data.batches import Batches
+from tfm_jax.data.format import Record
+from tfm_jax.data.order import is_held_out
+from tfm_jax.data.records import open_records
+from tfm_jax.lora.adapters import LoraSplit
+from tfm_jax.sharding import one_device_mesh
+from tfm_jax.train.loop import train
+from tfm_jax.train.run import TrainRun
+from tfm_jax.train.watching import Event, Watcher
+
+SUBJECT, PEER = "watching", "a bare loop"
+STEPS, EVERY, ROUNDS, CLIPS, HELD_OUT = 500, 100, 3, 32, 0.1
+REMAT = "attention"
+
+
+def measure(sizes: Sizes) -> Iterator[Row]:
+    work = sizes.startup
+    with tempfile.TemporaryDirectory(prefix="benchmark.") as scratch:
+        folder = Path(scratch)
+        write_checkpoint(folder / "model" / "transformer", work.config)
+        write_clips(folder / "latents", work)
+        split = ours.adapted(work, sizes)
+        programs: dict[str, Callable[[], float]] = {
+            "metrics and checkpoints": lambda: watched(folder, work, sizes, validate=False),
+            "metrics, checkpoints and validation": lambda: watched(folder, work, sizes, validate=True),
+            PEER: lambda: bare(folder / "latents", work, split),
+        }
+        times: dict[str, list[float]] = {name: [] for name in programs}
+        for _ in range(ROUNDS):
+            for name, run in programs.items():
+                times[name].append(run())
+    medians = {name: statistics.median(found) / STEPS for name, found in times.items()}
+    for row in pair(SUBJECT, f"a step of {STEPS}, saved every {EVERY}, {work}", medians, list(programs)[:-1], [PEER]):
+        yield row._replace(note=f"{row.seconds / row.peer_seconds - 1:+.1%} of the step's time")
+
+
+class Stopwatch(Watcher):
+    """Notes when the first step starts."""
+
+    def on_event(self, event: Event) -> None:
+        if event.kind == "started":
+            self.started = time.perf_counter()
+
+
+def watched(folder: Path, work: Work, sizes: Sizes, validate: bool) -> float:
+    """Train as `tfm-train` does, and return the seconds from the first step to the end."""
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory(dir=folder) as output, open(os.devnull, "w", encoding="utf-8") as null:
+        config = run_config(folder, Path(output, "run"), work, sizes, validate)
+        with contextlib.redirect_stdout(null):
+            train(config, watchers=[watch])
+        return time.perf_counter() - watch.started
+
+
+def bare(latents: Path, work: Work, split: LoraSplit) -> float:
+    """Take as many steps on batches of the same clips, and return the seconds."""
+    step, state = ours.training_step(split, REMAT)
+    batches = Batches(open_records(latents), work.batch, 0, one_device_mesh())
+    program: Any = step
+    compiled = program.lower(state, split.frozen, batches.place(batches.read(0)[0])).compile()
+    start = time.perf_counter()
+    for _, (_, batch, _) in zip(range(STEPS), batches.iterate(), strict=False):
+        state, _ = compiled(state, split.frozen, batches.place(batch))
+    jax.block_until_ready(state)
+    return time.perf_counter() - start
+
+
+def clip_of(work: Work) -> dict[str, int]:
+    """Return the clip section of a configuration whose latents have the size of the benchmark."""
+    frames, height, width = work.size
+    return {"frames": 4 * (frames - 1) + 1, "height": 8 * height, "width": 8 * width}
+
+
+def run_config(folder: Path, output: Path, work: Work, sizes: Sizes, validate: bool) -> TrainRun:
+    config = work.config
+    values: dict[str, Any] = {
+        "model": {"path": folder / "model", "dim": config.dim, "ffn_dim": config.ffn_dim, "heads": config.heads,
+                  "layers": config.layers, "dtype": sizes.dtype},
+        "clip": clip_of(work),
+        "data": {"path": folder / "latents"},
+        "lora": {"rank": work.rank, "alpha": work.rank},
+        "objective": {"kind": "fm"},
+        "train": {"output": output, "steps": STEPS, "batch_size": work.batch, "checkpoint_every": EVERY,
+                  "log_every": 1, "remat": REMAT},
+    }  # fmt: skip
+    if validate:
+        values["train"] |= {"eval_every": STEPS, "eval_clips": 1}
+        values["data"] |= {"held_out": HELD_OUT}
+    return from_plain(TrainRun, values, "the benchmark")
+
+
+def write_clips(folder: Path, work: Work) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"{number}.mp4" for number in range(CLIPS)]
+    assert any(is_held_out(name, HELD_OUT) for name in names)
+    records = [
+        Record(
+            rng.standard_normal((*work.size, work.config.channels), np.float32),
+            rng.standard_normal((40, work.config.text_dim), np.float32),
+            "prompt",
+            name,
+        )
+        for name in names
+    ]
+    write_records(folder, records, "float32", copies=1, clip=clip_of(work))
