@@ -10,13 +10,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 from benchmarks import peers
 from benchmarks.sizes import Sizes
@@ -80,7 +82,7 @@ def measure_export(scratch: Path, sizes: Sizes) -> Row:
     """Write a LoRA in the dialect of diffusers in bfloat16."""
     config = sizes.files
     rng = np.random.default_rng(0)
-    adapters = {
+    adapters: Any = {
         BlockLinear(layer, name): Adapter(
             rng.standard_normal((RANK, config.ffn_dim if name == "ffn.2" else config.dim), np.float32),
             rng.standard_normal((config.ffn_dim if name == "ffn.0" else config.dim, RANK), np.float32),
@@ -88,7 +90,7 @@ def measure_export(scratch: Path, sizes: Sizes) -> Row:
         for layer in range(config.layers)
         for name in BLOCK_LINEARS
     }
-    layers = {f"{linear.diffusers}.lora_{factor.upper()}.weight": torch.from_numpy(getattr(adapter, factor))
+    layers: Any = {f"{linear.diffusers}.lora_{factor.upper()}.weight": torch.from_numpy(getattr(adapter, factor))
               for linear, adapter in adapters.items() for factor in "ab"}  # fmt: skip
 
     def theirs() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from einops import rearrange
 
 from benchmarks.ours import inputs

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from benchmarks import ours, peers
 from benchmarks.sizes import Sizes, Work
@@ -42,9 +43,10 @@ def our_samplers(work: Work, sizes: Sizes) -> list[Program]:
 
 
 def peer_samplers(work: Work, sizes: Sizes) -> list[Program]:
+    nothing: Any = None
     pipeline = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
+        tokenizer=nothing,
+        text_encoder=nothing,
         vae=peers.autoencoder(BASE_DIM[sizes.device], sizes),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         transformer=peers.transformer(work.config, sizes),
