@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 FAST := tests/objective tests/lora tests/data tests/footage tests/test_config.py tests/test_config_mistakes.py \
 	tests/test_inputs.py tests/test_files.py
 
-.PHONY: setup setup-test demo check test test-all lint clean
+.PHONY: setup setup-test demo check test test-all lint benchmark clean
 
 setup: $(VENV)/.setup
 
@@ -41,6 +41,14 @@ lint: $(VENV)/.setup-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
+
+# Give it a quiet machine: it takes a quarter of an hour on two cores, and writes cpu.json and cpu.md.
+benchmark: $(VENV)/.setup-benchmark
+	$(RUN) scripts/benchmark.py --output=docs/performance
+
+$(VENV)/.setup-benchmark: $(VENV)/.setup
+	$(PIP) install --quiet --constraint requirements.txt --editable '.[benchmark]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs/demo

@@ -14,7 +14,8 @@ matmul: what the device gives to JAX and to PyTorch. objective: the TFM path and
 training: a LoRA step with each remat policy. sampling: a denoising step and a short sample. autoencoder, text_encoder:
 encoding and decoding. attention: our kernel. files: loading and converting weights, exporting a LoRA. data: preparing,
 opening and reading clips. startup: from the start of Python to the first step. watching: the cost of metrics,
-checkpoints and validation. growth: how the time of a step grows with its sizes.
+checkpoints and validation. growth: how the time of a step grows with its sizes. choices: ours beside what they
+replaced.
 """
 
 import gc
@@ -36,7 +37,7 @@ from tfm_jax.errors import InputError
 
 Subject = Literal[
     "matmul", "objective", "training", "sampling", "autoencoder", "text_encoder", "attention", "files", "data",
-    "startup", "watching", "growth",
+    "startup", "watching", "growth", "choices",
 ]  # fmt: skip
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 STORED = Path(__file__).resolve().parents[1] / "docs" / "performance"

@@ -1,7 +1,7 @@
 """Our networks with random weights, and programs that run them."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +75,13 @@ def training_step(split: LoraSplit, remat: Remat) -> tuple[Step, TrainState]:
 
 
 def training(split: LoraSplit, data: Batch, remat: Remat) -> Program:
-    """Return a program that takes a step."""
+    """Compile a step, and return a program that takes it."""
     step, state = training_step(split, remat)
+    compiled = cast(Any, step).lower(state, split.frozen, data).compile()
 
     def run() -> Any:
         nonlocal state
-        state, report = step(state, split.frozen, data)
+        state, report = compiled(state, split.frozen, data)
         return jax.block_until_ready((state, report))
 
     return run

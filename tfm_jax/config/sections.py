@@ -256,7 +256,8 @@ class TrainConfig:
     remat: Remat = "full"
     """Selects which activations of each block are saved for the backward pass; the others are recomputed. "full": only
     the input of the block is saved. "attention": the outputs of attention, too. "attention_offload": the same, with
-    these outputs in host memory. "none": no matrix product is recomputed. Saving fewer needs less memory but takes longer."""
+    these outputs in host memory. "none": all outputs of matrix products, too. Saving fewer needs less memory but takes
+    longer."""
 
     def __post_init__(self) -> None:
         expected = "a number of steps, or a number of epochs in train.epochs"

@@ -93,7 +93,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = gathered(self.kernel, x.dtype)
-        y = _matmul(x, kernel)
+        y = matmul(x, kernel)
         if self.bias is not None:
             y = y + gathered(self.bias, x.dtype)
         # Round here. Otherwise XLA may keep excess precision, and how much depends on whether there is an adapter.
@@ -109,12 +109,12 @@ class Linear(nnx.Module):
         self, y: Float[Array, "... o"], x: Float[Array, "... i"], kernel: Array, a: Array, b: Array
     ) -> Float[Array, "... o"]:
         """Return the output with the adapter, given the output `y` without it."""
-        low = checkpoint_name(_matmul(x, a), LINEAR_OUTPUT)
-        y = y + _matmul(low, b) * self.lora_scale
+        low = checkpoint_name(matmul(x, a), LINEAR_OUTPUT)
+        y = y + matmul(low, b) * self.lora_scale
         if self.lora_magnitude is None:
             return y
         # The norms count as constants in the gradient (section 4.3 of the paper of DoRA), as in PEFT.
-        norms = jax.lax.stop_gradient(column_norms(kernel, _matmul(a, b) * self.lora_scale))
+        norms = jax.lax.stop_gradient(column_norms(kernel, matmul(a, b) * self.lora_scale))
         y, norms = (checkpoint_name(value, LINEAR_OUTPUT) for value in (y, norms))
         excess = gathered(self.lora_magnitude, jnp.float32) / norms - 1
         product = y if self.bias is None else y - gathered(self.bias, x.dtype)
@@ -127,13 +127,13 @@ def column_norms(kernel: Float[Array, "... i o"], change: Float[Array, "... i o"
 
 
 @jax.custom_vjp
-def _matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+def matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
     """Return `x @ kernel`. XLA on a CPU computes the gradient below up to three times as fast as its own."""
     return jnp.matmul(x, kernel, precision=precision_of(x, kernel))
 
 
 def _matmul_forward(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul(x, kernel), (x, kernel)
+    return matmul(x, kernel), (x, kernel)
 
 
 def _matmul_backward(residuals: tuple[Array, Array], gradient: Float[Array, "... o"]) -> tuple[Array, Array]:
@@ -152,7 +152,7 @@ def _matmul_backward(residuals: tuple[Array, Array], gradient: Float[Array, "...
     return jnp.matmul(gradient, kernel.T, precision=precision), dkernel
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class RMSNorm(nnx.Module):
