@@ -42,12 +42,18 @@ def test_an_interrupted_page_is_continued(compiled, tmp_path):
     assert [[p.chips for p in plans] for plans in curves.values()] == [[8, 16, 32, 64, 128, 256, 512, 1024]] * 2
     by_policy = scaling.remat_plans(continued)
     assert [p.remat for p in by_policy] == ["full", "attention", "attention_offload", "none"]
-    page = scaling.write_document(rows, by_policy, curves, tmp_path / "docs", "python scripts/scaling.py").read_text()
+    quantized = list(scaling.quantized_plans(continued, 2))
+    assert [case for case, _ in quantized] == [
+        (machine, weights) for machine in ("1 x H100 80 GB", "v5e-8") for weights in ("bfloat16", "int8")
+    ]
+    assert any("--model.quantize=int8" in options for options in compiled)
+    command = "python scripts/scaling.py"
+    page = scaling.write_document(rows, quantized, by_policy, curves, tmp_path / "docs", command).read_text()
     assert "compiled without the hardware and not run" in page
     assert page.count("| v5e-16 |") == 4
     lines = [line.count("|") for line in page.splitlines() if line.startswith("|")]
-    assert [len(set(table)) for table in (lines[:6], lines[6:12], lines[12:])] == [1, 1, 1]
-    assert len(lines) == 6 + 6 + 2 + 2 * 8
+    assert [len(set(table)) for table in (lines[:6], lines[6:12], lines[12:18], lines[18:])] == [1] * 4
+    assert len(lines) == 3 * 6 + 2 + 2 * 8
     assert (tmp_path / "docs/scaling.png").stat().st_size < 60_000
 
 
@@ -55,9 +61,11 @@ def test_the_page_shows_what_is_not_compiled_yet(compiled, tmp_path):
     cache = scaling.PlanCache(tmp_path / "plans.json", compile_missing=False)
     rows = list(scaling.best_plans(cache, 2, ["v5e-8"]))
     by_policy, curves = scaling.remat_plans(cache), scaling.scaling_curves(cache)
-    page = scaling.write_document(rows, by_policy, curves, tmp_path, "scaling.py").read_text()
+    quantized = list(scaling.quantized_plans(cache, 2))
+    page = scaling.write_document(rows, quantized, by_policy, curves, tmp_path, "scaling.py").read_text()
     assert not compiled
     assert "| v5e-8 | 14B | 480p | not compiled |" in page
+    assert "| v5e-8 | int8 | not compiled |" in page
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', "[]", "{", '{"a": {"program": 1}}'])

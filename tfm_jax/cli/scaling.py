@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tfm_jax.cli import command
 from tfm_jax.config import NonEmptyPath, Positive, section
-from tfm_jax.planning.scaling import PlanCache, best_plans, remat_plans, scaling_curves, write_document
+from tfm_jax.planning.scaling import PlanCache, best_plans, quantized_plans, remat_plans, scaling_curves, write_document
 
 
 @section
@@ -35,9 +35,10 @@ def execute(argv: Sequence[str]) -> None:
     options = command.parse(Options, argv, "python scripts/scaling.py", __doc__).options()
     cache = PlanCache(options.output, compile_missing=not options.write)
     rows = list(best_plans(cache, options.tries))
+    quantized = list(quantized_plans(cache, options.tries))
     by_policy, curves = remat_plans(cache), scaling_curves(cache)
     page = f"python scripts/scaling.py --tries={options.tries}"
-    print(f"done: see {write_document(rows, by_policy, curves, options.docs, page)}")
+    print(f"done: see {write_document(rows, quantized, by_policy, curves, options.docs, page)}")
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from tfm_jax.sharding import batch_sharding, check_batch, check_split, num_shard
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, init_state, make_step
 from tfm_jax.wan.components import TRANSFORMER, abstract_model
+from tfm_jax.wan.quantization import quantize_linears
 from tfm_jax.wan.sources import find_source_or_none
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, token_grid
 
@@ -124,7 +125,10 @@ def _sampling_step(run: SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int
 
 
 def _abstract_model(model: configs.ModelConfig) -> WanTransformer:
-    return abstract_model(TRANSFORMER, transformer_config(model), jnp.dtype(model.dtype))  # pyright: ignore
+    network: Any = abstract_model(TRANSFORMER, transformer_config(model), jnp.dtype(model.dtype))
+    if model.quantize:
+        quantize_linears(network.blocks)
+    return network
 
 
 def _initial_state(

@@ -46,6 +46,9 @@ MACHINES = {
 }
 """Name of a rented machine -> its topology. Names of v5p and tpu7x slices count cores, two per chip."""
 
+QUANTIZED_MACHINES = {"1 x H100 80 GB": ("h100:1", 1), "v5e-8": ("v5e:2x4", 4)}
+"""Name of a machine -> its topology and a batch size, for the comparison of bfloat16 and int8."""
+
 SMALL_BATCH, SMALL_MACHINE = 4, 16
 """The paper's batch size, for machines with at most SMALL_MACHINE devices. Larger machines process one clip per device.
 """
@@ -76,7 +79,15 @@ class Case(NamedTuple):
     machine: str
 
 
+class QuantizedCase(NamedTuple):
+    """The machine and the weights of a row of the table about int8."""
+
+    machine: str
+    weights: str
+
+
 Rows = Sequence[tuple[Case, Plan | None]]
+QuantizedRows = Sequence[tuple[QuantizedCase, Plan | None]]
 Curves = Mapping[str, Sequence[Plan]]
 
 
@@ -128,8 +139,9 @@ def _options(run: Run, topology: Topology) -> list[str]:
     assert isinstance(run, TrainPlan)
     mesh = [f"--mesh.{axis}={getattr(run.mesh, axis)}" for axis in MESH_AXES]
     clip = [f"--clip.height={run.clip.height}", f"--clip.width={run.clip.width}"]
+    model = [f"--model.quantize={run.model.quantize}"] if run.model.quantize else []
     train = [f"--train.batch_size={run.train.batch_size}", f"--train.remat={run.train.remat}"]
-    return [f"--topology={topology.name}", *mesh, *clip, *train]
+    return [f"--topology={topology.name}", *mesh, *clip, *model, *train]
 
 
 def _compile(file: str, options: Sequence[str]) -> dict:
@@ -153,12 +165,25 @@ def best_plans(cache: PlanCache, tries: int, machines: Iterable[str] = MACHINES)
         for model in MODELS:
             for resolution in RESOLUTIONS:
                 run = _run(model, resolution, batch)
-                try:
-                    plans = search(run, topology, tries, make=partial(cache.plan, model))
-                    best = min(plans, key=lambda plan: (plan.recomputed_flops, plan.bytes_sent))
-                except (LookupError, CompilerError):
-                    best = None
-                yield Case(model, resolution, machine), best
+                yield Case(model, resolution, machine), _best_plan(cache, model, run, topology, tries)
+
+
+def quantized_plans(cache: PlanCache, tries: int) -> Iterator[tuple[QuantizedCase, Plan | None]]:
+    """Yield the best plans of 14B at 480p with weights in bfloat16 and in int8."""
+    for machine, (name, batch) in QUANTIZED_MACHINES.items():
+        topology = find_topology(name)
+        for quantize in (None, "int8"):
+            run = _run("14B", "480p", batch, {"model.quantize": quantize})
+            case = QuantizedCase(machine, quantize or run.model.dtype)
+            yield case, _best_plan(cache, "14B", run, topology, tries)
+
+
+def _best_plan(cache: PlanCache, model: str, run: TrainPlan, topology: Topology, tries: int) -> Plan | None:
+    try:
+        plans = search(run, topology, tries, make=partial(cache.plan, model))
+    except (LookupError, CompilerError):
+        return None
+    return min(plans, key=lambda plan: (plan.recomputed_flops, plan.bytes_sent))
 
 
 def scaling_curves(cache: PlanCache) -> dict[str, list[Plan]]:
@@ -197,17 +222,21 @@ def _run(model: str, resolution: str, batch: int, extra: Mapping[str, Any] = Map
     return config.load(TrainPlan, MODELS[model], fields)
 
 
-def write_document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, docs: Path, command: str) -> Path:
+def write_document(
+    rows: Rows, quantized: QuantizedRows, by_policy: Sequence[Plan], curves: Curves, docs: Path, command: str
+) -> Path:
     """Write scaling.md and scaling.png to the folder `docs`, and return the path of the page."""
     docs.mkdir(parents=True, exist_ok=True)
     draw(curves, docs / "scaling.png")
     file = docs / "scaling.md"
-    file.write_text(_document(rows, by_policy, curves, command), encoding="utf-8")
+    file.write_text(_document(rows, quantized, by_policy, curves, command), encoding="utf-8")
     return file
 
 
 COLUMNS = ("machine", "model", "resolution", "batch", "data x fsdp x sequence x tensor", "remat", "GiB per device",
            "GiB over", "PFLOP", "recomputed PFLOP", "GiB sent", "CPU s")  # fmt: skip
+
+QUANTIZED_COLUMNS = ("machine", "weights", *COLUMNS[3:8], "recomputed PFLOP", "GiB sent")
 
 REMAT_COLUMNS = ("remat", "GiB per device", "GiB in host memory", "recomputed PFLOP")
 
@@ -240,6 +269,13 @@ needs. JAX uses 3/4 of a GPU's memory unless XLA_CLIENT_MEM_FRACTION sets anothe
 
 {table}
 
+## Weights in 8 bits
+
+The option `model.quantize=int8` stores the kernels of the blocks in 8 bits ([training.md](training.md) says what that
+costs). This table is for 14B at 480p; its plans are chosen like those above.
+
+{quantized}
+
 ## What to save for the backward pass
 
 The option `train.remat` selects what each block saves for the backward pass. The table is for one clip of 1.3B at 480p
@@ -260,7 +296,9 @@ up to 8, then tensor.
 """
 
 
-def _document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, command: str) -> str:
+def _document(
+    rows: Rows, quantized: QuantizedRows, by_policy: Sequence[Plan], curves: Curves, command: str
+) -> str:
     plans = [plan for curve in curves.values() for plan in curve]
     return PAGE.format(
         command=command,
@@ -268,6 +306,7 @@ def _document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, command: st
         topology=REMAT_TOPOLOGY,
         mesh=", ".join(f"{name}={value}" for name, value in REMAT_MESH.items()),
         table=table(COLUMNS, (_row(case, plan) for case, plan in rows)),
+        quantized=table(QUANTIZED_COLUMNS, (_quantized_row(case, plan) for case, plan in quantized)),
         by_policy=table(REMAT_COLUMNS, map(_policy_row, by_policy)),
         curves=table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), map(_curve_row, plans)),
     )
@@ -277,11 +316,16 @@ def _row(case: Case, plan: Plan | None) -> tuple[str, ...]:
     names = (case.machine, case.model, case.resolution)
     if plan is None:
         return (*names, *("not compiled",) * (len(COLUMNS) - len(names)))
-    over = "fits" if plan.fits else f"{plan.over / GIB:.2f}"
     flops = (plan.flops["forward"] + plan.flops["backward"]) / 1e15
     recomputed = plan.recomputed_flops / 1e15
-    costs = (over, f"{flops:.1f}", f"{recomputed:.1f}", _gib_sent(plan), f"{plan.cpu_seconds:.0f}")
+    costs = (_over(plan), f"{flops:.1f}", f"{recomputed:.1f}", _gib_sent(plan), f"{plan.cpu_seconds:.0f}")
     return (*names, *_shared_cells(plan), *costs)
+
+
+def _quantized_row(case: QuantizedCase, plan: Plan | None) -> tuple[str, ...]:
+    if plan is None:
+        return (*case, *("not compiled",) * (len(QUANTIZED_COLUMNS) - len(case)))
+    return (*case, *_shared_cells(plan), _over(plan), f"{plan.recomputed_flops / 1e15:.1f}", _gib_sent(plan))
 
 
 def _policy_row(plan: Plan) -> tuple[str, ...]:
@@ -298,6 +342,10 @@ def _shared_cells(plan: Plan) -> tuple[str, ...]:
     mesh = " x ".join(str(plan.mesh[axis]) for axis in MESH_AXES)
     memory = f"{plan.needed / GIB:.2f} of {plan.available / GIB:.2f}"
     return str(plan.clips), mesh, str(plan.remat), memory
+
+
+def _over(plan: Plan) -> str:
+    return "fits" if plan.fits else f"{plan.over / GIB:.2f}"
 
 
 def _gib_sent(plan: Plan) -> str:

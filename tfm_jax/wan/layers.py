@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from tfm_jax.precision import precision_of
 from tfm_jax.sharding import Axes, gather
@@ -49,18 +49,20 @@ def constant(
 
 
 def gathered(variable: nnx.Variable, dtype: DTypeLike) -> Array:
-    """Return a parameter of one layer in `dtype`, all-gathered along its `embed` axis."""
+    """Return a parameter of one layer in `dtype`, all-gathered along its `embed` axis in the narrower of both dtypes."""
     value = variable[...]
-    return gather(value.astype(dtype), variable.get_metadata()["axes"][-value.ndim :])
+    narrower = min(value.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
+    return gather(value.astype(narrower), variable.get_metadata()["axes"][-value.ndim :]).astype(dtype)
 
 
 class Linear(nnx.Module):
     """`x @ kernel + bias`, plus a low-rank adapter if one is attached.
 
-    `kernel` is `[in, out]`. `tfm_jax.lora.adapters` attaches an adapter by setting `lora_a` `[in, rank]`, `lora_b`
+    `kernel` is `[in, out]`. If it is in int8, `kernel_scale` `[out]` has the scales of its columns (see
+    `tfm_jax.wan.quantization`), which multiply the output. `tfm_jax.lora.adapters` attaches an adapter by setting `lora_a` `[in, rank]`, `lora_b`
     `[rank, out]` and `lora_scale` = alpha / rank. The adapter of a DoRA (Liu et al. 2024, arXiv 2402.09353) also has
     `lora_magnitude` `[out]`, the norms of the columns of the kernel with the adapter. All parameters are used in the
-    dtype of the input, except for the magnitudes; those of an adapter are stored in float32.
+    dtype of the input, except for scales and magnitudes; those of an adapter are stored in float32.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Linear(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         self.kernel = param(rngs.params(), (features_in, features_out), axes, stack=stack, dtype=dtype)
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.bias: nnx.Param | None = nnx.data(
             constant(0.0, (features_out,), axes[1:], stack=stack, dtype=dtype) if bias else None
         )
@@ -85,7 +88,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = gathered(self.kernel, x.dtype)
+        scale = None if self.kernel_scale is None else gathered(self.kernel_scale, jnp.float32)
         y = _matmul(x, kernel)
+        if scale is not None:
+            y = (y * scale).astype(x.dtype)
         if self.bias is not None:
             y = y + gathered(self.bias, x.dtype)
         # Round here. Otherwise XLA may keep excess precision, and how much depends on whether there is an adapter.
@@ -98,15 +104,22 @@ class Linear(nnx.Module):
         if self.lora_magnitude is None:
             return y
         # The norms count as constants in the gradient (section 4.3 of the paper of DoRA), as in PEFT.
-        norms = jax.lax.stop_gradient(column_norms(kernel, _matmul(a, b) * self.lora_scale))
+        norms = jax.lax.stop_gradient(column_norms(kernel, scale, _matmul(a, b) * self.lora_scale))
         excess = gathered(self.lora_magnitude, jnp.float32) / norms - 1
         product = y if self.bias is None else y - gathered(self.bias, x.dtype)
         return y + (product.astype(jnp.float32) * excess).astype(x.dtype)
 
 
-def column_norms(kernel: Float[Array, "... i o"], change: Float[Array, "... i o"] | float = 0) -> Float[Array, "... o"]:
-    """Return the Euclidean norms of the columns of `kernel` + `change`, in float32."""
-    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32) + change), axis=-2))
+def column_norms(
+    kernel: Real[Array, "... i o"],
+    scale: Float[Array, "... o"] | None,
+    change: Float[Array, "... i o"] | float = 0,
+) -> Float[Array, "... o"]:
+    """Return the Euclidean norms of the columns of `kernel` x `scale` + `change`, in float32."""
+    weight = kernel.astype(jnp.float32)
+    if scale is not None:
+        weight = weight * scale[..., None, :]
+    return jnp.sqrt(jnp.sum(jnp.square(weight + change), axis=-2))
 
 
 @jax.custom_vjp
