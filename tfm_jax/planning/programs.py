@@ -127,7 +127,7 @@ def _sampling_step(run: SamplePlan, mesh: Mesh) -> tuple[jax.stages.Lowered, int
 def _abstract_model(model: configs.ModelConfig) -> WanTransformer:
     network: Any = abstract_model(TRANSFORMER, transformer_config(model), jnp.dtype(model.dtype))
     if model.quantize:
-        quantize_linears(network.blocks)
+        network.blocks = nnx.eval_shape(quantize_linears, network.blocks)
     return network
 
 

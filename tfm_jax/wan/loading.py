@@ -101,7 +101,7 @@ def _load(source: Source, dtype: DTypeLike, mesh: Mesh | None, quantized: bool =
     module: Any = abstract_model(source.component, source.config, dtype)
     check_source(source, {name: variable.get_value() for name, variable in named_parameters(module).items()})
     if quantized:
-        quantize_linears(module.blocks)
+        module.blocks = nnx.eval_shape(quantize_linears, module.blocks)
 
     parameters = named_parameters(module)
     rows = defaultdict(list)

@@ -5,7 +5,6 @@ each output channel: the weight is q x s, with s = max |weight| / 127 over the i
 multiplies by q in the dtype of the computation, in which the integers are exact, and scales the product by s.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
@@ -20,12 +19,12 @@ def quantize(weight: Float[Array, "... i o"]) -> tuple[Int8[Array, "... i o"], F
     return jnp.round(weight / step[..., None, :]).astype(jnp.int8), scale
 
 
-def quantize_linears(module: nnx.Module) -> None:
-    """Give the linear layers in an abstract module (only shapes) abstract kernels in int8, with scales."""
+def quantize_linears(module: nnx.Module) -> nnx.Module:
+    """Quantise the kernels of all linear layers in `module`, and return it. `nnx.eval_shape` does it to shapes only."""
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, Linear):
-            *stack, features_in, features_out = layer.kernel.shape
             *layers, _, axis_out = layer.kernel.get_metadata()["axes"]
-            layer.kernel.set_value(jax.ShapeDtypeStruct((*stack, features_in, features_out), jnp.int8))
-            scale = jax.ShapeDtypeStruct((*stack, features_out), jnp.float32)
+            kernel, scale = quantize(layer.kernel[...].astype(jnp.float32))
+            layer.kernel.set_value(kernel)
             layer.kernel_scale = nnx.Param(scale, axes=(*layers, axis_out))
+    return module
