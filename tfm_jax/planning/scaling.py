@@ -296,9 +296,7 @@ up to 8, then tensor.
 """
 
 
-def _document(
-    rows: Rows, quantized: QuantizedRows, by_policy: Sequence[Plan], curves: Curves, command: str
-) -> str:
+def _document(rows: Rows, quantized: QuantizedRows, by_policy: Sequence[Plan], curves: Curves, command: str) -> str:
     plans = [plan for curve in curves.values() for plan in curve]
     return PAGE.format(
         command=command,

@@ -49,7 +49,10 @@ def constant(
 
 
 def gathered(variable: nnx.Variable, dtype: DTypeLike) -> Array:
-    """Return a parameter of one layer in `dtype`, all-gathered along its `embed` axis in the narrower of both dtypes."""
+    """Return a parameter of one layer in `dtype`, all-gathered along its `embed` axis.
+
+    It is gathered in `dtype` or in its own, whichever is narrower.
+    """
     value = variable[...]
     narrower = min(value.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
     return gather(value.astype(narrower), variable.get_metadata()["axes"][-value.ndim :]).astype(dtype)
@@ -58,11 +61,11 @@ def gathered(variable: nnx.Variable, dtype: DTypeLike) -> Array:
 class Linear(nnx.Module):
     """`x @ kernel + bias`, plus a low-rank adapter if one is attached.
 
-    `kernel` is `[in, out]`. If it is in int8, `kernel_scale` `[out]` has the scales of its columns (see
-    `tfm_jax.wan.quantization`), which multiply the output. `tfm_jax.lora.adapters` attaches an adapter by setting `lora_a` `[in, rank]`, `lora_b`
+    `kernel` is `[in, out]`. If it is in int8, the output is multiplied by `kernel_scale` `[out]`: see
+    `tfm_jax.wan.quantization`. `tfm_jax.lora.adapters` attaches an adapter by setting `lora_a` `[in, rank]`, `lora_b`
     `[rank, out]` and `lora_scale` = alpha / rank. The adapter of a DoRA (Liu et al. 2024, arXiv 2402.09353) also has
     `lora_magnitude` `[out]`, the norms of the columns of the kernel with the adapter. All parameters are used in the
-    dtype of the input, except for scales and magnitudes; those of an adapter are stored in float32.
+    dtype of the input, except for scales and magnitudes; scales and those of an adapter are stored in float32.
     """
 
     def __init__(

@@ -1,8 +1,12 @@
-"""Kernels in int8, for a frozen base in half the memory of bfloat16.
+"""Kernels in int8: a frozen base in half the memory of bfloat16.
 
-Each kernel `[in, out]` of the transformer's blocks is stored as integers q from -127 to 127, and one float32 scale s for
-each output channel: the weight is q x s, with s = max |weight| / 127 over the inputs of the channel. A linear layer
-multiplies by q in the dtype of the computation, in which the integers are exact, and scales the product by s.
+A kernel `[in, out]` is stored as integers q from -127 to 127 and a float32 scale s for each output channel. The weights
+are q * s, where s is the largest absolute weight of the channel / 127. A linear layer multiplies by q in the dtype of
+the computation, in which these integers are exact, and multiplies the product by s.
+
+Qwix, Google's quantisation library for JAX, does not fit. While a module runs for the first time, it intercepts matrix
+products, traces their operands back to the variables of the module, and replaces these. It cannot trace a kernel past
+the custom gradient of our product, nor replace variables in the body of a scan over stacked layers.
 """
 
 import jax.numpy as jnp
