@@ -110,7 +110,7 @@ def test_a_base_in_int8_on_a_mesh(runs):
     """Loss and gradients agree with those of one device. Kernels of blocks are gathered in int8; scales are split."""
     result = runs["quantized"]
     one, eight = result["losses"]
-    assert eight == pytest.approx(one, rel=1e-6)
+    assert eight == pytest.approx(one, rel=1e-5)
     assert result["difference"] < 1e-5
     assert result["parts"] == [[2, 64, 24], [2, 24]]
     kernels = {"[1,96,48]", "[1,48,96]", "[1,96,64]", "[1,64,96]"}
