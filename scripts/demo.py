@@ -32,9 +32,9 @@ DEMO = Path("runs/demo")
 CONFIG = "wan_tiny"
 LAW = "gravity"
 """A law of motion that the embedded model does not know."""
-CLIP_SETS = {"clips": (272, 1), "reference": (64, 2)}
+CLIP_SETS = {"clips": (400, 1), "reference": (64, 2)}
 """Folder -> number and seed of its real clips: the first folder is for training, the second for comparison."""
-WATCHING = ("--data.held_out=0.06", "--train.eval_every=100", "--train.eval_clips=8", "--train.sample_every=350",
+WATCHING = ("--data.held_out=0.05", "--train.eval_every=200", "--train.eval_clips=8", "--train.sample_every=500",
             f"--sampling.prompts={DEMO}/watched_prompts.txt")  # fmt: skip
 """How the training run is watched: by its loss on clips that are held out, and by samples for a few prompts."""
 NUM_PROMPTS = 32

@@ -106,6 +106,18 @@ def test_sampling_on_a_mesh(runs):
     assert runs["samplings"]["calls"] == 3
 
 
+def test_a_base_in_int8_on_a_mesh(runs):
+    """Loss and gradients agree with those of one device. Kernels of blocks are gathered in int8; scales are split."""
+    result = runs["quantized"]
+    one, eight = result["losses"]
+    assert eight == pytest.approx(one, rel=1e-5)
+    assert result["difference"] < 1e-5
+    assert result["parts"] == [[2, 64, 24], [2, 24]]
+    kernels = {"[1,96,48]", "[1,48,96]", "[1,96,64]", "[1,64,96]"}
+    gathered = {name for name in result["gathered"] if name.lstrip("abcdefghijklmnopqrstuvwxyz0123456789") in kernels}
+    assert gathered == {f"s8{kernel}" for kernel in kernels}
+
+
 # --- Sequence parallelism --------------------------------------------------------------------------------------------
 
 

@@ -44,11 +44,11 @@ def _in_jax(function: Callable, arrays: Sequence[np.ndarray], backward: bool, si
 def _in_torch(arrays: Sequence[np.ndarray], backward: bool, sizes: Sizes) -> Program:
     """PyTorch's kernels expect heads before tokens, so transpose the inputs here, before the timing starts."""
     tensors = [peers.tensor(x, sizes).transpose(1, 2).contiguous() for x in arrays]
-    query, key, value = inputs = [x.requires_grad_(backward) for x in tensors[:3]]
+    query, key, value = (x.requires_grad_(backward) for x in tensors[:3])
 
     def run() -> object:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-        return torch.autograd.grad(out, inputs, tensors[3]) if backward else out
+        return torch.autograd.grad(out, (query, key, value), tensors[3]) if backward else out
 
     return peers.program(sizes, run)
 

@@ -10,12 +10,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 from benchmarks import peers
 from benchmarks.sizes import Sizes
@@ -24,7 +27,7 @@ from benchmarks.usage import run_and_watch
 from benchmarks.weights import write_checkpoint
 from tfm_jax.lora.files import Adapter, Lora, write_lora
 from tfm_jax.wan import load_transformer
-from tfm_jax.wan.names import BLOCK_LINEARS, BlockLinear, TransformerLinear
+from tfm_jax.wan.names import BLOCK_LINEARS, BlockLinear
 
 CONVERT = Path(__file__).resolve().parents[1] / "convert_weights.py"
 RANK = 32
@@ -41,10 +44,8 @@ def measure(sizes: Sizes) -> Iterator[Row]:
 
 def measure_loading(source: Path, sizes: Sizes) -> Row:
     def theirs() -> object:
-        model = peers.diffusers.WanTransformer3DModel.from_pretrained(
-            source / "transformer", torch_dtype=torch.bfloat16
-        )
-        return model.to(peers.device_of(sizes))
+        model = WanTransformer3DModel.from_pretrained(source / "transformer", torch_dtype=torch.bfloat16)
+        return model.to(peers.device_of(sizes))  # pyright: ignore[reportArgumentType]
 
     def ours() -> object:
         return jax.block_until_ready(jax.tree.leaves(load_transformer(source, jnp.bfloat16)))
@@ -81,7 +82,7 @@ def measure_export(scratch: Path, sizes: Sizes) -> Row:
     """Write a LoRA in the dialect of diffusers in bfloat16."""
     config = sizes.files
     rng = np.random.default_rng(0)
-    adapters: dict[TransformerLinear, Adapter] = {
+    adapters: Any = {
         BlockLinear(layer, name): Adapter(
             rng.standard_normal((RANK, config.ffn_dim if name == "ffn.2" else config.dim), np.float32),
             rng.standard_normal((config.ffn_dim if name == "ffn.0" else config.dim, RANK), np.float32),
@@ -89,12 +90,12 @@ def measure_export(scratch: Path, sizes: Sizes) -> Row:
         for layer in range(config.layers)
         for name in BLOCK_LINEARS
     }
-    layers = {f"{linear.diffusers}.lora_{factor.upper()}.weight": torch.from_numpy(getattr(adapter, factor))
+    layers: Any = {f"{linear.diffusers}.lora_{factor.upper()}.weight": torch.from_numpy(getattr(adapter, factor))
               for linear, adapter in adapters.items() for factor in "ab"}  # fmt: skip
 
     def theirs() -> None:
         state = {name: value.to(torch.bfloat16) for name, value in layers.items()}
-        peers.diffusers.WanPipeline.save_lora_weights(scratch / "lora", state)
+        WanPipeline.save_lora_weights(scratch / "lora", state)
 
     def ours() -> None:
         write_lora(scratch / "lora.safetensors", Lora(adapters, RANK, RANK), "diffusers", ml_dtypes.bfloat16)

@@ -1,7 +1,6 @@
 """The networks of diffusers and transformers with random weights, and programs that run them."""
 
 import contextlib
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from einops import rearrange
 
 from benchmarks.ours import inputs
@@ -16,8 +17,6 @@ from benchmarks.sizes import Sizes, Work
 from benchmarks.timing import Program
 from tfm_jax.config import OptimizerConfig
 from tfm_jax.wan.transformer import TransformerConfig
-
-diffusers: Any = importlib.import_module("diffusers")  # its lazy exports are invisible to type checkers
 
 TARGETS = ".*blocks.*(to_q|to_k|to_v|to_out.0|ffn.net.0.proj|ffn.net.2)"
 """The linear layers that our default selects, by their names in diffusers."""
@@ -54,7 +53,7 @@ def created_on(sizes: Sizes) -> Iterator[None]:
 
 def transformer(config: TransformerConfig, sizes: Sizes) -> Any:
     with created_on(sizes):
-        model = diffusers.WanTransformer3DModel(
+        model: Any = WanTransformer3DModel(
             num_attention_heads=config.heads,
             attention_head_dim=config.head_dim,
             in_channels=config.channels,
@@ -69,7 +68,7 @@ def transformer(config: TransformerConfig, sizes: Sizes) -> Any:
 
 def autoencoder(base_dim: int, sizes: Sizes) -> Any:
     with created_on(sizes._replace(dtype="float32")):
-        model = diffusers.AutoencoderKLWan(base_dim=base_dim)
+        model: Any = AutoencoderKLWan(base_dim=base_dim)
     return model.eval().requires_grad_(False)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from benchmarks import ours, peers
 from benchmarks.sizes import Sizes, Work
@@ -41,11 +43,12 @@ def our_samplers(work: Work, sizes: Sizes) -> list[Program]:
 
 
 def peer_samplers(work: Work, sizes: Sizes) -> list[Program]:
-    pipeline = peers.diffusers.WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
+    nothing: Any = None
+    pipeline = WanPipeline(
+        tokenizer=nothing,
+        text_encoder=nothing,
         vae=peers.autoencoder(BASE_DIM[sizes.device], sizes),
-        scheduler=peers.diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         transformer=peers.transformer(work.config, sizes),
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -18,11 +18,11 @@ def fingerprint(array: np.ndarray) -> int:
     return fingerprints({"x": jnp.asarray(array)})["x"]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8])
 def test_fingerprints_see_every_change(dtype):
     rng = np.random.default_rng(0)
     x = np.asarray(1000 * rng.standard_normal((8, 8, 8))).astype(dtype)
-    unsigned = {2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
     seen = {fingerprint(x)}
 
     def changed(value: np.ndarray) -> None:

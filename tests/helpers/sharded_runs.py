@@ -22,6 +22,7 @@ from tfm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import init_state, make_step
 from tfm_jax.wan.attention import cross_attention, self_attention
+from tfm_jax.wan.quantization import quantize_linears
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
 # There are 40 tokens; no other axis has this length. A token has fewer outputs (16) than activations.
@@ -44,9 +45,11 @@ def collectives(program):
     return found
 
 
-def model_on(mesh, adapters):
+def model_on(mesh, adapters, quantized=False):
     """Return a model with the same weights on every mesh. No adapter is zero, or some gradients would be zero."""
     model = jax.jit(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32))()
+    if quantized:
+        quantize_linears(model.blocks)
     nnx.update(model, jax.device_put(nnx.state(model), shardings(nnx.state(model), mesh)))
     if adapters:
         attach_lora(model, LoraConfig(rank=4, alpha=4))
@@ -141,6 +144,32 @@ def accumulation():
     return {"losses": losses, "difference": max(differences), **collectives(parts.step.as_text())}
 
 
+def quantized():
+    """Compare loss and gradients on a base in int8, on eight devices, with those on one; list what is gathered."""
+    results = []
+    for sizes in ((1, 1, 1, 1), (1, 2, 2, 2)):
+        mesh = mesh_of(sizes)
+        graph, lora, frozen = split_lora(model_on(mesh, adapters=True, quantized=True))
+
+        def loss(lora, frozen, batch, graph=graph):
+            velocity = nnx.merge(graph, lora, frozen)
+            return jnp.mean(jnp.square(velocity(batch.latents, jnp.full(8, 500.0), batch.text)))
+
+        with jax.set_mesh(mesh):
+            program = jax.jit(jax.value_and_grad(loss)).lower(lora, frozen, batch_on(mesh)).compile()
+            value, gradient = program(lora, frozen, batch_on(mesh))
+        results.append((float(value), {name: np.asarray(x) for name, x in flatten(gradient).items()}))
+    down = frozen["blocks"]["ffn"]["down"]
+    gathered = " ".join(result for result, kind in COLLECTIVE.findall(program.as_text()) if kind == "all-gather")
+    (one, expected), (eight, ours) = results
+    return {
+        "losses": [one, eight],
+        "difference": max(np.linalg.norm(ours[n] - x) / np.linalg.norm(x) for n, x in expected.items()).item(),
+        "parts": [list(down[name][...].addressable_shards[0].data.shape) for name in ("kernel", "kernel_scale")],
+        "gathered": sorted(set(re.findall(r"\w+\[[\d,]*\]", gathered))),
+    }
+
+
 def compilations():
     """Count the compilations in each of six steps with two alternating shapes, on a mesh that splits everything."""
     training = Training((1, 2, 2, 2))
@@ -204,6 +233,7 @@ def samplings():
 if __name__ == "__main__":
     parts = {
         "attentions": attentions, "samplings": samplings, "compilations": compilations, "accumulation": accumulation,
+        "quantized": quantized,
     }  # fmt: skip
     results = {name: make() for name, make in parts.items()}
     print(json.dumps({"trainings": trainings(Path(sys.argv[1])), **results}))

@@ -10,6 +10,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.planning import scaling
 from tfm_jax.planning.chips import GIB
 from tfm_jax.planning.plan import Phase
+from tfm_jax.planning.scaling_page import Tables, write_document
 
 
 @pytest.fixture
@@ -52,14 +53,19 @@ def test_an_interrupted_page_is_continued(compiled, tmp_path):
     assert [[p.chips for p in plans] for plans in curves.values()] == [[8, 16, 32, 64, 128, 256, 512, 1024]] * 2
     by_policy = scaling.remat_plans(continued)
     assert [p.remat for p in by_policy] == ["full", "attention", "attention_offload", "none"]
-    sampling = scaling.sampling_plans(continued)
-    command = "python scripts/scaling.py"
-    page = scaling.write_document(rows, by_policy, curves, sampling, tmp_path / "docs", command).read_text()
+    quantized = list(scaling.quantized_plans(continued, 2))
+    assert [case for case, _ in quantized] == [
+        (machine, weights) for machine in ("1 x H100 80 GB", "v5e-8") for weights in ("bfloat16", "int8")
+    ]
+    assert any("--model.quantize=int8" in options for options in compiled)
+    tables = Tables(rows, quantized, by_policy, curves, scaling.sampling_plans(continued))
+    page = write_document(tables, tmp_path / "docs", "python scripts/scaling.py").read_text()
     assert "compiled without the hardware and not run" in page
     assert page.count("| v5e-16 |") == 4
     lines = [line.count("|") for line in page.splitlines() if line.startswith("|")]
-    assert [len(set(table)) for table in (lines[:6], lines[6:12], lines[12:30], lines[30:])] == [1, 1, 1, 1]
-    assert len(lines) == 6 + 6 + 2 + 2 * 8 + 2 + 4 * 2
+    parts = (lines[:6], lines[6:12], lines[12:18], lines[18:36], lines[36:])
+    assert [len(set(table)) for table in parts] == [1] * 5
+    assert len(lines) == 3 * 6 + 2 + 2 * 8 + 2 + 4 * 2
     row = "| v5e-8 | 720p | 3.00 | 1.00 | 1.00 | 3.00 | 5.00 | 5.00 | 15.75 | fits | 197.0 | 125 |"
     assert row in page
     assert (tmp_path / "docs/scaling.png").stat().st_size < 60_000
@@ -69,10 +75,12 @@ def test_the_page_shows_what_is_not_compiled_yet(compiled, tmp_path):
     cache = scaling.PlanCache(tmp_path / "plans.json", compile_missing=False)
     rows = list(scaling.best_plans(cache, 2, ["v5e-8"]))
     by_policy, curves = scaling.remat_plans(cache), scaling.scaling_curves(cache)
-    sampling = scaling.sampling_plans(cache)
-    page = scaling.write_document(rows, by_policy, curves, sampling, tmp_path, "scaling.py").read_text()
+    quantized = list(scaling.quantized_plans(cache, 2))
+    tables = Tables(rows, quantized, by_policy, curves, scaling.sampling_plans(cache))
+    page = write_document(tables, tmp_path, "scaling.py").read_text()
     assert not compiled
     assert "| v5e-8 | 14B | 480p | not compiled |" in page
+    assert "| v5e-8 | int8 | not compiled |" in page
     assert "| v5e-8 | 480p | not compiled |" in page
 
 

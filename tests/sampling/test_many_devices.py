@@ -11,18 +11,46 @@ import pytest
 from helpers import virtual_devices
 from helpers.launching import PATIENCE, Launcher, wait_for
 from helpers.paths import ROOT
-from helpers.sampling_runs import LATENTS, VIDEOS, content
+from helpers.sampling_runs import LATENTS, content
 from safetensors.numpy import load_file
 
-from tfm_jax.video import read_clip
+from tfm_jax.config import load
+from tfm_jax.sampling.decoding import decode
+from tfm_jax.sampling.latents import read_latents
+from tfm_jax.sampling.outputs import SampleRun
+from tfm_jax.wan import load_vae
 
-ON_EIGHT_DEVICES = """
-import sys
+PROGRAM = """
+import errno, sys
 from pathlib import Path
 import jax
-from tfm_jax.config import load
+import numpy as np
+from tfm_jax import video
+from tfm_jax.cli import command, sample
+
+write, (folder, no_room, *arguments) = video.write_clip, sys.argv[1:]
+
+def recorded(path, frames, *rest):
+    index, frames = jax.process_index(), np.stack(list(frames))
+    if (index, path.stem) == (1, no_room):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    np.save(Path(folder, f"{index}_{path.stem}.npy"), frames)
+    write(path, frames, *rest)
+
+video.write_clip = recorded
+sys.argv = ["tfm-sample", *arguments]
+"""
+"""The start of a program that runs tfm-sample. It saves the frames of each video under the number of the process.
+
+Arguments: the folder for the frames; the stem of a video for which process 1 has no room; those of tfm-sample.
+"""
+
+IN_PROCESSES = f"{PROGRAM}\ncommand.run(sample.execute)\n"
+
+ON_EIGHT_DEVICES = (
+    PROGRAM
+    + """
 from tfm_jax.sampling import pipeline, writing
-from tfm_jax.sampling.pipeline import SampleRun, sample
 
 decode, encode = writing.decode, pipeline.encode_prompts
 used = set()
@@ -34,49 +62,22 @@ def decode_on_four(vae, latents, *rest):
 
 def encode_on_eight(tokenizer, encoder, prompts, mesh):
     assert len(prompts) == 4
-    kernel = encoder.blocks.ffn.up.kernel
-    assert kernel.addressable_shards[0].data.shape == (2, 64 // 4, 128)
+    assert encoder.blocks.ffn.up.kernel.addressable_shards[0].data.shape == (2, 64 // 4, 128)
     used.add("encode")
     return encode(tokenizer, encoder, prompts, mesh)
 
 writing.decode, pipeline.encode_prompts = decode_on_four, encode_on_eight
-folder = Path(sys.argv[1])
-fields = {"sampling.output": folder / "eight", "mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2}
-run = load(SampleRun, folder / "finished/config.yaml", fields)
-sample(run)
+sample.execute(arguments)
 assert used == {"decode", "encode"}
-before = {path.name: path.read_bytes() for path in (folder / "eight").iterdir()}
+output = Path(arguments[-1].partition("=")[2])
+before = {path.name: path.read_bytes() for path in output.iterdir()}
 for name in ("000.mp4", "001.mp4", "001.safetensors"):
-    (folder / "eight" / name).unlink()
-sample(run)
-assert {path.name: path.read_bytes() for path in (folder / "eight").iterdir()} == before
+    (output / name).unlink()
+sample.execute(arguments)
+assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 """
+)
 """Program that samples on a mesh of 2 x 2 x 2 devices, and then again what it has removed."""
-
-IN_PROCESSES = """
-import errno, sys
-import jax
-from tfm_jax import video
-from tfm_jax.cli import command, sample
-
-write, (log, no_room, *arguments) = video.write_clip, sys.argv[1:]
-
-def watched(path, *rest):
-    index = jax.process_index()
-    if (index, path.stem) == (1, no_room):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-    write(path, *rest)
-    with open(log, "a") as lines:
-        lines.write(f"{index} wrote {path.name}\\n")
-
-video.write_clip = watched
-sys.argv = ["tfm-sample", *arguments]
-command.run(sample.execute)
-"""
-"""The program tfm-sample that logs which process writes which video, and whose process 1 has no room for one video.
-
-Arguments: the log, the stem of the video for which there is no room, and the arguments of tfm-sample.
-"""
 
 
 @pytest.fixture
@@ -86,56 +87,70 @@ def launch():
     launcher.kill()
 
 
-def assert_equal(ours: Path, one: Path) -> None:
-    """Latents agree to 1e-5 of the largest, and frames to one grey level."""
-    assert content(ours).keys() == content(one).keys()
+@pytest.fixture(scope="module")
+def frames_of_one(finished, model) -> list[np.ndarray]:
+    """The frames of the videos of one device, before they are compressed."""
+    run = load(SampleRun, finished / "config.yaml")
+    latents = np.concatenate([read_latents(finished / name, (2, 4, 6, 16)) for name in LATENTS])
+    decoded = [decode(load_vae(model), video[None], [number], run)[number] for number, video in enumerate(latents)]
+    return [np.stack(list(frames)) for frames in decoded]
+
+
+def assert_equal(output: Path, frames: Path, finished: Path, frames_of_one: list[np.ndarray]) -> None:
+    """Latents agree to 1e-5 of the largest, and frames to one grey level. Compression may enlarge the difference."""
+    assert content(output).keys() == content(finished).keys()
     for name in LATENTS:
-        a, b = (load_file(folder / name)["latents"] for folder in (ours, one))
-        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
-    a, b = (np.int16([read_clip(folder / name, 5, 32, 48, 16) for name in VIDEOS]) for folder in (ours, one))
-    assert np.abs(a - b).max() <= 1
+        ours, one = (load_file(folder / name)["latents"] for folder in (output, finished))
+        assert np.abs(ours - one).max() <= 1e-5 * np.abs(one).max()
+    for number, one in enumerate(frames_of_one):
+        [file] = frames.glob(f"*_{number:03}.npy")
+        assert np.abs(np.int16(np.load(file)) - one).max() <= 1
 
 
-def test_eight_devices_make_the_videos_of_one(finished, model):
+def test_eight_devices_make_the_videos_of_one(finished, frames_of_one, tmp_path):
     """Four videos at a time, each decoded by one device. Videos that are made again have the same bytes."""
-    command = [sys.executable, "-c", ON_EIGHT_DEVICES, model.parent]
+    mesh = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.sequence=2", f"--sampling.output={tmp_path / 'eight'}"]
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES, tmp_path, "", "--config", finished / "config.yaml", *mesh]
     done = subprocess.run(command, env=virtual_devices.environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert_equal(model.parent / "eight", finished)
+    assert_equal(tmp_path / "eight", tmp_path, finished, frames_of_one)
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_videos_of_one(finished, model, launch, tmp_path):
+def test_two_processes_make_the_videos_of_one(finished, frames_of_one, launch, tmp_path):
     """The first run ends with an error of process 1, and the second one makes what is missing. Each process writes its
     own videos."""
-    output, log = tmp_path / "two", tmp_path / "log"
-    options = ["--config", str(finished / "config.yaml"), f"--sampling.output={output}"]
-    meshes = ["--mesh.data=2", "--mesh.sequence=2", "--mesh.tensor=2"], ["--mesh.fsdp=2", "--mesh.sequence=4"]
-    two = launch(2, ["-c", IN_PROCESSES, str(log), "001", *options, *meshes[0]])
+    output = tmp_path / "two"
+    mesh = ["--mesh.data=2", "--mesh.sequence=2", "--mesh.tensor=2", f"--sampling.output={output}"]
+    config = ["--config", str(finished / "config.yaml")]
+    two = launch(2, ["-c", IN_PROCESSES, str(tmp_path), "001", *config, *mesh])
     errors = [process.communicate(timeout=PATIENCE)[1] for process in two]
     assert [process.returncode for process in two] == [2, 2], errors
-    assert re.findall("error: .*", "".join(errors)) == [
-        f"error: process 1 of 2: {output / '001.mp4'}: No space left on device"
-    ]
+    message = f"error: process 1 of 2: {output / '001.mp4'}: No space left on device"
+    assert re.findall("error: .*", "".join(errors)) == [message]
     assert not (output / "002.safetensors").exists()
 
-    (output / "000.safetensors").unlink()  # of the first process; its video is there or not
-    (output / "000.mp4").unlink(missing_ok=True)
-    log.unlink(missing_ok=True)
-    two = launch(2, ["-c", IN_PROCESSES, str(log), "none", *options, *meshes[0]])
+    for name in ("000.mp4", "000.safetensors"):  # the first process may have been too late to write them
+        (output / name).unlink(missing_ok=True)
+    two = launch(2, ["-c", IN_PROCESSES, str(tmp_path), "", *config, *mesh])
     (out, err), (out_of_other, err_of_other) = (process.communicate(timeout=PATIENCE) for process in two)
     assert [process.returncode for process in two] == [0, 0], err + err_of_other
-    assert sorted(log.read_text().splitlines()) == ["0 wrote 000.mp4", "0 wrote 002.mp4", "1 wrote 001.mp4"]
+    assert sorted(file.name for file in tmp_path.glob("*.npy")) == ["0_000.npy", "0_002.npy", "1_001.npy"]
     assert out.endswith(f"{output}: 3 videos and contact_sheet.png\n")
     assert "devices: 8 x cpu in 2 processes" in err
     assert "videos" not in out_of_other + err_of_other
-    assert_equal(output, finished)
+    assert_equal(output, tmp_path, finished, frames_of_one)
 
-    other = [*options[:2], *meshes[1], f"--sampling.output={tmp_path / 'three'}"]
-    weights_apart = launch(2, [str(ROOT / "scripts/sample.py"), *other])
-    errors = [process.communicate(timeout=PATIENCE)[1] for process in weights_apart]
-    assert [process.returncode for process in weights_apart] == [0, 0], errors
-    assert_equal(tmp_path / "three", finished)
+
+@pytest.mark.slow
+def test_two_processes_share_the_weights_and_one_video(finished, frames_of_one, launch, tmp_path):
+    mesh = ["--mesh.sequence=4", "--mesh.tensor=2", f"--sampling.output={tmp_path / 'two'}"]
+    config = ["--config", str(finished / "config.yaml")]
+    two = launch(2, ["-c", IN_PROCESSES, str(tmp_path), "", *config, *mesh])
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in two]
+    assert [process.returncode for process in two] == [0, 0], errors
+    assert sorted(file.name for file in tmp_path.glob("*.npy")) == ["0_000.npy", "0_001.npy", "0_002.npy"]
+    assert_equal(tmp_path / "two", tmp_path, finished, frames_of_one)
 
 
 @pytest.mark.slow

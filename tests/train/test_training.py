@@ -108,6 +108,7 @@ def test_the_base_is_not_saved_and_the_adapters_change(two_steps):
     ("change", "message"),
     [
         ("--lora.rank=8", "lora.rank=8: the run in .* was started with 4"),
+        ("--model.quantize=int8", "model.quantize=int8: the run in .* was started with null"),
         ("--train.seed=1", "train.seed=1"),
         (
             "--train.batch_size=4",

@@ -41,7 +41,8 @@ def _hash(x: Shaped[Array, "..."]) -> tuple[UInt32[Array, "2"], Bool[Array, ""]]
     2^32 are the same in any order. For a fixed position, different bits always give different summands, so a change of
     a single element always changes both sums. Other changes go unnoticed with a probability of about 2^-64.
     """
-    bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)
     for axis, length in enumerate(x.shape):
         position = position * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

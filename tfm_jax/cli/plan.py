@@ -1,7 +1,8 @@
-"""Check whether a run fits on a machine that is not available here, by compiling its training step.
+"""Check whether a run fits on a machine that is not available here, by compiling its programs.
 
     tfm-plan --config wan2.1_t2v_14b --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4
     tfm-plan --config wan2.1_t2v_14b --topology=v6e:2x4 --search
+    tfm-plan --config wan2.1_t2v_14b --topology=h100:1 --sampling
 
 This needs no TPU, GPU or weights; `pip install 'jax[tpu]'` installs the compiler for TPUs. The plan shows the memory
 needed per device, the operations of a step, the bytes that each device sends, and the cost of compiling. It shows no
@@ -38,7 +39,8 @@ class Options:
     topology: str
     """Chips, and their number or shape: v5e:4x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and so on."""
     sampling: bool = False
-    """Plan a sampling step instead of a training step. For its options, use --sampling --help."""
+    """Plan a sampling run instead of a training step: encoding the prompts, denoising and decoding. For its options,
+    use --sampling --help."""
     search: Annotated[Positive | None, command.ValueIfOmitted("8")] = None
     """Compile this many of the most promising meshes (8 if no number is given), each with several remat policies or
     only with that of --train.remat. Rank the plans that fit, and print the command for the best."""

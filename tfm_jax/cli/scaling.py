@@ -16,14 +16,8 @@ from pathlib import Path
 
 from tfm_jax.cli import command
 from tfm_jax.config import NonEmptyPath, Positive, section
-from tfm_jax.planning.scaling import (
-    PlanCache,
-    best_plans,
-    remat_plans,
-    sampling_plans,
-    scaling_curves,
-    write_document,
-)
+from tfm_jax.planning.scaling import PlanCache, best_plans, quantized_plans, remat_plans, sampling_plans, scaling_curves
+from tfm_jax.planning.scaling_page import Tables, write_document
 
 
 @section
@@ -41,10 +35,15 @@ class Options:
 def execute(argv: Sequence[str]) -> None:
     options = command.parse(Options, argv, "python scripts/scaling.py", __doc__).options()
     cache = PlanCache(options.output, compile_missing=not options.write)
-    rows = list(best_plans(cache, options.tries))
-    by_policy, curves, sampling = remat_plans(cache), scaling_curves(cache), sampling_plans(cache)
+    tables = Tables(
+        best=list(best_plans(cache, options.tries)),
+        quantized=list(quantized_plans(cache, options.tries)),
+        by_policy=remat_plans(cache),
+        curves=scaling_curves(cache),
+        sampling=sampling_plans(cache),
+    )
     page = f"python scripts/scaling.py --tries={options.tries}"
-    print(f"done: see {write_document(rows, by_policy, curves, sampling, options.docs, page)}")
+    print(f"done: see {write_document(tables, options.docs, page)}")
 
 
 def main() -> None:

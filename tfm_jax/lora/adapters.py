@@ -141,7 +141,8 @@ def _init_magnitudes(model: WanTransformer) -> None:
         linear = _linear(model, name)
         if linear.lora_magnitude is not None:
             norms = jax.jit(column_norms, out_shardings=linear.lora_magnitude[...].sharding)
-            linear.lora_magnitude.set_value(norms(linear.kernel[...]))
+            scale = None if linear.kernel_scale is None else linear.kernel_scale[...]
+            linear.lora_magnitude.set_value(norms(linear.kernel[...], scale))
 
 
 def split_lora(model: WanTransformer) -> LoraSplit:

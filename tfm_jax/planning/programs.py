@@ -33,6 +33,7 @@ from tfm_jax.sharding import (
 from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import TrainState, init_state, make_step
 from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE, Component, abstract_model
+from tfm_jax.wan.quantization import quantize_linears
 from tfm_jax.wan.sources import find_source_or_none
 from tfm_jax.wan.text_encoder import TextEncoderConfig
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, token_grid
@@ -193,7 +194,10 @@ def _placed(model: nnx.Module, mesh: Mesh) -> Any:
 
 
 def _abstract_model(model: configs.ModelConfig) -> WanTransformer:
-    return abstract_model(TRANSFORMER, transformer_config(model), jnp.dtype(model.dtype))  # pyright: ignore
+    network: Any = abstract_model(TRANSFORMER, transformer_config(model), jnp.dtype(model.dtype))
+    if model.quantize:
+        network.blocks = nnx.eval_shape(quantize_linears, network.blocks)
+    return network
 
 
 def _initial_state(

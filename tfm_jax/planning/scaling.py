@@ -1,4 +1,4 @@
-"""Plan both models on many machines, and write docs/scaling.md with a figure.
+"""Plan both models on many machines, for docs/scaling.md.
 
 Each program is compiled in a separate process, and the plans are saved in a file, so that an interrupted run can
 continue. The file does not record the version of the code or of the compiler: start a new file after changing either.
@@ -14,16 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from tfm_jax import config
 from tfm_jax.config import Remat
 from tfm_jax.errors import CompilerError, InputError
-from tfm_jax.markdown import table
-from tfm_jax.planning.chips import GIB, Topology, find_topology
+from tfm_jax.planning.chips import Topology, find_topology
 from tfm_jax.planning.plan import Plan
 from tfm_jax.planning.programs import SamplePlan, TrainPlan
 from tfm_jax.planning.search import Run, search
@@ -45,6 +39,9 @@ MACHINES = {
     "4 x H100 80 GB": "h100:4",
 }
 """Name of a rented machine -> its topology. Names of v5p and tpu7x slices count cores, two per chip."""
+
+QUANTIZED_MACHINES = {"1 x H100 80 GB": ("h100:1", 1), "v5e-8": ("v5e:2x4", 4)}
+"""Name of a machine -> its topology and a batch size, for the comparison of bfloat16 and int8."""
 
 SMALL_BATCH, SMALL_MACHINE = 4, 16
 """The paper's batch size, for machines with at most SMALL_MACHINE devices. Larger machines process one clip per device.
@@ -82,7 +79,15 @@ class Case(NamedTuple):
     machine: str
 
 
+class QuantizedCase(NamedTuple):
+    """The machine and the weights of a row of the table about int8."""
+
+    machine: str
+    weights: str
+
+
 Rows = Sequence[tuple[Case, Plan | None]]
+QuantizedRows = Sequence[tuple[QuantizedCase, Plan | None]]
 Curves = Mapping[str, Sequence[Plan]]
 
 
@@ -133,11 +138,12 @@ class PlanCache:
 def _options(run: Run, topology: Topology) -> list[str]:
     mesh = [f"--mesh.{axis}={getattr(run.mesh, axis)}" for axis in MESH_AXES]
     clip = [f"--clip.height={run.clip.height}", f"--clip.width={run.clip.width}"]
+    model = [f"--model.quantize={run.model.quantize}"] if run.model.quantize else []
     if isinstance(run, TrainPlan):
         last = [f"--train.batch_size={run.train.batch_size}", f"--train.remat={run.train.remat}"]
     else:
         last = ["--sampling"]
-    return [f"--topology={topology.name}", *mesh, *clip, *last]
+    return [f"--topology={topology.name}", *mesh, *clip, *model, *last]
 
 
 def _compile(file: str, options: Sequence[str]) -> dict:
@@ -161,12 +167,25 @@ def best_plans(cache: PlanCache, tries: int, machines: Iterable[str] = MACHINES)
         for model in MODELS:
             for resolution in RESOLUTIONS:
                 run = make_run(model, resolution, batch)
-                try:
-                    plans = search(run, topology, tries, make=partial(cache.plan, model))
-                    best = min(plans, key=lambda plan: (plan.recomputed_flops, plan.bytes_sent))
-                except (LookupError, CompilerError):
-                    best = None
-                yield Case(model, resolution, machine), best
+                yield Case(model, resolution, machine), _best_plan(cache, model, run, topology, tries)
+
+
+def quantized_plans(cache: PlanCache, tries: int) -> Iterator[tuple[QuantizedCase, Plan | None]]:
+    """Yield the best plans of 14B at 480p with weights in bfloat16 and in int8."""
+    for machine, (name, batch) in QUANTIZED_MACHINES.items():
+        topology = find_topology(name)
+        for quantize in (None, "int8"):
+            run = make_run("14B", "480p", batch, {"model.quantize": quantize})
+            case = QuantizedCase(machine, quantize or run.model.dtype)
+            yield case, _best_plan(cache, "14B", run, topology, tries)
+
+
+def _best_plan(cache: PlanCache, model: str, run: TrainPlan, topology: Topology, tries: int) -> Plan | None:
+    try:
+        plans = search(run, topology, tries, make=partial(cache.plan, model))
+    except (LookupError, CompilerError):
+        return None
+    return min(plans, key=lambda plan: (plan.recomputed_flops, plan.bytes_sent))
 
 
 def scaling_curves(cache: PlanCache) -> dict[str, list[Plan]]:
@@ -220,163 +239,3 @@ def make_run(model: str, resolution: str, batch: int, extra: Mapping[str, Any] =
     height, width = RESOLUTIONS[resolution]
     fields = {"clip.height": height, "clip.width": width, "train.batch_size": batch, **extra}
     return config.load(TrainPlan, MODELS[model], fields)
-
-
-def write_document(
-    rows: Rows, by_policy: Sequence[Plan], curves: Curves, sampling: Rows, docs: Path, command: str
-) -> Path:
-    """Write scaling.md and scaling.png to the folder `docs`, and return the path of the page."""
-    docs.mkdir(parents=True, exist_ok=True)
-    draw(curves, docs / "scaling.png")
-    file = docs / "scaling.md"
-    file.write_text(_document(rows, by_policy, curves, sampling, command), encoding="utf-8")
-    return file
-
-
-COLUMNS = ("machine", "model", "resolution", "batch", "data x fsdp x sequence x tensor", "remat", "GiB per device",
-           "GiB over", "PFLOP", "recomputed PFLOP", "GiB sent", "CPU s")  # fmt: skip
-
-SAMPLING_COLUMNS = ("machine", "resolution", "transformer", "text encoder", "autoencoder", "encoding", "denoising",
-                    "decoding", "GiB available", "GiB over", "PFLOP per video", "s per video")  # fmt: skip
-
-REMAT_COLUMNS = ("remat", "GiB per device", "GiB in host memory", "recomputed PFLOP")
-
-PAGE = """\
-# What fits where
-
-Every row of the first table is the training step of `tfm-train`: LoRA of rank 32 on all linear layers, 81 frames,
-AdamW, bfloat16 weights. [Sampling](#sampling) is at the end. All programs were
-compiled without the hardware and not run, so there are no step times. This command makes the page; after an
-interruption, the same command continues where it stopped:
-
-    {command}
-
-To compile a single row, pass its mesh and its remat policy to `tfm-plan`:
-
-    tfm-plan --config wan2.1_t2v_14b --topology=v5e:4x4 --mesh.fsdp=4 --mesh.sequence=4 \\
-        --train.remat=attention
-
-Of the meshes and remat policies tried, a row shows the fitting plan with the fewest recomputed operations; ties are
-broken by the fewest bytes sent. If no plan fits, the row shows the one closest to fitting.
-
-- GiB per device: memory needed, of the memory available. A device is one chip, or half a chip on tpu7x.
-- GiB over: memory needed beyond the memory available.
-- PFLOP: operations of the matrix products in the forward and backward pass, summed over all devices.
-- recomputed PFLOP: operations that the remat policy repeats in the backward pass, summed over all devices.
-- GiB sent: data that each device sends in a step.
-- CPU s: CPU time spent on compiling, in seconds.
-
-The memory of GPUs is an estimate: without a GPU, XLA neither tunes its kernels nor asks cuDNN how much workspace it
-needs. JAX uses 3/4 of a GPU's memory unless XLA_CLIENT_MEM_FRACTION sets another fraction.
-
-{table}
-
-## What to save for the backward pass
-
-The option `train.remat` selects what each block saves for the backward pass. The table is for one clip of 1.3B at 480p
-on {topology} with {mesh}. It shows the memory of each chip, and the operations that all chips together
-recompute in a step.
-
-{by_policy}
-
-## Scaling with the number of chips
-
-These plans are for 14B at 480p on v5p with remat=full, in two series. The first has one clip per chip: fsdp is 8, and
-data takes the remaining factor. The second has {batch} clips in total: first fsdp grows up to {batch}, then sequence
-up to 8, then tensor.
-
-![Memory per chip and bytes sent per chip, against the number of chips](scaling.png)
-
-{curves}
-
-## Sampling
-
-These plans are for `tfm-sample` with 14B: 81 frames, 50 steps with guidance, bfloat16 weights, no LoRA, one video at a
-time, whose tokens all devices share. To compile a single row:
-
-    tfm-plan --sampling --config wan2.1_t2v_14b --topology=v5e:2x4 --mesh.sequence=8
-
-All sizes are in GiB per device.
-
-- transformer, text encoder, autoencoder: the weights.
-- encoding, denoising, decoding: memory needed in each phase, with all weights that are then in memory. The autoencoder
-  is always there, and the transformer also while frames are decoded, on the first device.
-- GiB over: what the largest phase needs beyond the memory available.
-- PFLOP per video: operations of the matrix products of the transformer in all steps, summed over all devices.
-- s per video: these operations at the peak rate of the chips, a lower bound for the time.
-
-{sampling}
-"""
-
-
-def _document(rows: Rows, by_policy: Sequence[Plan], curves: Curves, sampling: Rows, command: str) -> str:
-    plans = [plan for curve in curves.values() for plan in curve]
-    return PAGE.format(
-        command=command,
-        batch=FIXED_BATCH,
-        topology=REMAT_TOPOLOGY,
-        mesh=", ".join(f"{name}={value}" for name, value in REMAT_MESH.items()),
-        table=table(COLUMNS, (_row(case, plan) for case, plan in rows)),
-        by_policy=table(REMAT_COLUMNS, map(_policy_row, by_policy)),
-        curves=table(("chips", "clips", *COLUMNS[4:7], "GiB sent"), map(_curve_row, plans)),
-        sampling=table(SAMPLING_COLUMNS, (_sampling_row(case, plan) for case, plan in sampling)),
-    )
-
-
-def _row(case: Case, plan: Plan | None) -> tuple[str, ...]:
-    names = (case.machine, case.model, case.resolution)
-    if plan is None:
-        return (*names, *("not compiled",) * (len(COLUMNS) - len(names)))
-    over = "fits" if plan.fits else f"{plan.over / GIB:.2f}"
-    flops = (plan.flops["forward"] + plan.flops["backward"]) / 1e15
-    recomputed = plan.recomputed_flops / 1e15
-    costs = (over, f"{flops:.1f}", f"{recomputed:.1f}", _gib_sent(plan), f"{plan.cpu_seconds:.0f}")
-    return (*names, *_shared_cells(plan), *costs)
-
-
-def _sampling_row(case: Case, plan: Plan | None) -> tuple[str, ...]:
-    names = (case.machine, case.resolution)
-    if plan is None or not plan.networks or not plan.phases:
-        return (*names, *("not compiled",) * (len(SAMPLING_COLUMNS) - len(names)))
-    sizes = [*plan.networks.values(), *(phase.needed for phase in plan.phases.values()), plan.available]
-    over = "fits" if plan.fits else f"{plan.over / GIB:.2f}"
-    bound = f"{(plan.flops_per_video or 0) / 1e15:.1f}", f"{plan.seconds_per_video:.0f}"
-    return (*names, *(f"{size / GIB:.2f}" for size in sizes), over, *bound)
-
-
-def _policy_row(plan: Plan) -> tuple[str, ...]:
-    host, recomputed = (plan.host or 0) / GIB, plan.recomputed_flops / 1e15
-    return str(plan.remat), f"{plan.needed / GIB:.2f}", f"{host:.2f}", f"{recomputed:.2f}"
-
-
-def _curve_row(plan: Plan) -> tuple[str, ...]:
-    return str(plan.chips), *_shared_cells(plan), _gib_sent(plan)
-
-
-def _shared_cells(plan: Plan) -> tuple[str, ...]:
-    """Return the batch size, mesh, remat policy and memory, in the order of `COLUMNS`."""
-    mesh = " x ".join(str(plan.mesh[axis]) for axis in MESH_AXES)
-    memory = f"{plan.needed / GIB:.2f} of {plan.available / GIB:.2f}"
-    return str(plan.clips), mesh, str(plan.remat), memory
-
-
-def _gib_sent(plan: Plan) -> str:
-    return "-" if plan.collectives is None else f"{plan.bytes_sent / GIB:.1f}"
-
-
-def draw(curves: Curves, file: Path) -> None:
-    """Plot the memory and the bytes sent per chip against the number of chips."""
-    figure, (memory, sent) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for name, plans in curves.items():
-        chips = [plan.chips for plan in plans]
-        memory.plot(chips, [plan.needed / GIB for plan in plans], "o-", label=name)
-        sent.plot(chips, [plan.bytes_sent / GIB for plan in plans], "o-", label=name)
-    for axis, title in ((memory, "GiB needed per chip"), (sent, "GiB sent per chip and step")):
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("v5p chips")
-        axis.set_title(title, fontsize=10)
-    memory.legend()
-    figure.savefig(file, dpi=80)
-    plt.close(figure)

@@ -156,7 +156,8 @@ def _estimate(run: Run, mesh: MeshConfig) -> Candidate:
     """
     model = run.model
     width = 2 if model.dtype == "bfloat16" else 4
-    weights = width * model.layers * (8 * model.dim**2 + 2 * model.dim * model.ffn_dim) / mesh.tensor
+    kernels = model.layers * (8 * model.dim**2 + 2 * model.dim * model.ffn_dim)
+    weights = (1 if model.quantize else width) * kernels / mesh.tensor
     shards = mesh.fsdp * mesh.sequence
     batch = run.train.batch_size if isinstance(run, TrainPlan) else mesh.data * mesh.fsdp
     tokens = batch / (mesh.data * mesh.fsdp) * programs.num_tokens(run) / mesh.sequence

@@ -160,10 +160,10 @@ def _prepare(run: TrainRun, watchers: Sequence[Watcher]) -> _Setup:
         size = f"{len(batches.clips)} clips, {settings.clips_per_step} per step"
         processes.print_once(f"train.epochs={settings.epochs}: {steps} steps, for {size}")
 
+    first_lora = _read_first_lora(run.lora)
     metadata = {"config": config_dict(run), "data": batches.records.fingerprint}
     metadata["init"] = run.lora.init and files.fingerprint(run.lora.init)
     _check_resumed(run, metadata)
-    first_lora = _read_first_lora(run.lora)
     watchers = [*configured_watchers(run, batches.records, mesh), *watchers]
     model = load_base(run.model, mesh)
     check_widths(batches.records, run.model, model.config)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from tfm_jax.precision import precision_of
 from tfm_jax.sharding import Axes, gather
@@ -57,18 +57,23 @@ def constant(
 
 
 def gathered(variable: nnx.Variable, dtype: DTypeLike) -> Array:
-    """Return a parameter of one layer in `dtype`, all-gathered along its `embed` axis."""
+    """Return a parameter of one layer in `dtype`, all-gathered along its `embed` axis.
+
+    It is gathered in `dtype` or in its own, whichever is narrower.
+    """
     value = variable[...]
-    return gather(value.astype(dtype), variable.get_metadata()["axes"][-value.ndim :])
+    narrower = min(value.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
+    return gather(value.astype(narrower), variable.get_metadata()["axes"][-value.ndim :]).astype(dtype)
 
 
 class Linear(nnx.Module):
     """`x @ kernel + bias`, plus a low-rank adapter if one is attached.
 
-    `kernel` is `[in, out]`. `tfm_jax.lora.adapters` attaches an adapter by setting `lora_a` `[in, rank]`, `lora_b`
+    `kernel` is `[in, out]`. If it is in int8, the output is multiplied by `kernel_scale` `[out]`: see
+    `tfm_jax.wan.quantization`. `tfm_jax.lora.adapters` attaches an adapter by setting `lora_a` `[in, rank]`, `lora_b`
     `[rank, out]` and `lora_scale` = alpha / rank. The adapter of a DoRA (Liu et al. 2024, arXiv 2402.09353) also has
     `lora_magnitude` `[out]`, the norms of the columns of the kernel with the adapter. All parameters are used in the
-    dtype of the input, except for the magnitudes; those of an adapter are stored in float32.
+    dtype of the input, except for scales and magnitudes; scales and those of an adapter are stored in float32.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Linear(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         self.kernel = param(rngs.params(), (features_in, features_out), axes, stack=stack, dtype=dtype)
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.bias: nnx.Param | None = nnx.data(
             constant(0.0, (features_out,), axes[1:], stack=stack, dtype=dtype) if bias else None
         )
@@ -93,37 +99,43 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = gathered(self.kernel, x.dtype)
+        scale = None if self.kernel_scale is None else gathered(self.kernel_scale, jnp.float32)
         y = matmul(x, kernel)
+        if scale is not None:
+            y = (y * scale).astype(x.dtype)
         if self.bias is not None:
             y = y + gathered(self.bias, x.dtype)
         # Round here. Otherwise XLA may keep excess precision, and how much depends on whether there is an adapter.
         bits = jnp.finfo(x.dtype)
         y = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
-        if self.lora_a is None or self.lora_b is None:
-            return checkpoint_name(y, LINEAR_OUTPUT)
-        with jax.named_scope(LORA_SCOPE):
-            y = self._adapt(y, x, kernel, gathered(self.lora_a, x.dtype), gathered(self.lora_b, x.dtype))
+        if self.lora_a is not None and self.lora_b is not None:
+            with jax.named_scope(LORA_SCOPE):
+                a, b = gathered(self.lora_a, x.dtype), gathered(self.lora_b, x.dtype)
+                low = checkpoint_name(matmul(x, a), LINEAR_OUTPUT)
+                y = y + matmul(low, b) * self.lora_scale
+                if self.lora_magnitude is not None:
+                    norms = column_norms(kernel, scale, matmul(a, b) * self.lora_scale)
+                    y = self._rescale(y, gathered(self.lora_magnitude, jnp.float32), norms)
         return checkpoint_name(y, LINEAR_OUTPUT)
 
-    def _adapt(
-        self, y: Float[Array, "... o"], x: Float[Array, "... i"], kernel: Array, a: Array, b: Array
-    ) -> Float[Array, "... o"]:
-        """Return the output with the adapter, given the output `y` without it."""
-        low = checkpoint_name(matmul(x, a), LINEAR_OUTPUT)
-        y = y + matmul(low, b) * self.lora_scale
-        if self.lora_magnitude is None:
-            return y
+    def _rescale(self, y: Float[Array, "... o"], magnitude: Array, norms: Array) -> Float[Array, "... o"]:
+        """Return the output of a DoRA, given the output `y` of the LoRA and the norms of its weights."""
         # The norms count as constants in the gradient (section 4.3 of the paper of DoRA), as in PEFT.
-        norms = jax.lax.stop_gradient(column_norms(kernel, matmul(a, b) * self.lora_scale))
-        y, norms = (checkpoint_name(value, LINEAR_OUTPUT) for value in (y, norms))
-        excess = gathered(self.lora_magnitude, jnp.float32) / norms - 1
-        product = y if self.bias is None else y - gathered(self.bias, x.dtype)
-        return y + (product.astype(jnp.float32) * excess).astype(x.dtype)
+        y, norms = (checkpoint_name(value, LINEAR_OUTPUT) for value in (y, jax.lax.stop_gradient(norms)))
+        product = y if self.bias is None else y - gathered(self.bias, y.dtype)
+        return y + (product.astype(jnp.float32) * (magnitude / norms - 1)).astype(y.dtype)
 
 
-def column_norms(kernel: Float[Array, "... i o"], change: Float[Array, "... i o"] | float = 0) -> Float[Array, "... o"]:
-    """Return the Euclidean norms of the columns of `kernel` + `change`, in float32."""
-    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32) + change), axis=-2))
+def column_norms(
+    kernel: Real[Array, "... i o"],
+    scale: Float[Array, "... o"] | None,
+    change: Float[Array, "... i o"] | float = 0,
+) -> Float[Array, "... o"]:
+    """Return the Euclidean norms of the columns of `kernel` x `scale` + `change`, in float32."""
+    weight = kernel.astype(jnp.float32)
+    if scale is not None:
+        weight = weight * scale[..., None, :]
+    return jnp.sqrt(jnp.sum(jnp.square(weight + change), axis=-2))
 
 
 @jax.custom_vjp

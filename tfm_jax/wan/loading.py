@@ -19,6 +19,7 @@ from tfm_jax.sharding import one_device_mesh, shardings
 from tfm_jax.wan.checks import check_source
 from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE, abstract_model, named_parameters
 from tfm_jax.wan.names import Row
+from tfm_jax.wan.quantization import quantize, quantize_linears
 from tfm_jax.wan.sources import Change, Source, find_source, no_change
 from tfm_jax.wan.tensors import copy_into
 from tfm_jax.wan.text_encoder import UMT5Encoder
@@ -45,15 +46,15 @@ def load_transformer(path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Me
 
 
 def load_base(model: ModelConfig, mesh: Mesh | None = None, change: Change = no_change) -> WanTransformer:
-    """Load the transformer that a configuration names, in the dtype of the configuration.
+    """Load the transformer that a configuration names, in the dtype of the configuration or quantised.
 
     Args:
-        change: see `Source`.
+        change: see `Source`. It is added before quantising.
 
     Raises:
         InputError: see `load_transformer` and `find_base`.
     """
-    return _load(find_base(model)._replace(change=change), model.dtype, mesh)
+    return _load(find_base(model)._replace(change=change), model.dtype, mesh, quantized=model.quantize is not None)
 
 
 def find_base(model: ModelConfig) -> Source:
@@ -97,20 +98,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(Path(path))
 
 
-def _load(source: Source, dtype: DTypeLike, mesh: Mesh | None) -> Any:
-    module = abstract_model(source.component, source.config, dtype)
-    parameters = named_parameters(module)
-    check_source(source, {name: variable.get_value() for name, variable in parameters.items()})
+def _load(source: Source, dtype: DTypeLike, mesh: Mesh | None, quantized: bool = False) -> Any:
+    module: Any = abstract_model(source.component, source.config, dtype)
+    check_source(source, {name: variable.get_value() for name, variable in named_parameters(module).items()})
+    if quantized:
+        module.blocks = nnx.eval_shape(quantize_linears, module.blocks)
 
+    parameters = named_parameters(module)
     rows = defaultdict(list)
     for row in source.component.rows(source.config):
         rows[row.ours].append(row)
     where = dict(zip(parameters, _placements(parameters, mesh or one_device_mesh()), strict=True))
     finite = {}
     for name, variable in parameters.items():
-        value = _assemble(source, rows[name], variable.get_value(), where[name])
-        finite[name] = _finite(value)
+        if name not in rows:
+            continue  # the scales of a kernel, which come with the kernel
+        like, scale = variable.get_value(), f"{name}_scale"
+        if scale in parameters:
+            value, checked = _assemble_quantized(source, rows[name], like, (where[name], where[scale]))
+            parameters[scale].set_value(checked)
+        else:
+            value = checked = _assemble(source, rows[name], like, where[name])
         variable.set_value(value)
+        finite[name] = _finite(checked)
     for name, all_finite in jax.device_get(finite).items():  # one transfer for all parameters instead of one for each
         if not all_finite:
             raise InputError(_not_finite(source, rows[name], parameters[name].get_value().dtype))
@@ -119,9 +129,10 @@ def _load(source: Source, dtype: DTypeLike, mesh: Mesh | None) -> Any:
 
 def _not_finite(source: Source, rows: list[Row], dtype: DTypeLike) -> str:
     """Return the error message for a parameter that is not finite. The message names the tensor in the files."""
+    read_as = np.float32 if dtype == np.int8 else dtype
     for row in rows:
         with np.errstate(over="ignore"):
-            if not np.isfinite(source.read(row).astype(dtype)).all():
+            if not np.isfinite(source.read(row).astype(read_as)).all():
                 return source.not_finite(row)
     raise AssertionError(f"{source.file}: {rows[0].ours} was not finite when first read, but is now")
 
@@ -142,6 +153,24 @@ def _assemble(source: Source, rows: list[Row], like: jax.ShapeDtypeStruct, shard
 
     value = jax.make_array_from_callback(like.shape, _read_sharding(source, rows[0], like.shape, sharding), part)
     return value if value.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(value)
+
+
+def _assemble_quantized(
+    source: Source, rows: list[Row], like: jax.ShapeDtypeStruct, where: tuple[NamedSharding, NamedSharding]
+) -> tuple[jax.Array, jax.Array]:
+    """Read a stacked kernel and quantise it. Only one layer at a time is in float32.
+
+    Returns:
+        The integers and the scales, sharded as `where` says.
+    """
+    layer, convert = jax.ShapeDtypeStruct((1, *like.shape[1:]), np.float32), jax.jit(quantize, out_shardings=where)
+    layers = [convert(_assemble(source, [row], layer, where[0])) for row in rows]
+    return jax.jit(_concatenate, out_shardings=where)(layers)
+
+
+def _concatenate(layers: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    kernels, scales = zip(*layers, strict=True)
+    return jnp.concatenate(kernels), jnp.concatenate(scales)
 
 
 def _read(
