@@ -55,7 +55,7 @@ def test_an_interrupted_page_is_continued(compiled, tmp_path):
     sampling = scaling.sampling_plans(continued)
     command = "python scripts/scaling.py"
     page = scaling.write_document(rows, by_policy, curves, sampling, tmp_path / "docs", command).read_text()
-    assert "compiled without the hardware and not run" in page
+    assert "compiled without the hardware\nand not run" in page
     assert page.count("| v5e-16 |") == 4
     lines = [line.count("|") for line in page.splitlines() if line.startswith("|")]
     assert [len(set(table)) for table in (lines[:6], lines[6:12], lines[12:30], lines[30:])] == [1, 1, 1, 1]

@@ -244,9 +244,9 @@ PAGE = """\
 # What fits where
 
 Every row of the first table is the training step of `tfm-train`: LoRA of rank 32 on all linear layers, 81 frames,
-AdamW, bfloat16 weights. [Sampling](#sampling) is at the end. All programs were
-compiled without the hardware and not run, so there are no step times. This command makes the page; after an
-interruption, the same command continues where it stopped:
+AdamW, bfloat16 weights. The programs, also those for [sampling](#sampling), were compiled without the hardware
+and not run, so there are no step times. This command makes the page; after an interruption, the same command continues
+where it stopped:
 
     {command}
 
