@@ -39,8 +39,8 @@ class Options:
     topology: str
     """Chips, and their number or shape: v5e:4x4, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8 and so on."""
     sampling: bool = False
-    """Plan a sampling run instead of a training step: encoding the prompts, denoising and decoding. For its options,
-    use --sampling --help."""
+    """Plan a sampling run instead of a training step: encoding the prompts, denoising and decoding. For TPUs, the
+    decoder takes minutes to compile. For the options, use --sampling --help."""
     search: Annotated[Positive | None, command.ValueIfOmitted("8")] = None
     """Compile this many of the most promising meshes (8 if no number is given), each with several remat policies or
     only with that of --train.remat. Rank the plans that fit, and print the command for the best."""

@@ -317,7 +317,7 @@ def describe(plan: Plan) -> str:
     remat = f", remat={plan.remat}" if plan.remat else ""
     lines = [
         f"{plan.program} on {plan.topology} ({chips}): compiled, not run",
-        f"  mesh      {mesh}{remat}; {plan.clips} clips of {plan.tokens:,} tokens",
+        f"  mesh      {mesh}{remat}; {plan.clips} clip{'s' * (plan.clips > 1)} of {plan.tokens:,} tokens",
         f"  memory    {_memory(plan)} per {device}",
         *_describe_phases(plan),
         f"            {_verdict(plan)}",

@@ -35,7 +35,7 @@ from tfm_jax.train.step import TrainState, init_state, make_step
 from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE, Component, abstract_model
 from tfm_jax.wan.quantization import quantize_linears
 from tfm_jax.wan.sources import find_source_or_none
-from tfm_jax.wan.text_encoder import TextEncoderConfig
+from tfm_jax.wan.text_encoder import TextEncoderConfig, UMT5Encoder
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, token_grid
 from tfm_jax.wan.vae import VaeConfig, WanVae
 
@@ -155,10 +155,9 @@ def prompt_encoding(run: SamplePlan, mesh: Mesh) -> Program:
     """Return the program that encodes one prompt for each shard of a batch."""
     config = _config_of_weights(run.model.path, TEXT_ENCODER) or TextEncoderConfig()
     encoder: Any = _placed(abstract_model(TEXT_ENCODER, config, jnp.dtype(run.model.dtype)), mesh)
-    ids = _abstract_batch((num_shards("batch", mesh), TEXT_LENGTH), mesh, jnp.int32)
-    encode: Any = type(encoder).__call__
+    ids, call = _abstract_batch((num_shards("batch", mesh), TEXT_LENGTH), mesh, jnp.int32), UMT5Encoder.__call__
     with jax.set_mesh(mesh):
-        lowered = encode.lower(encoder, ids, ids)
+        lowered = call.lower(encoder, ids, ids)
     return Program(lowered, _bytes_per_device((encoder, ids, ids)), _bytes_per_device(encoder))
 
 

@@ -48,7 +48,8 @@ class _Chunk(NamedTuple):
 
 def _as_bytes(decoded: Iterable[Pixels]) -> Iterator[_Chunk]:
     for pixels in decoded:
-        yield _Chunk(to_uint8(np.nan_to_num(pixels)), np.asarray(np.isfinite(pixels).all(axis=(1, 2, 3, 4))))
+        finite = np.asarray(np.isfinite(pixels).all(axis=(1, 2, 3, 4)))
+        yield _Chunk(to_uint8(np.nan_to_num(pixels)), finite)
 
 
 def _frames(chunks: Iterable[_Chunk], row: int, latents: FrameLatents, number: int, run: SampleRun) -> Iterator[Frame]:
