@@ -152,7 +152,12 @@ def _assemble(source: Source, rows: list[Row], like: jax.ShapeDtypeStruct, shard
         return parts[key]
 
     value = jax.make_array_from_callback(like.shape, _read_sharding(source, rows[0], like.shape, sharding), part)
-    return value if value.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(value)
+    return value if value.sharding == sharding else jax.jit(_unchanged, out_shardings=sharding)(value)
+
+
+def _unchanged(x: Array) -> Array:
+    """Passed to `jit`, which compiles one function only once for each shape and sharding, unlike lambdas."""
+    return x
 
 
 def _assemble_quantized(
