@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TESTS := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests of `make check` compile little, so that together they take about a minute.
 FAST := tests/objective tests/lora tests/data tests/footage tests/test_config.py tests/test_config_mistakes.py \
@@ -28,13 +29,13 @@ demo: $(VENV)/.setup
 setup-test: $(VENV)/.setup-test
 
 check: $(VENV)/.setup-test lint
-	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow' $(FAST)
+	$(TESTS) -m 'not slow' $(FAST)
 
 test: $(VENV)/.setup-test lint
-	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(TESTS) -m 'not slow'
 
 test-all: $(VENV)/.setup-test lint
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(RUN) -m pytest -n 2 --dist loadfile
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(TESTS)
 
 lint: $(VENV)/.setup-test
 	$(VENV)/bin/ruff check .

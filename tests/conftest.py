@@ -20,6 +20,13 @@ torch.set_num_threads(1)
 # A shell makes what it starts in the background ignore Ctrl-C, and so the programs that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+LONGEST = ("test_14b.py", "test_kills.py", "test_training.py", "test_programs.py")
+"""The files that start first, so that no process of pytest-xdist is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture
 def call(capsys, monkeypatch):

@@ -157,7 +157,7 @@ def test_help_lists_every_field_with_its_value(file, capsys, kind):
         for field in part:
             assert re.search(rf"--{name}\.{field} \S+( \S+\])? [^-]\S* .*?\((default: |required)", text), field
     assert re.search(r"--model.dim INT [^(]* \(default: 96\)", text)
-    assert re.search(r"--model.path PATH .{,200} \(default: weights\)", text)
+    assert re.search(r"--model.path PATH .{,400} \(default: weights\)", text)
     if kind is TrainRun:
         assert re.search(r"--lora.targets \[TEXT, ...\] [^-]* \(default: \[q, k\]\)", text)
         assert re.search(r"--optimizer.learning_rate FLOAT [^(]* \(default: 1e-3\)", text)

@@ -294,11 +294,12 @@ def test_splitting_keeps_what_a_policy_saves(runs):
 
 
 def test_saved_activations_take_memory(programs):
-    """An activation is 512 tokens of width 48 in each of 3 blocks. Both attentions save one each, "none" many more."""
+    """An activation is 512 tokens of width 48 in each of 3 blocks. Both attentions save one each, and "none" also those of
+    six linear layers (q and o of both attentions, k and v of the first) and what the feed-forward layers return."""
     activation = 3 * 512 * 48 * 4
     temporary = {name: compiled.memory_analysis().temp_size_in_bytes for name, (compiled, *_) in programs.items()}
     assert 1.5 * activation < temporary["attention"] - temporary["full"] < 3 * activation
-    assert temporary["none"] - temporary["attention"] > 10 * activation
+    assert temporary["none"] - temporary["attention"] > 7 * activation
     # A CPU has one memory. The next test checks that programs for TPUs move the outputs to the host.
     assert temporary["attention_offload"] == temporary["attention"]
 

@@ -121,5 +121,6 @@ def test_diffusers_makes_the_same_videos(transformer, text, lora):
     load_adapters(adapted, read_lora(lora))
     pipeline.load_lora_weights(lora)
     with_lora = theirs()
-    assert decibels(ours(adapted), with_lora) >= 40
-    assert decibels(plain, with_lora) < 30  # the LoRA does something
+    agreement = decibels(ours(adapted), with_lora)
+    assert agreement >= 40
+    assert decibels(plain, with_lora) < agreement - 10  # the LoRA does something

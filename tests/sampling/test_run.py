@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.lora_files import official_file
-from helpers.sampling_runs import LATENTS, PROMPTS, VIDEOS, content, damage, run_of
+from helpers.sampling_runs import LATENTS, PROMPTS, SIZE, VIDEOS, content, damage, run_of
 
 from tfm_jax import files, interrupts, video
 from tfm_jax.cli import command
