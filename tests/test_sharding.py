@@ -294,8 +294,8 @@ def test_splitting_keeps_what_a_policy_saves(runs):
 
 
 def test_saved_activations_take_memory(programs):
-    """An activation is 512 tokens of width 48 in each of 3 blocks. Both attentions save one each, and "none" also those of
-    six linear layers (q and o of both attentions, k and v of the first) and what the feed-forward layers return."""
+    """An activation is 512 tokens of width 48 in each of 3 blocks. Both attentions save one each, and "none" also saves
+    those of six linear layers (q and o of both attentions, k and v of the first) and of the feed-forward layers."""
     activation = 3 * 512 * 48 * 4
     temporary = {name: compiled.memory_analysis().temp_size_in_bytes for name, (compiled, *_) in programs.items()}
     assert 1.5 * activation < temporary["attention"] - temporary["full"] < 3 * activation
