@@ -20,7 +20,14 @@ torch.set_num_threads(1)
 # A shell makes what it starts in the background ignore Ctrl-C, and so the programs that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ("test_14b.py", "test_kills.py", "test_training.py", "test_programs.py")
+LONGEST = (
+    "test_14b.py",
+    "test_sharding.py",
+    "test_processes.py",
+    "test_kills.py",
+    "test_training.py",
+    "test_programs.py",
+)
 """The files that start first, so that no process of pytest-xdist is left alone with one of them at the end."""
 
 
