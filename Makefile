@@ -43,7 +43,7 @@ lint: $(VENV)/.setup-test
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
 
-# Give it a quiet machine: it takes a quarter of an hour on two cores, and writes cpu.json and cpu.md.
+# Give it a quiet machine. It writes cpu.json and cpu.md.
 benchmark: $(VENV)/.setup-benchmark
 	$(RUN) scripts/benchmark.py --output=docs/performance
 
