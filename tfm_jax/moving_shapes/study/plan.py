@@ -113,11 +113,14 @@ class Study(NamedTuple):
 
 
 def planned_runs(study: Study) -> Iterator[Run]:
-    """Yield every run, seed by seed, so that the arms can be compared whenever the study stops."""
-    for seed in range(study.size.seeds):
-        for law in study.size.laws:
-            for arm in (protocol.BASE, *study.arms(law)):
-                yield study.find_run(law, arm, seed)
+    """Yield every run: first those that decide, then those that explain the decision, both seed by seed."""
+    deciding = (protocol.BASE, protocol.BASELINE, protocol.TREATMENT)
+    for decides in (True, False):
+        for seed in range(study.size.seeds):
+            for law in study.size.laws:
+                for arm in (protocol.BASE, *study.arms(law)):
+                    if (arm in deciding) == decides:
+                        yield study.find_run(law, arm, seed)
 
 
 def pilot_runs(study: Study) -> Iterator[Run]:

@@ -53,7 +53,7 @@ LAWS = ("gravity", "orbit")
 """Laws of motion to fine-tune on, one model for each. The base model knows neither. The first law is the demo's."""
 SEEDS = 8
 """Number of training seeds: 0, 1, ..."""
-LENGTHS = (100, 300, 900)
+LENGTHS = (75, 225, 675)
 """Numbers of training steps after which an arm is measured: early, middle, and where plain flow matching has levelled
 off in the pilot."""
 LEARNING_RATE = 1e-3
@@ -68,8 +68,8 @@ REFERENCE = 256
 
 PILOT_SEEDS = (1000, 1001)
 """Seeds of the pilot, which the study does not use."""
-PILOT_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-PILOT_LENGTHS = (100, 300, 900, 1500)
+PILOT_LEARNING_RATES = (1e-3, 3e-3)
+PILOT_LENGTHS = (75, 225, 675, 900)
 """Numbers of steps after which the pilot measures: those of the study, and a longer one that shows whether plain flow
 matching still changes."""
 
