@@ -32,6 +32,14 @@ RULES: dict[str, tuple[str, ...]] = {
 
 Axes = tuple[str | None, ...]
 
+ASYNC_ALL_GATHER = (
+    "xla_enable_async_all_gather", "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather", "xla_tpu_enable_async_collective_fusion_multiple_steps",
+    "xla_tpu_overlap_compute_collective_tc",
+)  # fmt: skip
+"""Options of XLA for TPUs. With all of them, the matrix products before an all-gather's end hide it; by default, the
+chip waits for many of the all-gathers of weights that are split over `fsdp`."""
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh of a configuration over `devices`, by default all of them.
@@ -112,6 +120,11 @@ def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
             f"use mesh.data={remaining} or -1"
         )
     return (remaining, *inner.values())
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """Return the options with which XLA compiles a program for this mesh, as `jax.jit` takes them."""
+    return dict.fromkeys(ASYNC_ALL_GATHER, True) if mesh.devices.flat[0].platform == "tpu" else {}
 
 
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:

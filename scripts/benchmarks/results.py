@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+
 from benchmarks.timing import Row
 from tfm_jax import markdown
 from tfm_jax.files import replacing
@@ -64,6 +66,8 @@ def write(folder: Path, device: str, machine: Mapping[str, Any], rows: Sequence[
         next(run for run in runs if run["machine"] == source)["rows"].append({**row._asdict(), "ratio": row.ratio})
     with replacing(file) as temporary:
         temporary.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    if growth := [row for row, _ in everything if row.subject == "growth"]:
+        draw_growth(growth, folder / f"{device}_growth.png")
     with replacing(folder / f"{device}.md") as temporary:
         temporary.write_text(page(device, runs), encoding="utf-8")
 
@@ -83,7 +87,31 @@ def page(device: str, runs: Iterable[Mapping[str, Any]]) -> str:
         for subject in dict.fromkeys(row.subject for row in rows):
             cells = [cells_of(row) for row in rows if row.subject == subject]
             parts += [f"## {subject.replace('_', ' ').capitalize()}", markdown.table(COLUMNS, cells)]
+            if subject == "growth":
+                parts.append(f"![time of a step beside the count of operations]({device}_growth.png)")
     return "\n\n".join(parts) + "\n"
+
+
+def draw_growth(rows: Sequence[Row], file: Path) -> None:
+    """Draw how the time of a step grows with each of its sizes, beside the growth of the operations.
+
+    The first row is the step itself; each of the others has "FACTOR x the SIZE" as its case.
+    """
+    first, grown = rows[0], [(*row.case.split(" x the "), row) for row in rows[1:]]
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for size in dict.fromkeys(size for _, size, _ in grown):
+        part = [(float(factor), row) for factor, of, row in grown if of == size]
+        factors = [1.0, *(factor for factor, _ in part)]
+        (line,) = axis.plot(factors, [1.0, *(row.seconds / first.seconds for _, row in part)], "o-", label=size)
+        expected = [1.0, *(row.peer_seconds / first.seconds for _, row in part)]
+        axis.plot(factors, expected, ":", color=line.get_color())
+    axis.set_xlabel("how many times as large")
+    axis.set_ylabel("how many times as long")
+    axis.set_title("time of a step (dotted: its operations)", fontsize=10)
+    axis.legend(fontsize=8)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=80, format="png")
+    plt.close(figure)
 
 
 EXPLANATION = """\

@@ -72,6 +72,7 @@ class Sizes(NamedTuple):
     """Batch size, number of queries, number of keys, number of heads, head width."""
     growth: Work
     startup: Work
+    watching: Work
 
 
 WAN_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
@@ -86,17 +87,18 @@ _480P = (21, 60, 104)
 CPU = Sizes(
     device="cpu",
     dtype="float32",
-    budget=10,
+    budget=6,
     objective=(*_480P, 16),
     training=(Work(_TINY, 8, (5, 8, 8), 16), Work(_MEDIUM, 1, (4, 40, 40))),
     sampling=(Work(_TINY, 1, (5, 8, 8), 16), Work(_MEDIUM, 1, (4, 40, 40))),
-    sampling_steps=4,
+    sampling_steps=3,
     vae=(VaeWork(32, 17, 128, 128), VaeWork(96, 5, 64, 96)),
     text=(TextWork(_TEXT, 1, 512), TextWork(_TEXT, 8, 64)),
     files=TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=6),
     attention=((1, 1600, 1600, 8, 64), (1, 1600, 512, 8, 64), (2, 80, 512, 4, 32)),
     growth=Work(_SMALL, 1, (2, 32, 32)),
     startup=Work(_TINY, 8, (5, 8, 8), 16),
+    watching=Work(_TINY, 4, (5, 8, 8), 16),
 )
 
 GPU = Sizes(
@@ -113,6 +115,7 @@ GPU = Sizes(
     attention=((1, 32760, 32760, 12, 128), (1, 32760, 512, 12, 128)),
     growth=Work(TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=8), 1, (5, 60, 104)),
     startup=Work(WAN_1_3B, 1, (5, 60, 104)),
+    watching=Work(_TINY, 4, (5, 8, 8), 16),
 )
 
 SIZES = {sizes.device: sizes for sizes in (CPU, GPU)}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 Program = Callable[[], object]
 """Does the work once, and returns only when it is done."""
 
-WARM_UP = 2
+WARM_UP = 1
 LEAST_ROUNDS = 3
 
 

@@ -77,7 +77,7 @@ def test_a_plan_survives_json():
 
 
 def test_a_step_is_compiled_for_tpus(tiny_run):
-    where = find_topology("v5e:2x2")
+    where = find_topology("v6e:2x2")
     sizes = ["--model.dim=256", "--model.ffn_dim=512", "--model.dtype=bfloat16"]  # TPUs pad smaller weights
     run = tiny_run(TrainPlan, "--mesh.fsdp=2", "--mesh.sequence=2", *sizes)
     found = make_plan(run, where)
@@ -92,6 +92,10 @@ def test_a_step_is_compiled_for_tpus(tiny_run):
     assert 0 < products["LoRA"] < products["linear layers"]
     assert products["attention"] > 0
     assert not found.roofline.unknown
+    # Without the options of `sharding.compiler_options`, a v6e waits for all of its weights.
+    weights = [row for row in found.roofline.collectives if row.name.startswith("all-gather: squeeze")]
+    assert weights
+    assert all(row.hidden > 0 for row in weights)
     less_split = dataclasses.replace(run, mesh=MeshConfig(data=2, sequence=2))
     assert found.arguments < programs.lower(less_split, make_mesh(less_split.mesh, where.devices)).arguments
 

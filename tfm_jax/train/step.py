@@ -17,7 +17,7 @@ from tfm_jax.arrays import PerVideo, Scalar
 from tfm_jax.config import ObjectiveConfig, Remat
 from tfm_jax.data.batches import Batch
 from tfm_jax.objective import Draws, draw, objective_loss
-from tfm_jax.sharding import constrain, shardings
+from tfm_jax.sharding import compiler_options, constrain, shardings
 from tfm_jax.train.optimizer import last_learning_rate
 
 
@@ -123,7 +123,8 @@ def make_step(
         report |= {"loss_by_level": constrain(sums / counts, (None,)), "bad_steps": bad_steps}
         return TrainState(state.step + 1, bad_steps, lora, kept, ema), report
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None))
+    options = compiler_options(state_sharding.step.mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None), compiler_options=options)
 
 
 def _accumulated(function: Callable[..., Any], parts: int, lora_sharding: Any) -> Callable[..., Any]:
