@@ -11,6 +11,7 @@ from benchmarks import ours
 from benchmarks.sizes import Sizes
 from benchmarks.timing import Program, Row, race
 from tfm_jax.wan import remat
+from tfm_jax.wan.attention import attention, chunked
 from tfm_jax.wan.layers import matmul
 
 SUBJECT = "choices"
@@ -29,11 +30,30 @@ def measure(sizes: Sizes) -> Iterator[Row]:
         )
         run, peer = (_kernel_gradient(product, x, kernel, gradient) for product in (matmul, _plain_matmul))
         yield race(SUBJECT, case, run, "JAX's own gradient", peer, sizes.budget)
+    yield _heads_in_groups(sizes)
     split, batch = ours.adapted(work, sizes), ours.batch(work, sizes)
     with _everything_saved():
         peer = ours.training(split, batch, "none")
     run = ours.training(split, batch, "none")
     yield race(SUBJECT, f"a step, remat=none, {work}", run, "everything saved", peer, sizes.budget)
+
+
+def _heads_in_groups(sizes: Sizes) -> Row:
+    """Time attention in float32, which no kernel of a GPU or TPU computes."""
+    batch, queries, keys, heads, width = sizes.attention[0]
+    lengths = (queries, keys, keys, queries)
+    arrays = [jnp.ones((batch, length, heads, width), jnp.float32) for length in lengths]
+
+    def compiled() -> Program:
+        run = jax.jit(lambda *x: jax.vjp(attention, *x[:3])[1](x[3])).lower(*arrays).compile()
+        return lambda: jax.block_until_ready(run(*arrays))
+
+    run, before = compiled(), chunked.SCORES
+    chunked.SCORES = batch * heads * queries * keys
+    peer = compiled()
+    chunked.SCORES = before
+    case = f"attention and gradients, {list(arrays[0].shape)} x {keys} keys, a few heads at a time"
+    return race(SUBJECT, case, run, "all heads at once", peer, sizes.budget)
 
 
 def _plain_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -1,4 +1,8 @@
-"""Attention in plain XLA: a scan over chunks of queries, each of which attends to all keys."""
+"""Attention in plain XLA: a loop over groups of heads, and in it a scan over chunks of queries, each of which attends
+to all keys. On a CPU, the scores of a few heads stay in the cache between the operations of a step."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +12,8 @@ from jaxtyping import Array, Float, Float32, Shaped
 from tfm_jax.precision import precision_of
 from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, heads_first, pad_tokens, tokens_first
 
-QUERY_CHUNK = 128
-"""Maximum number of queries per step: a head then has QUERY_CHUNK x keys scores in memory instead of queries x keys."""
+QUERY_CHUNK, SCORES = 512, 1_500_000
+"""Maximum number of queries of a step, and of scores of a step, unless one head alone has more."""
 
 
 def chunked_forward(query: Queries, key: Keys, value: Keys) -> tuple[Queries, LogSumExp]:
@@ -73,4 +77,27 @@ def _join_chunks(x: Shaped[Array, "i b n q ..."]) -> Shaped[Array, "b n u ..."]:
     return rearrange(x, "i b n q ... -> b n (i q) ...")
 
 
-CHUNKED = Kernel(chunked_forward, chunked_backward)
+def _few_heads_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` as a loop over groups of heads. It gets those of a group as videos with one head each."""
+
+    def run(query: Queries, key: Keys, *others: Array) -> tuple[Array, ...]:
+        batch, queries, heads, _ = query.shape
+        at_once = max(1, SCORES // (min(queries, QUERY_CHUNK) * key.shape[1]))
+        divisors = (n for n in range(1, batch * heads + 1) if batch * heads % n == 0)
+        groups = next(n for n in divisors if batch * heads <= n * at_once)
+
+        def split(x: Array) -> Array:
+            rows = rearrange(x, "b n s -> (b n) 1 s" if x.ndim == 3 else "b s n k -> (b n) s 1 k")
+            return rearrange(rows, "(i r) ... -> i r ...", i=groups)
+
+        def join(x: Array) -> Array:
+            rows = rearrange(x, "i r ... -> (i r) ...")
+            return rearrange(rows, "(b n) 1 s -> b n s" if rows.ndim == 3 else "(b n) s 1 k -> b s n k", b=batch)
+
+        parts = tuple(split(x) for x in (query, key, *others))
+        return tuple(join(x) for x in jax.lax.map(lambda part: function(*part), parts))
+
+    return run
+
+
+CHUNKED = Kernel(_few_heads_at_a_time(chunked_forward), _few_heads_at_a_time(chunked_backward))
