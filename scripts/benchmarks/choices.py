@@ -45,6 +45,7 @@ def _heads_in_groups(sizes: Sizes) -> Row:
     arrays = [jnp.ones((batch, length, heads, width), jnp.float32) for length in lengths]
 
     def compiled() -> Program:
+        jax.clear_caches()  # which know nothing of the number of scores
         run = jax.jit(lambda *x: jax.vjp(attention, *x[:3])[1](x[3])).lower(*arrays).compile()
         return lambda: jax.block_until_ready(run(*arrays))
 
