@@ -169,12 +169,11 @@ def test_every_subject_runs(monkeypatch):
     tiny = CPU._replace(
         budget=0, objective=(3, 4, 6, 16), training=(work,), sampling=(work,), sampling_steps=2, files=config,
         vae=(VaeWork(16, 5, 32, 32),), text=(text,), attention=((1, 80, 100, 2, 32),), growth=work, startup=work,
-        watching=work,
     )  # fmt: skip
     monkeypatch.setattr(timing, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(data, "MANY", 640)
     monkeypatch.setattr(startup, "ROUNDS", 1)
-    for name, value in {"STEPS": 20, "EVERY": 5}.items():
+    for name, value in {"STEPS": 20, "BARE_STEPS": 5, "EVERY": 5}.items():
         monkeypatch.setattr(watching, name, value)
     benchmark = program("benchmark")
     subjects = get_args(benchmark.Subject)

@@ -72,7 +72,6 @@ class Sizes(NamedTuple):
     """Batch size, number of queries, number of keys, number of heads, head width."""
     growth: Work
     startup: Work
-    watching: Work
 
 
 WAN_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
@@ -98,7 +97,6 @@ CPU = Sizes(
     attention=((1, 1600, 1600, 8, 64), (1, 1600, 512, 8, 64), (2, 80, 512, 4, 32)),
     growth=Work(_SMALL, 1, (2, 32, 32)),
     startup=Work(_TINY, 8, (5, 8, 8), 16),
-    watching=Work(_TINY, 4, (5, 8, 8), 16),
 )
 
 GPU = Sizes(
@@ -115,7 +113,6 @@ GPU = Sizes(
     attention=((1, 32760, 32760, 12, 128), (1, 32760, 512, 12, 128)),
     growth=Work(TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=8), 1, (5, 60, 104)),
     startup=Work(WAN_1_3B, 1, (5, 60, 104)),
-    watching=Work(_TINY, 4, (5, 8, 8), 16),
 )
 
 SIZES = {sizes.device: sizes for sizes in (CPU, GPU)}
