@@ -1,48 +1,30 @@
-"""Splash attention, JAX's Pallas kernel for TPUs.
+"""Splash attention, JAX's Pallas kernels for TPUs: blocks and padding for the calls in `splash_kernels.py`."""
 
-The public constructor, `make_splash_mha`, does not suffice: a kernel that returns `lse` (`save_residuals=True`) has no
-gradient, the gradients of the other kernels do not accept an `lse` over more keys (which `sharded.ring` needs), and
-even a full mask becomes tables that the kernel reads for each block. No other module uses the private parts of splash,
-and tests/test_private_apis.py checks them against the installed JAX.
-"""
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-from jaxtyping import Array, Float
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
 
+from tfm_jax.wan.attention import splash_kernels
 from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, heads_first, pad_tokens, tokens_first
+from tfm_jax.wan.attention.splash_kernels import LANES, Blocks, Interpret
 
-LANES, SMALL_BLOCK, LARGE_BLOCK = 128, 512, 1024
+SMALL_BLOCK, LARGE_BLOCK = 512, 1024
 """Block sizes in tokens. A sequence of at most SMALL_BLOCK tokens is one block, padded to a multiple of LANES. A longer
 one is padded to a multiple of SMALL_BLOCK and uses blocks of the other two sizes."""
 
-_UNMASKED = MaskInfo(None, None, None, None, None)
-_MASK_VALUE = splash.DEFAULT_MASK_VALUE
 
-
-def splash_forward(query: Queries, key: Keys, value: Keys, *, interpret: bool = False) -> tuple[Queries, LogSumExp]:
+def splash_forward(
+    query: Queries, key: Keys, value: Keys, *, interpret: Interpret = False
+) -> tuple[Queries, LogSumExp]:
     """Compute `out` and `lse`. If `interpret` is set, emulate the kernel on any platform, slowly, for tests."""
-    queries, keys = query.shape[1], key.shape[1]
-    sizes, padded_queries, padded_keys = block_sizes(queries, keys)
-    kernel = splash.SplashAttentionKernel(
-        _UNMASKED,
-        None,
-        None,
-        is_mqa=False,
-        block_sizes=sizes,
-        save_residuals=True,
-        mask_value=_MASK_VALUE,
-        attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
-        mask_function=None,
-        interpret=interpret,
-    )
-    segments = _segment_ids(keys, padded_queries, padded_keys)
-    q, k, v = heads_first(_scale(query), padded_queries), heads_first(key, padded_keys), heads_first(value, padded_keys)
-    out, (lse,) = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
-    return tokens_first(out, queries), lse[:, :, :queries]
+    batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+    plan = plan_blocks(queries, keys)
+    q = _heads(_scale(query), plan.queries)
+    k, v = (_heads(x, plan.keys) for x in (key, value))
+    out, lse = splash_kernels.forward(q, k, v, _is_padding(keys, plan.keys), plan.forward, interpret)
+    return _videos(out, batch, queries), rearrange(lse[:, :queries], "(b n) s -> b n s", b=batch)
 
 
 def splash_backward(
@@ -53,29 +35,36 @@ def splash_backward(
     lse: LogSumExp,
     out_gradient: Queries,
     *,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> tuple[Queries, Keys, Keys]:
-    queries, keys = query.shape[1], key.shape[1]
-    sizes, padded_queries, padded_keys = block_sizes(queries, keys)
-    segments = _segment_ids(keys, padded_queries, padded_keys)
-
-    def kernel(q: Array, k: Array, v: Array, out: Array, lse: Array, dout: Array) -> tuple[Array, ...]:
-        residuals = (q, k, v, segments, None, out, lse, _UNMASKED, _UNMASKED)
-        settings = (False, _MASK_VALUE, False, sizes, None, None, None, interpret)  # as in splash_forward
-        return splash._splash_attention_bwd(*settings, residuals, dout)[3:6]
-
+    batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+    plan = plan_blocks(queries, keys)
+    shift = jnp.einsum("bsnk,bsnk->bns", out.astype(jnp.float32), out_gradient.astype(jnp.float32))
+    lse, shift = (rearrange(pad_tokens(x, plan.queries), "b n u -> (b n) u") for x in (lse, shift))
     # The output gradients of padded queries are zero, so they add nothing to the gradients of keys and values.
-    q, out, dout = (heads_first(x, padded_queries) for x in (_scale(query), out, out_gradient))
-    k, v = heads_first(key, padded_keys), heads_first(value, padded_keys)
-    dq, dk, dv = jax.vmap(kernel)(q, k, v, out, pad_tokens(lse, padded_queries), dout)
-    return _scale(tokens_first(dq, queries)), tokens_first(dk, keys), tokens_first(dv, keys)
+    q, dout = (_heads(x, plan.queries) for x in (_scale(query), out_gradient))
+    k, v = (_heads(x, plan.keys) for x in (key, value))
+    is_padding = _is_padding(keys, plan.keys)
+    dq = splash_kernels.query_gradients(q, k, v, is_padding, lse, dout, shift, plan.query_gradients, interpret)
+    dk, dv = splash_kernels.key_gradients(q, k, v, lse, dout, shift, plan.key_gradients, interpret)
+    return _scale(_videos(dq, batch, queries)), _videos(dk, batch, keys), _videos(dv, batch, keys)
 
 
 SPLASH = Kernel(splash_forward, splash_backward)
 
 
-def block_sizes(queries: int, keys: int) -> tuple[splash.BlockSizes, int, int]:
-    """Return the block sizes, the padded number of queries and the padded number of keys.
+class BlockPlan(NamedTuple):
+    """The padded numbers of queries and keys, and the blocks of each kernel."""
+
+    queries: int
+    keys: int
+    forward: Blocks
+    query_gradients: Blocks
+    key_gradients: Blocks
+
+
+def plan_blocks(queries: int, keys: int) -> BlockPlan:
+    """Choose the blocks for these numbers of tokens.
 
     A kernel reads all keys once per block of queries (or, for the gradients of the keys, all queries once per block of
     keys). The number of operations per byte read from HBM is therefore about the number of tokens in that block. 1024
@@ -89,28 +78,27 @@ def block_sizes(queries: int, keys: int) -> tuple[splash.BlockSizes, int, int]:
         padded.append(-(-length // step) * step)
         small.append(min(padded[-1], SMALL_BLOCK))
         large.append(LARGE_BLOCK if padded[-1] % LARGE_BLOCK == 0 else small[-1])
-    sizes = splash.BlockSizes(
-        block_q=large[0],
-        block_kv=large[1],
-        block_kv_compute=small[1],
-        block_q_dkv=small[0],
-        block_kv_dkv=large[1],
-        block_kv_dkv_compute=small[1],
-        block_q_dq=large[0],
-        block_kv_dq=small[1],
+    return BlockPlan(
+        *padded,
+        forward=Blocks(large[0], large[1], compute=small[1]),
+        query_gradients=Blocks(large[0], small[1], compute=small[1]),
+        key_gradients=Blocks(small[0], large[1], compute=small[1]),
     )
-    return sizes, padded[0], padded[1]
 
 
-def _segment_ids(keys: int, padded_queries: int, padded_keys: int) -> splash.SegmentIds | None:
-    """Return segment ids that mask padded keys, or None if there are none.
+def _is_padding(keys: int, padded: int) -> Bool[Array, " u"] | None:
+    """Tell which keys are padding, or return None if none are."""
+    return None if keys == padded else jnp.arange(padded) >= keys
 
-    Tokens attend only within their segment, and the padded keys form a second segment without queries.
-    """
-    if keys == padded_keys:
-        return None
-    padding = jnp.arange(padded_keys) >= keys
-    return splash.SegmentIds(jnp.zeros(padded_queries, jnp.int32), padding.astype(jnp.int32))
+
+def _heads(x: Float[Array, "b s n k"], length: int) -> Float[Array, "x u k"]:
+    """Put the heads of all videos into one axis, and pad the tokens with zeros to `length`."""
+    return rearrange(heads_first(x, length), "b n u k -> (b n) u k")
+
+
+def _videos(x: Float[Array, "x u k"], batch: int, length: int) -> Float[Array, "b s n k"]:
+    """Undo `_heads`: keep the first `length` tokens."""
+    return tokens_first(rearrange(x, "(b n) u k -> b n u k", b=batch), length)
 
 
 def _scale(x: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
