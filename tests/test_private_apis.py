@@ -105,10 +105,6 @@ def test_kernels_of_splash():
         "mask_value", "grid_width", "bq", "bkv", "bkv_compute", "head_dim_v", *layouts, "attn_logits_soft_cap",
         "mask_function",
     ))  # fmt: skip
-    check_parameters(user, module, "_flash_attention_dq_kernel", (
-        *tables, *arrays, *gradients, *masks, "dq_scratch_ref", "dq_ref",
-        "mask_value", "grid_width", "bq", "bkv", "attn_logits_soft_cap", *layouts, "mask_function",
-    ))  # fmt: skip
     check_parameters(user, module, "_flash_attention_dkv_kernel", (
         *tables, *arrays, *gradients, *masks, "dq_scratch_ref", "dk_scratch_ref", "dv_scratch_ref", "dq_ref", "dk_ref",
         "dv_ref", "num_q_heads", "num_kv_heads", "mask_value", "grid_width", "bq", "bkv_compute", "is_mqa",

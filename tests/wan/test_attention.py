@@ -102,16 +102,17 @@ def test_two_blocks_of_keys_combine_to_the_whole():
     assert furthest((out, dquery, dkey, dvalue), exact((query, key, value, gradient))) < 3e-6
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(130, 200), (600, 513), (7, 128)])
+@pytest.mark.parametrize(("queries", "keys"), [(130, 200), (1100, 1030), (7, 128)])
 def test_splash_is_exact(queries, keys):
-    """`lse` is exact too, also where keys are padded to whole blocks: 200 to 256, 513 to 1024."""
+    """`lse` is exact too, also where keys are padded to whole blocks: 200 to 256, and 1030 to three blocks of 512."""
     arrays = draw(queries, keys, width=16)
     assert furthest(of_kernel(INTERPRETED)(*arrays), exact(arrays)) < 3e-6
     assert furthest([INTERPRETED.forward(*arrays[:3])[1]], [CHUNKED.forward(*arrays[:3])[1]]) < 3e-6
 
 
 def test_splash_in_bfloat16():
-    arrays = draw(130, 200, width=16, dtype=jnp.bfloat16)
+    """The gradients of the queries are summed over blocks of keys in float32."""
+    arrays = draw(130, 1030, width=16, dtype=jnp.bfloat16)
     ours = of_kernel(INTERPRETED)(*arrays)
     assert {x.dtype for x in ours} == {jnp.dtype(jnp.bfloat16)}
     assert furthest(ours, exact(arrays), order=2) < 0.005
@@ -135,7 +136,7 @@ def test_the_cores_of_a_chip_share_the_heads():
         return token
 
     two = pltpu.InterpretParams(num_cores_or_threads=2, random_seed=0, grid_point_recorder=record)
-    arrays = draw(7, 8, batch=1, heads=2)
+    arrays = draw(1030, 600, batch=1, heads=2)
     ours = of_kernel(Kernel(*(partial(function, interpret=two) for function in SPLASH)))(*arrays)
     assert furthest(ours, exact(arrays)) < 3e-6
     assert (heads[0] | heads[1], heads[0] & heads[1]) == ({0, 1}, set())
@@ -297,7 +298,7 @@ def tpu_kernels(text):
 def test_a_program_compiled_for_tpu_runs_splash(monkeypatch, topology, queries, keys):
     compiled = compile_for_tpu(monkeypatch, topology, queries, keys)
     kernels = tpu_kernels(compiled.as_text())
-    assert len(kernels) == 3
+    assert len(kernels) == 2
     # On chips with two cores (v5p), the compiler splits only what is declared parallel: the heads.
     assert all(b"dimension_semantics<parallel>" in kernel for kernel in kernels)
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * queries * 128 * 20

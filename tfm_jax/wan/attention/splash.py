@@ -1,7 +1,5 @@
 """Splash attention, JAX's Pallas kernels for TPUs: blocks and padding for the calls in `splash_kernels.py`."""
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
@@ -10,9 +8,18 @@ from tfm_jax.wan.attention import splash_kernels
 from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, heads_first, pad_tokens, tokens_first
 from tfm_jax.wan.attention.splash_kernels import LANES, Blocks, Interpret
 
-SMALL_BLOCK, LARGE_BLOCK = 512, 1024
-"""Block sizes in tokens. A sequence of at most SMALL_BLOCK tokens is one block, padded to a multiple of LANES. A longer
-one is padded to a multiple of SMALL_BLOCK and uses blocks of the other two sizes."""
+FORWARD, BACKWARD = Blocks(queries=1024, keys=2048, compute=1024), Blocks(queries=1024, keys=2048, compute=512)
+"""The largest blocks of both passes.
+
+The forward pass reads all keys once per block of queries, and the backward pass all queries once per block of keys. The
+number of operations per byte read from HBM is therefore about the number of tokens in that block. 1024 is more than any
+TPU from v4 to tpu7x needs to keep its matrix units busy; v6e needs the most, 560. VMEM has to hold the float32 scores
+of a block of queries and `compute` keys, in the backward pass several such arrays. v4 has the least, 16 MiB per core.
+"""
+
+SMALLEST = 512
+"""A sequence of at most SMALLEST tokens is one block, padded to a multiple of LANES. A longer one is padded to a
+multiple of SMALLEST, and has the largest blocks that divide it."""
 
 
 def splash_forward(
@@ -20,10 +27,11 @@ def splash_forward(
 ) -> tuple[Queries, LogSumExp]:
     """Compute `out` and `lse`. If `interpret` is set, emulate the kernel on any platform, slowly, for tests."""
     batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
-    plan = plan_blocks(queries, keys)
-    q = _heads(_scale(query), plan.queries)
-    k, v = (_heads(x, plan.keys) for x in (key, value))
-    out, lse = splash_kernels.forward(q, k, v, _is_padding(keys, plan.keys), plan.forward, interpret)
+    all_queries, all_keys = padded(queries), padded(keys)
+    q = _heads(_scale(query), all_queries)
+    k, v = (_heads(x, all_keys) for x in (key, value))
+    blocks = fit(FORWARD, all_queries, all_keys)
+    out, lse = splash_kernels.forward(q, k, v, _is_padding(keys, all_keys), blocks, interpret)
     return _videos(out, batch, queries), rearrange(lse[:, :queries], "(b n) s -> b n s", b=batch)
 
 
@@ -38,52 +46,38 @@ def splash_backward(
     interpret: Interpret = False,
 ) -> tuple[Queries, Keys, Keys]:
     batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
-    plan = plan_blocks(queries, keys)
+    all_queries, all_keys = padded(queries), padded(keys)
     shift = jnp.einsum("bsnk,bsnk->bns", out.astype(jnp.float32), out_gradient.astype(jnp.float32))
-    lse, shift = (rearrange(pad_tokens(x, plan.queries), "b n u -> (b n) u") for x in (lse, shift))
+    lse, shift = (rearrange(pad_tokens(x, all_queries), "b n u -> (b n) u") for x in (lse, shift))
     # The output gradients of padded queries are zero, so they add nothing to the gradients of keys and values.
-    q, dout = (_heads(x, plan.queries) for x in (_scale(query), out_gradient))
-    k, v = (_heads(x, plan.keys) for x in (key, value))
-    is_padding = _is_padding(keys, plan.keys)
-    dq = splash_kernels.query_gradients(q, k, v, is_padding, lse, dout, shift, plan.query_gradients, interpret)
-    dk, dv = splash_kernels.key_gradients(q, k, v, lse, dout, shift, plan.key_gradients, interpret)
-    return _scale(_videos(dq, batch, queries)), _videos(dk, batch, keys), _videos(dv, batch, keys)
+    q, dout = (_heads(x, all_queries) for x in (_scale(query), out_gradient))
+    k, v = (_heads(x, all_keys) for x in (key, value))
+    blocks = fit(BACKWARD, all_queries, all_keys)
+    dq, dk, dv = splash_kernels.backward(q, k, v, _is_padding(keys, all_keys), lse, dout, shift, blocks, interpret)
+    dquery = _scale(_videos(dq, batch, queries)).astype(query.dtype)
+    return dquery, _videos(dk, batch, keys), _videos(dv, batch, keys)
 
 
 SPLASH = Kernel(splash_forward, splash_backward)
 
 
-class BlockPlan(NamedTuple):
-    """The padded numbers of queries and keys, and the blocks of each kernel."""
-
-    queries: int
-    keys: int
-    forward: Blocks
-    query_gradients: Blocks
-    key_gradients: Blocks
+def padded(length: int) -> int:
+    """Return the number of tokens after padding."""
+    step = LANES if length <= SMALLEST else SMALLEST
+    return -(-length // step) * step
 
 
-def plan_blocks(queries: int, keys: int) -> BlockPlan:
-    """Choose the blocks for these numbers of tokens.
+def fit(largest: Blocks, queries: int, keys: int) -> Blocks:
+    """Return blocks that divide these padded numbers of tokens."""
 
-    A kernel reads all keys once per block of queries (or, for the gradients of the keys, all queries once per block of
-    keys). The number of operations per byte read from HBM is therefore about the number of tokens in that block. 1024
-    is more than any TPU from v4 to tpu7x needs to keep its matrix units busy; v6e needs the most, 560. VMEM holds
-    float32 scores, at most 1024 x 512 at a time. The gradients use two kernels instead of the fused one, because the
-    fused one stores the gradients of the queries once per block of keys, so its memory is quadratic in the length.
-    """
-    padded, small, large = [], [], []
-    for length in (queries, keys):
-        step = LANES if length <= SMALL_BLOCK else SMALL_BLOCK
-        padded.append(-(-length // step) * step)
-        small.append(min(padded[-1], SMALL_BLOCK))
-        large.append(LARGE_BLOCK if padded[-1] % LARGE_BLOCK == 0 else small[-1])
-    return BlockPlan(
-        *padded,
-        forward=Blocks(large[0], large[1], compute=small[1]),
-        query_gradients=Blocks(large[0], small[1], compute=small[1]),
-        key_gradients=Blocks(small[0], large[1], compute=small[1]),
-    )
+    def size(length: int, size: int) -> int:
+        if length <= SMALLEST:
+            return length
+        while length % size:
+            size //= 2
+        return size
+
+    return Blocks(size(queries, largest.queries), size(keys, largest.keys), size(keys, largest.compute))
 
 
 def _is_padding(keys: int, padded: int) -> Bool[Array, " u"] | None:

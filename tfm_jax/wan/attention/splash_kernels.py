@@ -1,9 +1,12 @@
 """The Pallas calls of splash attention: JAX's kernels for TPUs, on grids of our own.
 
-JAX's own calls do not suffice: those of the backward pass use one of the two cores of v4 and v5p, because heads may
-share keys there; a call that returns `lse` has no gradient; and the gradients of the others do not accept an `lse` over
-more keys (which `sharded.ring` needs). In the calls below, every head has its own keys. The first dimension of each
-grid is the heads, which are declared parallel, so that the compiler splits them over the cores.
+JAX's own calls do not suffice. A call that returns `lse` has no gradient, and the gradients of the others do not accept
+an `lse` over more keys (which `sharded.ring` needs). The backward pass lets heads share keys, and therefore uses one of
+the two cores of v4 and v5p. Either it computes all scores twice, or it writes a part of the gradients of the queries
+for each block of keys, so that its memory is quadratic in the number of tokens.
+
+In the calls below, every head has its own keys. The first dimension of each grid is the heads, which are declared
+parallel, so that the compiler splits them over the cores. Of each grid, `outer` and `inner` are the other dimensions.
 
 No other module uses JAX's splash, and tests/test_private_apis.py checks what is used here against the installed JAX.
 
@@ -11,6 +14,7 @@ The axes are x: the heads of all videos, u: queries, t: keys, k: head width. All
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,95 +58,93 @@ def forward(
     q: Queries, k: Keys, v: Keys, is_padding: Bool[Array, " t"] | None, blocks: Blocks, interpret: Interpret
 ) -> tuple[Queries, RowSums]:
     """Compute the output and the log-sum-exp of the scores, which are not scaled. Keys that are padding are masked."""
-    (heads, queries, width), steps = q.shape, k.shape[1] // blocks.keys
-
-    def kernel(*refs: Any) -> None:
-        q, k, v, q_ids, k_ids, out, lse, lanes, largest, total, sums = refs
-        splash.flash_attention_kernel(
-            *_NO_TABLES, q, k, v, q_ids, k_ids, None, None, None, largest, total, sums, out, lanes, grid_width=steps,
-            bq=blocks.queries, bkv=blocks.keys, bkv_compute=blocks.compute, head_dim_v=width, **_SETTINGS
-        )  # fmt: skip
-
-        @pl.when(pl.program_id(2) == steps - 1)
-        def _() -> None:
-            lse[...] = lanes[...].T[:1]  # all lanes are equal
-
+    heads, queries, width = q.shape
     of_queries, of_keys = _outer(blocks.queries, width), _inner(blocks.keys, width)
+    of_lse = pl.BlockSpec((None, 1, blocks.queries), lambda head, outer, inner: (head, 0, outer))
+    row = pltpu.VMEM((blocks.queries, LANES), jnp.float32)
     out, lse = _call(
-        kernel,
+        partial(_forward_kernel, compute=blocks.compute),
         "splash_mha_fwd",
-        (heads, queries // blocks.queries, steps),
-        [(q, of_queries), (k, of_keys), (v, of_keys), *_ids(is_padding, blocks)],
-        [
-            (jax.ShapeDtypeStruct.like(q), of_queries),
-            (jax.ShapeDtypeStruct((heads, 1, queries), jnp.float32), _outer_row(blocks.queries)),
-        ],
-        [*[(blocks.queries, LANES)] * 3, (blocks.queries, width)],
+        (heads, queries // blocks.queries, k.shape[1] // blocks.keys),
+        [(q, of_queries), (k, of_keys), (v, of_keys), *_segments(is_padding, blocks, keys_in_lanes=True)],
+        [(jax.ShapeDtypeStruct.like(q), of_queries), (jax.ShapeDtypeStruct((heads, 1, queries), jnp.float32), of_lse)],
+        [row, row, row, pltpu.VMEM((blocks.queries, width), jnp.float32)],
         interpret,
     )
     return out, lse[:, 0]
 
 
-def query_gradients(
+def _forward_kernel(*refs: Any, compute: int) -> None:
+    q, k, v, q_ids, k_ids, out, lse, lanes, largest, total, sums = refs
+    steps = int(pl.num_programs(2))
+    splash.flash_attention_kernel(
+        *_NO_TABLES, q, k, v, q_ids, k_ids, None, None, None, largest, total, sums, out, lanes,
+        grid_width=steps, bq=q.shape[0], bkv=k.shape[0], bkv_compute=compute, head_dim_v=v.shape[1], **_SETTINGS
+    )  # fmt: skip
+
+    @pl.when(pl.program_id(2) == steps - 1)
+    def _() -> None:
+        lse[...] = lanes[...].T[:1]  # all lanes are equal
+
+
+def backward(
     q: Queries, k: Keys, v: Keys, is_padding: Bool[Array, " t"] | None, lse: RowSums, dout: Queries, shift: RowSums,
     blocks: Blocks, interpret: Interpret
-) -> Queries:  # fmt: skip
-    """Compute the gradients of the queries. `shift` is the sum of output x its gradient; `compute` must be `keys`."""
-    (heads, queries, width), steps = q.shape, k.shape[1] // blocks.keys
+) -> tuple[Float32[Array, "x u k"], Keys, Keys]:  # fmt: skip
+    """Compute the gradients of queries, keys and values. `shift` is the sum of output x its gradient.
 
-    def kernel(*refs: Any) -> None:
-        q, k, v, q_ids, k_ids, lse, dout, shift, dq, sums = refs
-        splash._flash_attention_dq_kernel(
-            *_NO_TABLES, q, k, v, q_ids, k_ids, None, lse, dout, shift, None, None, sums, dq, grid_width=steps,
-            bq=blocks.queries, bkv=blocks.keys, **_SETTINGS
-        )  # fmt: skip
-
-    of_queries, of_keys = _outer(blocks.queries, width), _inner(blocks.keys, width)
-    of_rows = _outer_row(blocks.queries)
-    (dq,) = _call(
-        kernel,
-        "splash_mha_dq",
-        (heads, queries // blocks.queries, steps),
-        [
-            *[(q, of_queries), (k, of_keys), (v, of_keys), *_ids(is_padding, blocks)],
-            *[(lse[:, None], of_rows), (dout, of_queries), (shift[:, None], of_rows)],
-        ],
-        [(jax.ShapeDtypeStruct.like(q), of_queries)],
-        [(blocks.queries, width)],
-        interpret,
-    )
-    return dq
-
-
-def key_gradients(
-    q: Queries, k: Keys, v: Keys, lse: RowSums, dout: Queries, shift: RowSums, blocks: Blocks, interpret: Interpret
-) -> tuple[Keys, Keys]:
-    """Compute the gradients of keys and values. Those of padded keys are arbitrary; padded queries must have none."""
-    (heads, _, width), steps = q.shape, q.shape[1] // blocks.queries
-
-    def kernel(*refs: Any) -> None:
-        q, k, v, lse, dout, shift, dk, dv, dk_sums, dv_sums = refs
-        splash._flash_attention_dkv_kernel(
-            *_NO_TABLES, q, k, v, None, None, None, lse, dout, shift, None, None, None, dk_sums, dv_sums, None,
-            dk, dv, num_q_heads=heads, num_kv_heads=heads, is_mqa=False, grid_width=steps,
-            bq=blocks.queries, bkv=blocks.keys, bkv_compute=blocks.compute, **_SETTINGS
-        )  # fmt: skip
-
+    For each block of keys, the kernel goes through all blocks of queries. The gradients of the keys are summed in VMEM,
+    and those of the queries, in float32, in HBM.
+    """
+    heads, queries, width = q.shape
     of_queries, of_keys = _inner(blocks.queries, width), _outer(blocks.keys, width)
-    of_rows = _inner_row(blocks.queries)
-    dk, dv = _call(
-        kernel,
-        "splash_mha_dkv",
-        (heads, k.shape[1] // blocks.keys, steps),
+    of_rows = pl.BlockSpec((None, 1, blocks.queries), lambda head, outer, inner: (head, 0, inner))
+    block_of_dq = pltpu.VMEM((blocks.queries, width), jnp.float32)
+    block_of_dk = pltpu.VMEM((blocks.keys, width), jnp.float32)
+    dq, dk, dv = _call(
+        partial(_backward_kernel, compute=blocks.compute),
+        "splash_mha_bwd",
+        (heads, k.shape[1] // blocks.keys, queries // blocks.queries),
         [
-            *[(q, of_queries), (k, of_keys), (v, of_keys)],
+            *[(q, of_queries), (k, of_keys), (v, of_keys), *_segments(is_padding, blocks, keys_in_lanes=False)],
             *[(lse[:, None], of_rows), (dout, of_queries), (shift[:, None], of_rows)],
         ],
-        [(jax.ShapeDtypeStruct.like(k), of_keys), (jax.ShapeDtypeStruct.like(v), of_keys)],
-        [(blocks.keys, width), (blocks.keys, width)],
+        [
+            (jax.ShapeDtypeStruct(q.shape, jnp.float32), pl.BlockSpec(memory_space=pltpu.HBM)),
+            (jax.ShapeDtypeStruct.like(k), of_keys),
+            (jax.ShapeDtypeStruct.like(v), of_keys),
+        ],
+        [block_of_dq, block_of_dk, block_of_dk, *[block_of_dq] * 3, *[pltpu.SemaphoreType.DMA] * 2],
         interpret,
     )
-    return dk, dv
+    return dq, dk, dv
+
+
+def _backward_kernel(*refs: Any, compute: int) -> None:
+    """Add to the gradients of one block of keys, and to those of one block of queries, which are in HBM.
+
+    A step fetches the sum of the previous blocks of keys while it computes its own part, and stores the new sum while
+    the next step computes.
+    """
+    q, k, v, q_ids, k_ids, lse, dout, shift, dq, dk, dv, *scratch = refs
+    dq_sums, dk_sums, dv_sums, part, before, after, fetched, stored = scratch
+    head, outer, inner = (pl.program_id(axis) for axis in range(3))
+    outers, inners = (int(pl.num_programs(axis)) for axis in (1, 2))
+    rows = dq.at[head, pl.ds(inner * q.shape[0], q.shape[0])]
+    fetch, store = pltpu.make_async_copy(rows, before, fetched), pltpu.make_async_copy(after, rows, stored)
+
+    pl.when(outer > 0)(fetch.start)
+    splash._flash_attention_dkv_kernel(
+        *_NO_TABLES, q, k, v, q_ids, k_ids, None, lse, dout, shift, None, None, dq_sums, dk_sums, dv_sums, part, dk, dv,
+        num_q_heads=1, num_kv_heads=1, is_mqa=False, grid_width=inners, bq=q.shape[0], bkv=k.shape[0],
+        bkv_compute=compute, **_SETTINGS
+    )  # fmt: skip
+    pl.when(outer > 0)(fetch.wait)
+    # The next step waits for a store, unless it belongs to another head or fetches the same rows.
+    pl.when((inners > 1) & (outer + inner > 0))(store.wait)
+    after[...] = part[...] + jnp.where(outer > 0, before[...], 0.0)
+    store.start()
+    pl.when((inners == 1) | ((outer == outers - 1) & (inner == inners - 1)))(store.wait)
 
 
 def _call(
@@ -151,17 +153,16 @@ def _call(
     grid: tuple[int, int, int],
     inputs: Sequence[tuple[Array | None, pl.BlockSpec | None]],
     outputs: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
-    scratch: Sequence[tuple[int, int]],
+    scratch: Sequence[Any],
     interpret: Interpret,
 ) -> Sequence[Array]:
-    """Run a kernel over a grid of heads x outer blocks x inner blocks, with float32 arrays in VMEM as `scratch`."""
     call = pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=[spec for _, spec in inputs],
         out_specs=[spec for _, spec in outputs],
         out_shape=[shape for shape, _ in outputs],
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         name=name,
         interpret=interpret,
@@ -170,31 +171,24 @@ def _call(
 
 
 def _outer(tokens: int, width: int) -> pl.BlockSpec:
-    """The block of the second dimension of the grid."""
     return pl.BlockSpec((None, tokens, width), lambda head, outer, inner: (head, outer, 0))
 
 
 def _inner(tokens: int, width: int) -> pl.BlockSpec:
-    """The block of the third dimension of the grid."""
     return pl.BlockSpec((None, tokens, width), lambda head, outer, inner: (head, inner, 0))
 
 
-def _outer_row(tokens: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, 1, tokens), lambda head, outer, inner: (head, 0, outer))
-
-
-def _inner_row(tokens: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, 1, tokens), lambda head, outer, inner: (head, 0, inner))
-
-
-def _ids(
-    is_padding: Bool[Array, " t"] | None, blocks: Blocks
+def _segments(
+    is_padding: Bool[Array, " t"] | None, blocks: Blocks, *, keys_in_lanes: bool
 ) -> list[tuple[Int32[Array, "..."] | None, pl.BlockSpec | None]]:
     """Return the segments of queries and keys: queries attend to keys in their own segment, which excludes padding."""
     if is_padding is None:
         return [(None, None), (None, None)]
-    k_ids = jnp.broadcast_to(is_padding.astype(jnp.int32), (SUBLANES, *is_padding.shape))
-    return [
-        (jnp.zeros((blocks.queries, LANES), jnp.int32), pl.BlockSpec((blocks.queries, LANES), lambda *_: (0, 0))),
-        (k_ids, pl.BlockSpec((SUBLANES, blocks.keys), lambda head, outer, inner: (0, inner))),
-    ]
+    ids = is_padding.astype(jnp.int32)
+    if keys_in_lanes:
+        queries, keys = (blocks.queries, LANES), jnp.broadcast_to(ids, (SUBLANES, ids.size))
+        of_keys = pl.BlockSpec((SUBLANES, blocks.keys), lambda head, outer, inner: (0, inner))
+    else:
+        queries, keys = (SUBLANES, blocks.queries), jnp.broadcast_to(ids[:, None], (ids.size, LANES))
+        of_keys = pl.BlockSpec((blocks.keys, LANES), lambda head, outer, inner: (outer, 0))
+    return [(jnp.zeros(queries, jnp.int32), pl.BlockSpec(queries, lambda head, outer, inner: (0, 0))), (keys, of_keys)]
