@@ -5,7 +5,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from tfm_jax.wan.attention import splash_kernels
-from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, heads_first, pad_tokens, tokens_first
+from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, pad_tokens
 from tfm_jax.wan.attention.splash_kernels import LANES, Blocks, Interpret
 
 FORWARD, BACKWARD = Blocks(queries=1024, keys=2048, compute=1024), Blocks(queries=1024, keys=2048, compute=512)
@@ -28,11 +28,11 @@ def splash_forward(
     """Compute `out` and `lse`. If `interpret` is set, emulate the kernel on any platform, slowly, for tests."""
     batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
     all_queries, all_keys = padded(queries), padded(keys)
-    q = _heads(_scale(query), all_queries)
-    k, v = (_heads(x, all_keys) for x in (key, value))
+    q = _rows(_scale(query), all_queries)
+    k, v = (_rows(x, all_keys) for x in (key, value))
     blocks = fit(FORWARD, all_queries, all_keys)
-    out, lse = splash_kernels.forward(q, k, v, _is_padding(keys, all_keys), blocks, interpret)
-    return _videos(out, batch, queries), rearrange(lse[:, :queries], "(b n) s -> b n s", b=batch)
+    out, lse = splash_kernels.forward(q, k, v, _is_padding(keys, all_keys), _heads_per_row(query), blocks, interpret)
+    return _videos(out, query), rearrange(lse[:, :queries], "(b n) s -> b n s", b=batch)
 
 
 def splash_backward(
@@ -45,17 +45,18 @@ def splash_backward(
     *,
     interpret: Interpret = False,
 ) -> tuple[Queries, Keys, Keys]:
-    batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+    queries, keys, heads = query.shape[1], key.shape[1], _heads_per_row(query)
     all_queries, all_keys = padded(queries), padded(keys)
     shift = jnp.einsum("bsnk,bsnk->bns", out.astype(jnp.float32), out_gradient.astype(jnp.float32))
     lse, shift = (rearrange(pad_tokens(x, all_queries), "b n u -> (b n) u") for x in (lse, shift))
     # The output gradients of padded queries are zero, so they add nothing to the gradients of keys and values.
-    q, dout = (_heads(x, all_queries) for x in (_scale(query), out_gradient))
-    k, v = (_heads(x, all_keys) for x in (key, value))
+    q, dout = (_rows(x, all_queries) for x in (_scale(query), out_gradient))
+    k, v = (_rows(x, all_keys) for x in (key, value))
     blocks = fit(BACKWARD, all_queries, all_keys)
-    dq, dk, dv = splash_kernels.backward(q, k, v, _is_padding(keys, all_keys), lse, dout, shift, blocks, interpret)
-    dquery = _scale(_videos(dq, batch, queries)).astype(query.dtype)
-    return dquery, _videos(dk, batch, keys), _videos(dv, batch, keys)
+    is_padding = _is_padding(keys, all_keys)
+    dq, dk, dv = splash_kernels.backward(q, k, v, is_padding, lse, dout, shift, heads, blocks, interpret)
+    dquery = _scale(_videos(dq, query)).astype(query.dtype)
+    return dquery, _videos(dk, key), _videos(dv, value)
 
 
 SPLASH = Kernel(splash_forward, splash_backward)
@@ -85,14 +86,21 @@ def _is_padding(keys: int, padded: int) -> Bool[Array, " u"] | None:
     return None if keys == padded else jnp.arange(padded) >= keys
 
 
-def _heads(x: Float[Array, "b s n k"], length: int) -> Float[Array, "x u k"]:
-    """Put the heads of all videos into one axis, and pad the tokens with zeros to `length`."""
-    return rearrange(heads_first(x, length), "b n u k -> (b n) u k")
+def _heads_per_row(x: Float[Array, "b s n k"]) -> int:
+    """Return how many heads share a row: all of a video, which needs no transposition, if they fill whole lanes."""
+    return x.shape[2] if x.shape[3] % LANES == 0 else 1
 
 
-def _videos(x: Float[Array, "x u k"], batch: int, length: int) -> Float[Array, "b s n k"]:
-    """Undo `_heads`: keep the first `length` tokens."""
-    return tokens_first(rearrange(x, "(b n) u k -> b n u k", b=batch), length)
+def _rows(x: Float[Array, "b s n k"], length: int) -> Float[Array, "r u m"]:
+    """Arrange the heads in rows, and pad the tokens with zeros to `length`."""
+    rows = rearrange(x, "b s (i n) k -> (b i) s (n k)", n=_heads_per_row(x))
+    return jnp.pad(rows, ((0, 0), (0, length - x.shape[1]), (0, 0)))
+
+
+def _videos(x: Float[Array, "r u m"], like: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
+    """Undo `_rows` for an array that had the shape of `like`."""
+    heads = _heads_per_row(like)
+    return rearrange(x[:, : like.shape[1]], "(b i) s (n k) -> b s (i n) k", b=like.shape[0], n=heads)
 
 
 def _scale(x: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:

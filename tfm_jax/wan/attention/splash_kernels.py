@@ -10,7 +10,9 @@ parallel, so that the compiler splits them over the cores. Of each grid, `outer`
 
 No other module uses JAX's splash, and tests/test_private_apis.py checks what is used here against the installed JAX.
 
-The axes are x: the heads of all videos, u: queries, t: keys, k: head width. All tokens are padded to whole blocks.
+The axes are r: rows, each of which has all tokens of some heads; m: the channels of these heads, in the order of the
+heads; x: the heads of all rows; u: queries, and t: keys, both padded to whole blocks. A block has the channels of one
+head. The compiler accepts that if they fill whole lanes, or if a row has no other heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,10 +24,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.lax import div, rem
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-Queries = Float[Array, "x u k"]
-Keys = Float[Array, "x t k"]
+Queries = Float[Array, "r u m"]
+Keys = Float[Array, "r t m"]
 RowSums = Float32[Array, "x u"]
 Interpret = bool | pltpu.InterpretParams
 """Whether to emulate a kernel on any platform, and how."""
@@ -55,19 +58,25 @@ class Blocks(NamedTuple):
 
 
 def forward(
-    q: Queries, k: Keys, v: Keys, is_padding: Bool[Array, " t"] | None, blocks: Blocks, interpret: Interpret
+    q: Queries, k: Keys, v: Keys, is_padding: Bool[Array, " t"] | None, heads: int, blocks: Blocks, interpret: Interpret
 ) -> tuple[Queries, RowSums]:
-    """Compute the output and the log-sum-exp of the scores, which are not scaled. Keys that are padding are masked."""
-    heads, queries, width = q.shape
-    of_queries, of_keys = _outer(blocks.queries, width), _inner(blocks.keys, width)
+    """Compute the output and the log-sum-exp of the scores, which are not scaled. Keys that are padding are masked.
+
+    Args:
+        heads: number of heads in a row.
+    """
+    (rows, queries, channels) = q.shape
+    width = channels // heads
+    of_queries, of_keys = _outer(blocks.queries, width, heads), _inner(blocks.keys, width, heads)
     of_lse = pl.BlockSpec((None, 1, blocks.queries), lambda head, outer, inner: (head, 0, outer))
+    lse_shape = jax.ShapeDtypeStruct((rows * heads, 1, queries), jnp.float32)
     row = pltpu.VMEM((blocks.queries, LANES), jnp.float32)
     out, lse = _call(
         partial(_forward_kernel, compute=blocks.compute),
         "splash_mha_fwd",
-        (heads, queries // blocks.queries, k.shape[1] // blocks.keys),
+        (rows * heads, queries // blocks.queries, k.shape[1] // blocks.keys),
         [(q, of_queries), (k, of_keys), (v, of_keys), *_segments(is_padding, blocks, keys_in_lanes=True)],
-        [(jax.ShapeDtypeStruct.like(q), of_queries), (jax.ShapeDtypeStruct((heads, 1, queries), jnp.float32), of_lse)],
+        [(jax.ShapeDtypeStruct.like(q), of_queries), (lse_shape, of_lse)],
         [row, row, row, pltpu.VMEM((blocks.queries, width), jnp.float32)],
         interpret,
     )
@@ -89,22 +98,23 @@ def _forward_kernel(*refs: Any, compute: int) -> None:
 
 def backward(
     q: Queries, k: Keys, v: Keys, is_padding: Bool[Array, " t"] | None, lse: RowSums, dout: Queries, shift: RowSums,
-    blocks: Blocks, interpret: Interpret
-) -> tuple[Float32[Array, "x u k"], Keys, Keys]:  # fmt: skip
+    heads: int, blocks: Blocks, interpret: Interpret
+) -> tuple[Float32[Array, "r u m"], Keys, Keys]:  # fmt: skip
     """Compute the gradients of queries, keys and values. `shift` is the sum of output x its gradient.
 
     For each block of keys, the kernel goes through all blocks of queries. The gradients of the keys are summed in VMEM,
     and those of the queries, in float32, in HBM.
     """
-    heads, queries, width = q.shape
-    of_queries, of_keys = _inner(blocks.queries, width), _outer(blocks.keys, width)
+    (rows, queries, channels) = q.shape
+    width = channels // heads
+    of_queries, of_keys = _inner(blocks.queries, width, heads), _outer(blocks.keys, width, heads)
     of_rows = pl.BlockSpec((None, 1, blocks.queries), lambda head, outer, inner: (head, 0, inner))
     block_of_dq = pltpu.VMEM((blocks.queries, width), jnp.float32)
     block_of_dk = pltpu.VMEM((blocks.keys, width), jnp.float32)
     dq, dk, dv = _call(
-        partial(_backward_kernel, compute=blocks.compute),
+        partial(_backward_kernel, heads=heads, compute=blocks.compute),
         "splash_mha_bwd",
-        (heads, k.shape[1] // blocks.keys, queries // blocks.queries),
+        (rows * heads, k.shape[1] // blocks.keys, queries // blocks.queries),
         [
             *[(q, of_queries), (k, of_keys), (v, of_keys), *_segments(is_padding, blocks, keys_in_lanes=False)],
             *[(lse[:, None], of_rows), (dout, of_queries), (shift[:, None], of_rows)],
@@ -120,7 +130,7 @@ def backward(
     return dq, dk, dv
 
 
-def _backward_kernel(*refs: Any, compute: int) -> None:
+def _backward_kernel(*refs: Any, heads: int, compute: int) -> None:
     """Add to the gradients of one block of keys, and to those of one block of queries, which are in HBM.
 
     A step fetches the sum of the previous blocks of keys while it computes its own part, and stores the new sum while
@@ -130,17 +140,19 @@ def _backward_kernel(*refs: Any, compute: int) -> None:
     dq_sums, dk_sums, dv_sums, part, before, after, fetched, stored = scratch
     head, outer, inner = (pl.program_id(axis) for axis in range(3))
     outers, inners = (int(pl.num_programs(axis)) for axis in (1, 2))
-    rows = dq.at[head, pl.ds(inner * q.shape[0], q.shape[0])]
-    fetch, store = pltpu.make_async_copy(rows, before, fetched), pltpu.make_async_copy(after, rows, stored)
+    size, width = q.shape
+    row, place = div(head, heads), rem(head, heads)
+    block = dq.at[row, pl.ds(inner * size, size), pl.ds(place * width, width)]
+    fetch, store = pltpu.make_async_copy(block, before, fetched), pltpu.make_async_copy(after, block, stored)
 
     pl.when(outer > 0)(fetch.start)
     splash._flash_attention_dkv_kernel(
         *_NO_TABLES, q, k, v, q_ids, k_ids, None, lse, dout, shift, None, None, dq_sums, dk_sums, dv_sums, part, dk, dv,
-        num_q_heads=1, num_kv_heads=1, is_mqa=False, grid_width=inners, bq=q.shape[0], bkv=k.shape[0],
+        num_q_heads=1, num_kv_heads=1, is_mqa=False, grid_width=inners, bq=size, bkv=k.shape[0],
         bkv_compute=compute, **_SETTINGS
     )  # fmt: skip
     pl.when(outer > 0)(fetch.wait)
-    # The next step waits for a store, unless it belongs to another head or fetches the same rows.
+    # The next step waits for a store, unless it belongs to another head or fetches the same block.
     pl.when((inners > 1) & (outer + inner > 0))(store.wait)
     after[...] = part[...] + jnp.where(outer > 0, before[...], 0.0)
     store.start()
@@ -170,12 +182,12 @@ def _call(
     return call(*(array for array, _ in inputs))
 
 
-def _outer(tokens: int, width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, tokens, width), lambda head, outer, inner: (head, outer, 0))
+def _outer(tokens: int, width: int, heads: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, tokens, width), lambda head, outer, inner: (div(head, heads), outer, rem(head, heads)))
 
 
-def _inner(tokens: int, width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, tokens, width), lambda head, outer, inner: (head, inner, 0))
+def _inner(tokens: int, width: int, heads: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, tokens, width), lambda head, outer, inner: (div(head, heads), inner, rem(head, heads)))
 
 
 def _segments(
