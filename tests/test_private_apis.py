@@ -18,7 +18,7 @@ SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"
 DISTRIBUTED = "jax._src.distributed"
 USERS = {
     CUDNN: "tfm_jax/wan/attention/cudnn.py",
-    SPLASH: "tfm_jax/wan/attention/splash.py",
+    SPLASH: "tfm_jax/wan/attention/splash_kernels.py",
     DISTRIBUTED: "tfm_jax/jax_distributed.py",
 }
 OPERANDS = ("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "page_table_k",
@@ -93,19 +93,25 @@ def test_calls_to_cudnn_are_lowered():
             fail(USERS[CUDNN], f"{function.__name__} no longer lowers to a call of {target}")
 
 
-def test_parts_of_splash():
-    user, kernel = USERS[SPLASH], f"{SPLASH}.splash_attention_kernel"
-    options = ("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function",
-               "attn_logits_soft_cap", "interpret")  # fmt: skip
-    check_parameters(user, kernel, "_splash_attention_bwd", (*options, "res", "do"))
-    check_parameters(
-        user, kernel, "SplashAttentionKernel", ("fwd_mask_info", "dq_mask_info", "dkv_mask_info", "kwargs")
-    )
-    check_parameters(user, kernel, "SegmentIds", ("q", "kv"))
-    for name in ("BlockSizes", "DEFAULT_MASK_VALUE"):
-        find(user, kernel, name)
-    fields = ("data_next", "mask_next", "block_mask", "partial_mask_blocks", "q_sequence", "is_dynamic_mask")
-    check_parameters(user, f"{SPLASH}.splash_attention_mask_info", "MaskInfo", fields)
+def test_kernels_of_splash():
+    user, module = USERS[SPLASH], f"{SPLASH}.splash_attention_kernel"
+    tables = ("data_next_ref", "block_mask_ref", "mask_next_ref")
+    arrays = ("q_ref", "k_ref", "v_ref", "q_segment_ids_ref", "kv_segment_ids_ref", "sinks_ref")
+    gradients = ("logsumexp_ref", "do_ref", "di_ref")
+    masks = ("mask_ref", "q_sequence_ref")
+    layouts = ("q_layout", "k_layout", "v_layout")
+    check_parameters(user, module, "flash_attention_kernel", (
+        *tables, *arrays, *masks, "m_scratch_ref", "l_scratch_ref", "o_scratch_ref", "o_ref", "logsumexp_ref",
+        "mask_value", "grid_width", "bq", "bkv", "bkv_compute", "head_dim_v", *layouts, "attn_logits_soft_cap",
+        "mask_function",
+    ))  # fmt: skip
+    check_parameters(user, module, "_flash_attention_dkv_kernel", (
+        *tables, *arrays, *gradients, *masks, "dq_scratch_ref", "dk_scratch_ref", "dv_scratch_ref", "dq_ref", "dk_ref",
+        "dv_ref", "num_q_heads", "num_kv_heads", "mask_value", "grid_width", "bq", "bkv_compute", "is_mqa",
+        "attn_logits_soft_cap", *layouts, "bkv", "mask_function",
+    ))  # fmt: skip
+    for name in ("QKVLayout.HEAD_DIM_MINOR", "DEFAULT_MASK_VALUE"):
+        find(user, module, name)
 
 
 def test_state_of_jax_distributed():

@@ -341,7 +341,7 @@ def test_split_attention_compiles_for_tpu(monkeypatch):
             where = jax.sharding.NamedSharding(mesh, partition_spec(("batch", "tokens", "heads", None)))
             arrays = [jax.ShapeDtypeStruct((2, 4160, 12, 128), jnp.bfloat16, sharding=where)] * 4
             program = jax.jit(run).lower(*arrays).compile().as_text()
-        assert program.count('custom_call_target="tpu_custom_call"') == 3
+        assert program.count('custom_call_target="tpu_custom_call"') == 2
         assert f" {kind}-start(" in program or f" {kind}(" in program
         assert " all-gather" not in program
 
@@ -367,6 +367,6 @@ def test_memory_of_the_policies_on_a_tpu(monkeypatch):
         device[policy], host[policy] = memory.temp_size_in_bytes, memory.host_temp_size_in_bytes
     assert device["attention"] - device["full"] > 1.5 * activation
     assert device["attention_offload"] - device["full"] < 0.7 * activation
-    assert device["none"] - device["attention"] > 10 * activation
+    assert device["none"] - device["attention"] > 6 * activation
     assert host["attention_offload"] > 1.9 * activation
     assert host["full"] == host["attention"] == host["none"] == 0

@@ -73,17 +73,12 @@ class _LinearLayer(NamedTuple):
         return 2 * self.tokens * rank * self.in_dim, 2 * self.tokens * rank * self.out_dim
 
 
-def training_flops(
-    config: TransformerConfig, lora: LoraConfig, remat: Remat, clips: int, tokens: int, *, score_products: int = 1
-) -> TrainingFlops:
+def training_flops(config: TransformerConfig, lora: LoraConfig, remat: Remat, clips: int, tokens: int) -> TrainingFlops:
     """Count the operations of a training step.
 
     Args:
         clips: batch size, over all devices.
         tokens: number of video tokens per clip.
-        score_products: number of matrix products of the size of the attention scores that the backward pass of
-            attention repeats: 1 if one kernel computes all gradients (cuDNN, chunked), 3 if separate kernels compute
-            the gradients of the queries and of the keys (splash).
     """
     sizes = adapter_sizes(lora)
     attention = _attention(config, tokens, tokens + TEXT_LENGTH)
@@ -107,7 +102,7 @@ def training_flops(
         clips * (config.layers * forward + text + stem + head),
         clips * (config.layers * backward + head),
         clips * config.layers * recomputed,
-        clips * config.layers * score_products * attention // 2,
+        clips * config.layers * attention // 2,
     )
 
 

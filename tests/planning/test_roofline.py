@@ -178,7 +178,7 @@ ENTRY %main (q: bf16[256,256], x: bf16[512,256], k: bf16[256,8], heads: bf16[4,1
   %from = bf16[256,256]{1,0:T(8,128)(2,1)} get-tuple-element(%step), index=1
   %into = bf16[1024,256]{1,0:T(8,128)(2,1)} get-tuple-element(%step), index=2
   %whole = bf16[1024,256]{1,0:T(8,128)(2,1)} fusion(%from, %into), kind=kCustom, calls=%finish
-  %splash_mha_dkv_no_residuals.1 = (bf16[4,1024,128]{2,1,0:T(8,128)(2,1)}, bf16[4,1024,128]{2,1,0:T(8,128)(2,1)}) custom-call(%heads, %near, %near), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %splash_mha_bwd.1 = (bf16[4,1024,128]{2,1,0:T(8,128)(2,1)}, bf16[4,1024,128]{2,1,0:T(8,128)(2,1)}) custom-call(%heads, %near, %near), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 1024}"
 }}, metadata={op_name="jit(step)/transpose(jvp())/self_attn/attention_kernel/pallas_call"}
   %ahead = ((bf16[4,1024,128]{2,1,0:T(8,128)(2,1)}), bf16[1,1024,128]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%heads), slice={[0:1], [0:1024], [0:128]}
@@ -207,9 +207,9 @@ def test_a_gather_over_several_fusions_is_one_transfer():
 
 
 def test_operations_of_an_attention_kernel_follow_from_its_shapes():
-    kernel = operation(TPU_PROGRAM, "splash_mha_dkv_no_residuals.1")
+    kernel = operation(TPU_PROGRAM, "splash_mha_bwd.1")
     assert classify(kernel) == "attention"
-    assert kernel.flops == 4 * 2 * 4 * 1024 * 1024 * 128
+    assert kernel.flops == 5 * 2 * 4 * 1024 * 1024 * 128
     assert kernel.bytes == 3 * 4 * 1024 * 128 * 2  # two operands are in VMEM
     assert origin(kernel.scope) == "self_attn/attention_kernel/pallas_call backward"
     assert make_roofline(Module(TPU_PROGRAM), CHIP).unknown == ["other.2"]

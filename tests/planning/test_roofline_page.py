@@ -42,7 +42,7 @@ def test_only_the_part_between_the_lines_is_written(rows, tmp_path):
     assert text.startswith(f"before\n{BEGIN}\nEvery row")
     assert text.endswith(f"{END}after\n")
     assert "old\n" not in text
-    assert "| v5p-8 (4 chips) | 14B | data=4 | 13.55 | 1.50 | 51% | 3.0 | 2.0 | 250.0 |" in text
+    assert "| v5p-8 (4 chips) | 14B | data=4 | 11.61 | 1.50 | 51% | 3.0 | 2.0 | 250.0 |" in text
     assert "| 4 x H100 80 GB | 14B | fsdp=4 | 5.39 | not compiled |" in text
     assert text.count("### ") == 6
     assert "--topology=v5e:4x4 --roofline \\\n        --train.batch_size=4 --mesh.fsdp=4 --mesh.sequence=4" in text

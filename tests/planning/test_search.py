@@ -55,7 +55,7 @@ def test_search_takes_least_recomputation_first_and_then_least_sent(capsys):
         mesh = tuple(mesh)
         tried.append((mesh, remat))
         needs = {"none": 40, "attention": 17.8, "full": 11}[remat] - 2 * len({m for m, _ in tried})
-        return fake_plan(mesh, round(needs * GIB), sent=100 - len(tried), remat=remat, flops=flops(run, where, 4))
+        return fake_plan(mesh, round(needs * GIB), sent=100 - len(tried), remat=remat, flops=flops(run, 4))
 
     found = search(run_14b(), fake_topology("v5e", 16), 4, make=make)
     assert [p.remat for p in found] == ["attention"] * 3 + ["full"]
@@ -85,7 +85,7 @@ def test_search_continues_after_a_failure_of_the_compiler(capsys):
 def test_search_ranks_a_tight_fit_last_and_tries_the_next_policy(capsys):
     def make(run, where):
         needs = {"attention": 15.3, "full": 9}[run.train.remat]
-        return fake_plan(needed=round(needs * GIB), remat=run.train.remat, flops=flops(run, where, 4))
+        return fake_plan(needed=round(needs * GIB), remat=run.train.remat, flops=flops(run, 4))
 
     found = search(run_14b(), fake_topology("v5e", 16), 1, make=make)
     assert [(p.remat, p.tight) for p in found] == [("full", False), ("attention", True)]

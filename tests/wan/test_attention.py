@@ -1,5 +1,6 @@
 """Each attention kernel against plain softmax attention, and the programs that they compile to."""
 
+import base64
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import virtual_devices
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tfm_jax.wan.attention import ATTENTION_OUTPUT, attention, chunked, cudnn
@@ -100,19 +102,47 @@ def test_two_blocks_of_keys_combine_to_the_whole():
     assert furthest((out, dquery, dkey, dvalue), exact((query, key, value, gradient))) < 3e-6
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(130, 200), (600, 513), (7, 128)])
-def test_splash_is_exact(queries, keys):
-    """`lse` is exact too, also where keys are padded to whole blocks: 200 to 256, 513 to 1024."""
-    arrays = draw(queries, keys, width=16)
+@pytest.mark.parametrize(("queries", "keys", "width"), [(130, 200, 16), (1100, 1030, 128), (7, 128, 16)])
+def test_splash_is_exact(queries, keys, width):
+    """`lse` is exact too, also where keys are padded to whole blocks: 200 to 256, and 1030 to three blocks of 512.
+
+    Heads of width 128 stay side by side, in one row; other heads are transposed, and have rows of their own.
+    """
+    arrays = draw(queries, keys, width=width)
     assert furthest(of_kernel(INTERPRETED)(*arrays), exact(arrays)) < 3e-6
     assert furthest([INTERPRETED.forward(*arrays[:3])[1]], [CHUNKED.forward(*arrays[:3])[1]]) < 3e-6
 
 
 def test_splash_in_bfloat16():
-    arrays = draw(130, 200, width=16, dtype=jnp.bfloat16)
+    """The gradients of the queries are summed over blocks of keys in float32."""
+    arrays = draw(130, 1030, width=16, dtype=jnp.bfloat16)
     ours = of_kernel(INTERPRETED)(*arrays)
     assert {x.dtype for x in ours} == {jnp.dtype(jnp.bfloat16)}
     assert furthest(ours, exact(arrays), order=2) < 0.005
+
+
+def test_splash_takes_an_lse_over_more_keys():
+    """A ring of devices does this: the gradients of a part of the keys need the `lse` over all of them."""
+    query, key, value, gradient = draw(130, 200, width=16)
+    out, lse = INTERPRETED.forward(query, key, value)
+    for part in (slice(0, 120), slice(120, 200)):
+        arrays = (query, key[:, part], value[:, part], out, lse, gradient)
+        assert furthest(INTERPRETED.backward(*arrays), CHUNKED.backward(*arrays)) < 3e-6
+
+
+def test_the_cores_of_a_chip_share_the_heads():
+    """v4 and v5p have two cores per chip. The interpreter splits the parallel part of a grid over them."""
+    heads = {0: set(), 1: set()}
+
+    def record(token, point, core):
+        heads[int(core)].add(int(point[0]))
+        return token
+
+    two = pltpu.InterpretParams(num_cores_or_threads=2, random_seed=0, grid_point_recorder=record)
+    arrays = draw(1030, 600, batch=1, heads=2)
+    ours = of_kernel(Kernel(*(partial(function, interpret=two) for function in SPLASH)))(*arrays)
+    assert furthest(ours, exact(arrays)) < 3e-6
+    assert (heads[0] | heads[1], heads[0] & heads[1]) == ({0, 1}, set())
 
 
 def test_scan_checkpoint_vmap_and_jit():
@@ -247,11 +277,8 @@ def test_tracing_for_a_gpu_needs_no_gpu_and_no_cudnn(monkeypatch):
     assert len(cudnn_calls(lowered_for_cuda(attention, 130, 78, 64, jnp.bfloat16))) == 2
 
 
-@pytest.mark.parametrize(
-    ("topology", "queries", "keys"), [("v5e:2x2", 1560, 512), ("v5p:2x2x1", 1560, 1560), ("v6e:2x4", 32760, 32760)]
-)
-def test_a_program_compiled_for_tpu_runs_splash(monkeypatch, topology, queries, keys):
-    """libtpu, which the extra `test` installs, compiles the program without a TPU."""
+def compile_for_tpu(monkeypatch, topology, queries, keys):
+    """Compile attention with its gradients. libtpu, which the extra `test` installs, needs no TPU for this."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
@@ -260,6 +287,22 @@ def test_a_program_compiled_for_tpu_runs_splash(monkeypatch, topology, queries, 
     sharding = NamedSharding(Mesh(np.array([chip]), ("chip",)), PartitionSpec())
     lengths = (queries, keys, keys, queries)
     arrays = [jax.ShapeDtypeStruct((1, n, 12, 128), jnp.bfloat16, sharding=sharding) for n in lengths]
-    compiled = with_gradients(attention).lower(*arrays).compile()
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    return with_gradients(attention).lower(*arrays).compile()
+
+
+def tpu_kernels(text):
+    """Return the code of each Pallas kernel in a compiled program, as the compiler received it."""
+    bodies = re.findall(r'custom_call_target="tpu_custom_call".*?"body":"([^"]*)"', text)
+    return [base64.b64decode(body) for body in bodies]
+
+
+@pytest.mark.parametrize(
+    ("topology", "queries", "keys"), [("v5e:2x2", 1560, 512), ("v5p:2x2x1", 520, 520), ("v6e:2x4", 32760, 32760)]
+)
+def test_a_program_compiled_for_tpu_runs_splash(monkeypatch, topology, queries, keys):
+    compiled = compile_for_tpu(monkeypatch, topology, queries, keys)
+    kernels = tpu_kernels(compiled.as_text())
+    assert len(kernels) == 2
+    # On chips with two cores (v5p), the compiler splits only what is declared parallel: the heads.
+    assert all(b"dimension_semantics<parallel>" in kernel for kernel in kernels)
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * queries * 128 * 20

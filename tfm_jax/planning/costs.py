@@ -23,8 +23,7 @@ from tfm_jax.planning.hlo import (
 
 ATTENTION_KERNELS = {
     "splash_mha_fwd": 2,
-    "splash_mha_dkv": 4,
-    "splash_mha_dq": 3,
+    "splash_mha_bwd": 5,
     "fmhaSoftmaxBackward": 5,
     "fmhaSoftmax": 2,
 }

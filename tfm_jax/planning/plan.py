@@ -20,10 +20,6 @@ from tfm_jax.planning.programs import Program, SamplePlan, TrainPlan
 from tfm_jax.planning.roofline import Roofline, make_roofline
 from tfm_jax.sharding import make_mesh
 
-SPLASH_SCORE_PRODUCTS = 3
-"""How many matrix products with the size of the attention scores splash attention (bfloat16 on TPUs) recomputes in its
-backward pass. Other attention kernels recompute one."""
-
 MARGIN = 0.05
 """Fraction of the memory that a plan should leave free, because a run also holds prefetched batches and loses memory to
 fragmentation. On GPUs, the compiler's numbers also lack the workspace of cuDNN."""
@@ -281,18 +277,17 @@ def _static_fields(run: TrainPlan | SamplePlan, topology: Topology, mesh: Mesh) 
         "remat": run.train.remat if training else None,
         "clips": clips,
         "tokens": programs.num_tokens(run),
-        "flops": flops(run, topology, clips),
+        "flops": flops(run, clips),
         "peak_flops": topology.chip.peak,
     }
 
 
-def flops(run: TrainPlan | SamplePlan, topology: Topology, clips: int) -> dict[str, int]:
+def flops(run: TrainPlan | SamplePlan, clips: int) -> dict[str, int]:
     """Map each purpose to the floating-point operations of one call of a program, summed over all devices."""
     config, tokens = programs.transformer_config(run.model), programs.num_tokens(run)
     if isinstance(run, SamplePlan):
         return {"forward": sampling_flops(config, clips, tokens, run.sampling.guidance != 1)}
-    products = 1 if topology.chip.target or run.model.dtype == "float32" else SPLASH_SCORE_PRODUCTS
-    return training_flops(config, run.lora, run.train.remat, clips, tokens, score_products=products)._asdict()
+    return training_flops(config, run.lora, run.train.remat, clips, tokens)._asdict()
 
 
 def _compile_cost(start: float, cpu: float) -> dict[str, Any]:

@@ -72,9 +72,9 @@ vendors, in [chips.py](../tfm_jax/planning/chips.py). Of a transfer that runs in
 bounds of the operations that run meanwhile counts; the rest is hidden. The bound of a step is the sum.
 
 A step takes longer than its bound for reasons that the bound does not know: matrices that do not fill the matrix unit,
-the exponentials of attention, a kernel that reads an array twice or uses one of a chip's two cores, links that a
-transfer cannot use, and waiting. On GPUs there are two more caveats: without a GPU, XLA does not tune its kernels, and
-an array that is still in the cache counts as read from memory.
+the exponentials of attention, a kernel that reads an array twice, links that a transfer cannot use, and waiting. On
+GPUs there are two more caveats: without a GPU, XLA does not tune its kernels, and an array that is still in the cache
+counts as read from memory.
 
 - all products at peak: the time of the matrix products alone, by the formulas of [flops.py](../tfm_jax/flops.py).
 - utilisation at most: the operations that the model needs, without repeated ones, at peak, as a part of the bound.
@@ -143,7 +143,7 @@ def _seconds_at_peak(case: Case) -> float:
     """Return the seconds for all matrix products of a step at peak, by formula."""
     topology = find_topology(case.topology)
     run = make_run(case.model, "480p", SMALL_BATCH, case.options())
-    return sum(flops(run, topology, SMALL_BATCH).values()) / len(topology.devices) / topology.chip.peak
+    return sum(flops(run, SMALL_BATCH).values()) / len(topology.devices) / topology.chip.peak
 
 
 def _details(case: Case, plan: Plan) -> str:

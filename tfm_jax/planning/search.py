@@ -82,7 +82,7 @@ def search(
     for number, candidate in enumerate(found[:tries], 1):
         for variant in _variants(run, candidate, policies, topology.memory):
             best = min((plan.recomputed_flops for plan in plans if plan.fits and not plan.tight), default=math.inf)
-            if _recomputed_flops(variant, topology) > best:
+            if _recomputed_flops(variant) > best:
                 break
             name = f"{number}/{count} {_name(variant)}"
             _report(f"{name}: compiling, which can take minutes")
@@ -143,8 +143,8 @@ def _variants(run: Run, candidate: Candidate, policies: Sequence[Remat], availab
             yield dataclasses.replace(run, train=dataclasses.replace(run.train, remat=remat))
 
 
-def _recomputed_flops(run: Run, topology: Topology) -> int:
-    return flops(run, topology, run.train.clips_per_step)["recomputed"] if isinstance(run, TrainPlan) else 0
+def _recomputed_flops(run: Run) -> int:
+    return flops(run, run.train.clips_per_step)["recomputed"] if isinstance(run, TrainPlan) else 0
 
 
 def _estimate(run: Run, mesh: MeshConfig) -> Candidate:

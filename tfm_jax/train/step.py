@@ -123,7 +123,8 @@ def make_step(
         report |= {"loss_by_level": constrain(sums / counts, (None,)), "bad_steps": bad_steps}
         return TrainState(state.step + 1, bad_steps, lora, kept, ema), report
 
-    options = compiler_options(state_sharding.step.mesh)
+    sharding: Any = state_sharding.step
+    options = compiler_options(sharding.mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None), compiler_options=options)
 
 

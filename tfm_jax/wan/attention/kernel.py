@@ -32,10 +32,9 @@ class Kernel(NamedTuple):
     backward: Callable[..., tuple[Array, Array, Array]]
 
 
-def heads_first(x: Float[Array, "b s n k"], length: int | None = None) -> Float[Array, "b n u k"]:
-    """Move the heads before the tokens, and pad the tokens with zeros to `length` if it is given."""
-    x = rearrange(x, "b s n k -> b n s k")
-    return x if length is None else pad_tokens(x, length)
+def heads_first(x: Float[Array, "b s n k"]) -> Float[Array, "b n s k"]:
+    """Move the heads before the tokens."""
+    return rearrange(x, "b s n k -> b n s k")
 
 
 def tokens_first(x: Float[Array, "b n u k"], length: int) -> Float[Array, "b s n k"]:

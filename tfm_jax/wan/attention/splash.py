@@ -1,48 +1,38 @@
-"""Splash attention, JAX's Pallas kernel for TPUs.
+"""Splash attention, JAX's Pallas kernels for TPUs: blocks and padding for the calls in `splash_kernels.py`."""
 
-The public constructor, `make_splash_mha`, does not suffice: a kernel that returns `lse` (`save_residuals=True`) has no
-gradient, the gradients of the other kernels do not accept an `lse` over more keys (which `sharded.ring` needs), and
-even a full mask becomes tables that the kernel reads for each block. No other module uses the private parts of splash,
-and tests/test_private_apis.py checks them against the installed JAX.
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from tfm_jax.wan.attention import splash_kernels
+from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, pad_tokens
+from tfm_jax.wan.attention.splash_kernels import LANES, Blocks, Interpret
+
+FORWARD, BACKWARD = Blocks(queries=1024, keys=2048, compute=1024), Blocks(queries=1024, keys=2048, compute=512)
+"""The largest blocks of both passes.
+
+The forward pass reads all keys once per block of queries, and the backward pass all queries once per block of keys. The
+number of operations per byte read from HBM is therefore about the number of tokens in that block. 1024 is more than any
+TPU from v4 to tpu7x needs to keep its matrix units busy; v6e needs the most, 560. VMEM has to hold the float32 scores
+of a block of queries and `compute` keys, in the backward pass several such arrays. v4 has the least, 16 MiB per core.
 """
 
-import jax
-import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-from jaxtyping import Array, Float
-
-from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, heads_first, pad_tokens, tokens_first
-
-LANES, SMALL_BLOCK, LARGE_BLOCK = 128, 512, 1024
-"""Block sizes in tokens. A sequence of at most SMALL_BLOCK tokens is one block, padded to a multiple of LANES. A longer
-one is padded to a multiple of SMALL_BLOCK and uses blocks of the other two sizes."""
-
-_UNMASKED = MaskInfo(None, None, None, None, None)
-_MASK_VALUE = splash.DEFAULT_MASK_VALUE
+SMALLEST = 512
+"""A sequence of at most SMALLEST tokens is one block, padded to a multiple of LANES. A longer one is padded to a
+multiple of SMALLEST, and has the largest blocks that divide it."""
 
 
-def splash_forward(query: Queries, key: Keys, value: Keys, *, interpret: bool = False) -> tuple[Queries, LogSumExp]:
+def splash_forward(
+    query: Queries, key: Keys, value: Keys, *, interpret: Interpret = False
+) -> tuple[Queries, LogSumExp]:
     """Compute `out` and `lse`. If `interpret` is set, emulate the kernel on any platform, slowly, for tests."""
-    queries, keys = query.shape[1], key.shape[1]
-    sizes, padded_queries, padded_keys = block_sizes(queries, keys)
-    kernel = splash.SplashAttentionKernel(
-        _UNMASKED,
-        None,
-        None,
-        is_mqa=False,
-        block_sizes=sizes,
-        save_residuals=True,
-        mask_value=_MASK_VALUE,
-        attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
-        mask_function=None,
-        interpret=interpret,
-    )
-    segments = _segment_ids(keys, padded_queries, padded_keys)
-    q, k, v = heads_first(_scale(query), padded_queries), heads_first(key, padded_keys), heads_first(value, padded_keys)
-    out, (lse,) = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
-    return tokens_first(out, queries), lse[:, :, :queries]
+    batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+    all_queries, all_keys = padded(queries), padded(keys)
+    q = _rows(_scale(query), all_queries)
+    k, v = (_rows(x, all_keys) for x in (key, value))
+    blocks = fit(FORWARD, all_queries, all_keys)
+    out, lse = splash_kernels.forward(q, k, v, _is_padding(keys, all_keys), _heads_per_row(query), blocks, interpret)
+    return _videos(out, query), rearrange(lse[:, :queries], "(b n) s -> b n s", b=batch)
 
 
 def splash_backward(
@@ -53,64 +43,64 @@ def splash_backward(
     lse: LogSumExp,
     out_gradient: Queries,
     *,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> tuple[Queries, Keys, Keys]:
-    queries, keys = query.shape[1], key.shape[1]
-    sizes, padded_queries, padded_keys = block_sizes(queries, keys)
-    segments = _segment_ids(keys, padded_queries, padded_keys)
-
-    def kernel(q: Array, k: Array, v: Array, out: Array, lse: Array, dout: Array) -> tuple[Array, ...]:
-        residuals = (q, k, v, segments, None, out, lse, _UNMASKED, _UNMASKED)
-        settings = (False, _MASK_VALUE, False, sizes, None, None, None, interpret)  # as in splash_forward
-        return splash._splash_attention_bwd(*settings, residuals, dout)[3:6]
-
+    queries, keys, heads = query.shape[1], key.shape[1], _heads_per_row(query)
+    all_queries, all_keys = padded(queries), padded(keys)
+    shift = jnp.einsum("bsnk,bsnk->bns", out.astype(jnp.float32), out_gradient.astype(jnp.float32))
+    lse, shift = (rearrange(pad_tokens(x, all_queries), "b n u -> (b n) u") for x in (lse, shift))
     # The output gradients of padded queries are zero, so they add nothing to the gradients of keys and values.
-    q, out, dout = (heads_first(x, padded_queries) for x in (_scale(query), out, out_gradient))
-    k, v = heads_first(key, padded_keys), heads_first(value, padded_keys)
-    dq, dk, dv = jax.vmap(kernel)(q, k, v, out, pad_tokens(lse, padded_queries), dout)
-    return _scale(tokens_first(dq, queries)), tokens_first(dk, keys), tokens_first(dv, keys)
+    q, dout = (_rows(x, all_queries) for x in (_scale(query), out_gradient))
+    k, v = (_rows(x, all_keys) for x in (key, value))
+    blocks = fit(BACKWARD, all_queries, all_keys)
+    is_padding = _is_padding(keys, all_keys)
+    dq, dk, dv = splash_kernels.backward(q, k, v, is_padding, lse, dout, shift, heads, blocks, interpret)
+    dquery = _scale(_videos(dq, query)).astype(query.dtype)
+    return dquery, _videos(dk, key), _videos(dv, value)
 
 
 SPLASH = Kernel(splash_forward, splash_backward)
 
 
-def block_sizes(queries: int, keys: int) -> tuple[splash.BlockSizes, int, int]:
-    """Return the block sizes, the padded number of queries and the padded number of keys.
-
-    A kernel reads all keys once per block of queries (or, for the gradients of the keys, all queries once per block of
-    keys). The number of operations per byte read from HBM is therefore about the number of tokens in that block. 1024
-    is more than any TPU from v4 to tpu7x needs to keep its matrix units busy; v6e needs the most, 560. VMEM holds
-    float32 scores, at most 1024 x 512 at a time. The gradients use two kernels instead of the fused one, because the
-    fused one stores the gradients of the queries once per block of keys, so its memory is quadratic in the length.
-    """
-    padded, small, large = [], [], []
-    for length in (queries, keys):
-        step = LANES if length <= SMALL_BLOCK else SMALL_BLOCK
-        padded.append(-(-length // step) * step)
-        small.append(min(padded[-1], SMALL_BLOCK))
-        large.append(LARGE_BLOCK if padded[-1] % LARGE_BLOCK == 0 else small[-1])
-    sizes = splash.BlockSizes(
-        block_q=large[0],
-        block_kv=large[1],
-        block_kv_compute=small[1],
-        block_q_dkv=small[0],
-        block_kv_dkv=large[1],
-        block_kv_dkv_compute=small[1],
-        block_q_dq=large[0],
-        block_kv_dq=small[1],
-    )
-    return sizes, padded[0], padded[1]
+def padded(length: int) -> int:
+    """Return the number of tokens after padding."""
+    step = LANES if length <= SMALLEST else SMALLEST
+    return -(-length // step) * step
 
 
-def _segment_ids(keys: int, padded_queries: int, padded_keys: int) -> splash.SegmentIds | None:
-    """Return segment ids that mask padded keys, or None if there are none.
+def fit(largest: Blocks, queries: int, keys: int) -> Blocks:
+    """Return blocks that divide these padded numbers of tokens."""
 
-    Tokens attend only within their segment, and the padded keys form a second segment without queries.
-    """
-    if keys == padded_keys:
-        return None
-    padding = jnp.arange(padded_keys) >= keys
-    return splash.SegmentIds(jnp.zeros(padded_queries, jnp.int32), padding.astype(jnp.int32))
+    def size(length: int, size: int) -> int:
+        if length <= SMALLEST:
+            return length
+        while length % size:
+            size //= 2
+        return size
+
+    return Blocks(size(queries, largest.queries), size(keys, largest.keys), size(keys, largest.compute))
+
+
+def _is_padding(keys: int, padded: int) -> Bool[Array, " u"] | None:
+    """Tell which keys are padding, or return None if none are."""
+    return None if keys == padded else jnp.arange(padded) >= keys
+
+
+def _heads_per_row(x: Float[Array, "b s n k"]) -> int:
+    """Return how many heads share a row: all of a video, which needs no transposition, if they fill whole lanes."""
+    return x.shape[2] if x.shape[3] % LANES == 0 else 1
+
+
+def _rows(x: Float[Array, "b s n k"], length: int) -> Float[Array, "r u m"]:
+    """Arrange the heads in rows, and pad the tokens with zeros to `length`."""
+    rows = rearrange(x, "b s (i n) k -> (b i) s (n k)", n=_heads_per_row(x))
+    return jnp.pad(rows, ((0, 0), (0, length - x.shape[1]), (0, 0)))
+
+
+def _videos(x: Float[Array, "r u m"], like: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
+    """Undo `_rows` for an array that had the shape of `like`."""
+    heads = _heads_per_row(like)
+    return rearrange(x[:, : like.shape[1]], "(b i) s (n k) -> b s (i n) k", b=like.shape[0], n=heads)
 
 
 def _scale(x: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
