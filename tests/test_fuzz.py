@@ -365,7 +365,7 @@ def checkpoint(data: st.DataObject, folder: Path) -> None:
 
 QUICK: dict[Fuzz, int] = {
     metadata: 400, metadata_lists: 400, prompts: 100, configuration_text: 200, configuration_values: 150,
-    arguments: 200, lora_bytes: 200, lora_header: 300, lora_tensors: 200, lora_metadata: 200, index: 150, pth: 200,
+    arguments: 100, lora_bytes: 200, lora_header: 300, lora_tensors: 200, lora_metadata: 200, index: 150, pth: 200,
     architecture: 200, tokenizer: 100, clip: 800, image: 300, records: 60, checkpoint: 60,
 }  # fmt: skip
 """Function -> number of cases in `make test`."""

@@ -87,8 +87,9 @@ def test_a_step_is_compiled_for_tpus(tiny_run):
     assert found.collectives["all-to-all"].times >= 3 * 4 * 2
     assert found.uncounted_loops == 0
     products = {row.name: row.flops for row in found.roofline.classes}
-    # The kernels of attention pad the 512 tokens of the text and the 832 of the video to whole blocks.
-    assert sum(products.values()) == pytest.approx(sum(found.flops.values()) / 4, rel=0.25)
+    # Each of the devices along `sequence` computes the keys and values of the whole text, which is long here.
+    assert sum(products.values()) == pytest.approx(sum(found.flops.values()) / 4, rel=0.3)
+    assert products["attention"] == 9 * found.flops["scores"] / 4  # 2 products forward, repeated; 4 and 1 backward
     assert 0 < products["LoRA"] < products["linear layers"]
     assert products["attention"] > 0
     assert not found.roofline.unknown

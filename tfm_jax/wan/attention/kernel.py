@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Float, Float32, Shaped
 
 Queries = Float[Array, "b s n k"]
@@ -30,16 +29,6 @@ class Kernel(NamedTuple):
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., tuple[Array, Array, Array]]
-
-
-def heads_first(x: Float[Array, "b s n k"]) -> Float[Array, "b n s k"]:
-    """Move the heads before the tokens."""
-    return rearrange(x, "b s n k -> b n s k")
-
-
-def tokens_first(x: Float[Array, "b n u k"], length: int) -> Float[Array, "b s n k"]:
-    """Undo `heads_first`: keep the first `length` tokens and move them before the heads."""
-    return rearrange(x[:, :, :length], "b n s k -> b s n k")
 
 
 def pad_tokens(x: Shaped[Array, "b n s ..."], length: int) -> Shaped[Array, "b n u ..."]:
