@@ -7,7 +7,7 @@
     python scripts/benchmark.py --device=gpu training       # 1.3B and 14B in bfloat16, on an NVIDIA GPU
 
 The peers are PyTorch, diffusers, PEFT and transformers: pip install -e '.[benchmark]'. Ours and the peer take turns in
-one process, so that a busy machine slows both. Everything together takes many minutes on two cores, and
+one process, so that a busy machine slows both. Everything together takes about 15 minutes on two cores, and
 4 GB in the folder for temporary files ($TMPDIR). The subjects:
 
 matmul: what the device gives to JAX and to PyTorch. objective: the TFM path and loss, beside the official algorithm.

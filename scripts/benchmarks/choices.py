@@ -39,7 +39,7 @@ def measure(sizes: Sizes) -> Iterator[Row]:
 
 
 def _heads_in_groups(sizes: Sizes) -> Row:
-    """Time attention in float32, which no kernel of a GPU or TPU computes."""
+    """Time attention in float32, for which GPUs and TPUs have no kernel of their own."""
     batch, queries, keys, heads, width = sizes.attention[0]
     lengths = (queries, keys, keys, queries)
     arrays = [jnp.ones((batch, length, heads, width), jnp.float32) for length in lengths]
