@@ -129,7 +129,7 @@ def test_a_process_of_eight_reads_an_eighth(folder, launch, tmp_path):
 
 def test_an_error_of_one_process_ends_all(folder, launch):
     """One process reads a damaged clip at the third step while the other waits for the gradients of that step."""
-    clip = Batches(open_records(folder / "latents"), BATCH, 0, one_device_mesh()).read(2)[1][BATCH - 1]
+    clip = Batches(open_records(folder / "latents"), BATCH, 0, one_device_mesh(), 64).read(2)[1][BATCH - 1]
     damage(folder / "latents", folder / "damaged", clip)
     two = launch(2, training(folder, f"--train.output={folder / 'failed'}", f"--data.path={folder / 'damaged'}"))
     error = two[1].stderr.readline()

@@ -7,7 +7,6 @@ are not counted. Nor is the product of A and B from which a DoRA gets its norms:
 
 from typing import NamedTuple
 
-from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import LoraConfig, Remat, SamplingConfig
 from tfm_jax.lora.adapters import adapter_sizes
 from tfm_jax.wan.transformer import PATCH, TransformerConfig
@@ -81,14 +80,14 @@ def training_flops(config: TransformerConfig, lora: LoraConfig, remat: Remat, cl
         tokens: number of video tokens per clip.
     """
     sizes = adapter_sizes(lora)
-    attention = _attention(config, tokens, tokens + TEXT_LENGTH)
+    attention = _attention(config, tokens, tokens + config.text_len)
     forward, backward = attention, 2 * attention
     for layer in _linear_layers(config, tokens):
         video_input = layer.name not in _TEXT_LINEARS
         forward += layer.kernel_flops()
         backward += layer.kernel_flops() if video_input else 0
         if layer.name in _TEXT_LINEARS and layer.name not in sizes:
-            backward -= _attention(config, tokens, TEXT_LENGTH) // 2  # these keys or values need no gradient
+            backward -= _attention(config, tokens, config.text_len) // 2  # these keys or values need no gradient
         if layer.name in sizes:
             a, b = layer.adapter_flops(sizes[layer.name].rank)
             forward += a + b
@@ -108,7 +107,7 @@ def training_flops(config: TransformerConfig, lora: LoraConfig, remat: Remat, cl
 
 def sampling_flops(config: TransformerConfig, clips: int, tokens: int, guided: bool) -> int:
     """Count the operations of a sampling step. Guidance evaluates each clip twice. Adapters are not counted."""
-    block = _attention(config, tokens, tokens + TEXT_LENGTH) + sum(
+    block = _attention(config, tokens, tokens + config.text_len) + sum(
         layer.kernel_flops() for layer in _linear_layers(config, tokens)
     )
     return clips * (1 + guided) * (config.layers * block + sum(_outside_blocks(config, tokens)))
@@ -132,7 +131,7 @@ def _linear_layers(config: TransformerConfig, tokens: int) -> list[_LinearLayer]
     d, f = config.dim, config.ffn_dim
     video = [_LinearLayer(f"{part}.{name}", d, d, tokens) for part in ("self_attn", "cross_attn") for name in "qo"]
     keys = [_LinearLayer(f"self_attn.{name}", d, d, tokens) for name in "kv"]
-    text = [_LinearLayer(name, d, d, TEXT_LENGTH) for name in _TEXT_LINEARS]
+    text = [_LinearLayer(name, d, d, config.text_len) for name in _TEXT_LINEARS]
     return [*video, *keys, *text, _LinearLayer("ffn.0", d, f, tokens), _LinearLayer("ffn.2", f, d, tokens)]
 
 
@@ -140,6 +139,6 @@ def _outside_blocks(config: TransformerConfig, tokens: int) -> tuple[int, int, i
     """Count the operations of the text embedding, of the patch and time embeddings together, and of the head."""
     d = config.dim
     patch = config.channels * PATCH[0] * PATCH[1] * PATCH[2]
-    text = 2 * TEXT_LENGTH * (config.text_dim + d) * d
+    text = 2 * config.text_len * (config.text_dim + d) * d
     time = 2 * (config.freq_dim + d + 6 * d) * d
     return text, 2 * tokens * patch * d + time, 2 * tokens * d * patch

@@ -112,7 +112,7 @@ def measure_reading(scratch: Path, sizes: Sizes) -> Row:
     latents = rng.standard_normal((*CLIP_480P.latent_size, WAN_14B.channels), np.float32).astype(dtype)
     text = rng.standard_normal((PROMPT_TOKENS, WAN_14B.text_dim), np.float32).astype(dtype)
     write_records(scratch / "large", [Record(latents, text, "prompt", "name.mp4")] * (STORED // 3), "bfloat16", 3)
-    batches = Batches(open_records(scratch / "large"), BATCH, 0, one_device_mesh())
+    batches = Batches(open_records(scratch / "large"), BATCH, 0, one_device_mesh(), WAN_14B.text_len)
     read = batches.iterate()
 
     def ours() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from benchmarks.sizes import Sizes, Work
 from benchmarks.timing import Program
-from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.config import LoraConfig, ObjectiveConfig, OptimizerConfig, Remat
 from tfm_jax.data.batches import Batch
 from tfm_jax.lora.adapters import LoraSplit, attach_lora, init_lora, split_lora
@@ -26,7 +25,7 @@ def inputs(work: Work) -> tuple[np.ndarray, np.ndarray]:
     """Draw latents `[b f h w c]` and text `[b l d]` in float32, the same for us and for the peers."""
     rng = np.random.default_rng(0)
     latents = rng.standard_normal(work.shape, np.float32)
-    return latents, rng.standard_normal((work.batch, TEXT_LENGTH, work.config.text_dim), np.float32)
+    return latents, rng.standard_normal((work.batch, work.config.text_len, work.config.text_dim), np.float32)
 
 
 def transformer(config: TransformerConfig, sizes: Sizes) -> WanTransformer:

@@ -72,7 +72,7 @@ def watched(folder: Path, work: Work, sizes: Sizes) -> float:
 def bare(latents: Path, work: Work, split: LoraSplit) -> float:
     """Take `BARE_STEPS` steps on batches of the same clips, and return the seconds."""
     step, state = ours.training_step(split, REMAT)
-    batches = Batches(open_records(latents), work.batch, 0, one_device_mesh())
+    batches = Batches(open_records(latents), work.batch, 0, one_device_mesh(), work.config.text_len)
     program: Any = step
     compiled = program.lower(state, split.frozen, batches.place(batches.read(0)[0])).compile()
     start = time.perf_counter()

@@ -24,7 +24,7 @@ def batches_of(
     records: Records, batch_size: int, seed: int, rows: Sequence[int] | None = None, **options: Any
 ) -> Batches:
     """Batches on one device, of a process that reads only `rows` if they are given."""
-    batches = Batches(records, batch_size, seed, one_device_mesh(), **options)
+    batches = Batches(records, batch_size, seed, one_device_mesh(), 512, **options)
     batches.rows = batches.rows if rows is None else rows
     return batches
 
@@ -206,4 +206,4 @@ def test_a_batch_with_more_rows_than_clips(dataset):
         InputError,
         match=r"train.batch_size x train.accumulate = 8: .*latents has only 7 clips to choose from; expected at most 7",
     ):
-        Batches(records, 8, 0, one_device_mesh())
+        Batches(records, 8, 0, one_device_mesh(), 512)

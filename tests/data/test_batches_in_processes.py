@@ -20,7 +20,7 @@ folder, first, last, out = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 with processes.distributed():
     records = open_records(folder)
     clips = [number for number, entry in enumerate(records.index) if not is_held_out(entry.video, 0.3)]
-    batches = Batches(records, 8, 3, make_mesh(MeshConfig(data=8)), clips=clips, caption_dropout=0.4)
+    batches = Batches(records, 8, 3, make_mesh(MeshConfig(data=8)), 512, clips=clips, caption_dropout=0.4)
     found = {}
     for step, batch, numbers in itertools.islice(batches.iterate(first), last - first):
         found[step] = {"clips": numbers}

@@ -116,7 +116,7 @@ def test_text_embeddings(records, pipeline, dtype, name):
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt(record.prompt, do_classifier_free_guidance=False, max_sequence_length=512)
     assert record.text.dtype == dtype
-    assert relative(pad_text([record.text])[0], expected[0].numpy()) < TOLERANCE[dtype]
+    assert relative(pad_text([record.text], 512)[0], expected[0].numpy()) < TOLERANCE[dtype]
 
 
 def test_all_clips_of_the_list_are_prepared(videos, records):

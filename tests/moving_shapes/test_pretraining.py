@@ -56,7 +56,7 @@ def made(tmp_path_factory):
 def test_the_result_is_a_model_that_every_program_reads(made):
     transformer, vae = load_transformer(made / "model", jnp.float32), load_vae(made / "model")
     encoder = load_text_encoder(made / "model", jnp.float32)
-    text = jnp.asarray(arrays.pad_text(encode_prompts(load_tokenizer(made / "model"), encoder, ["a red disc"])))
+    text = jnp.asarray(arrays.pad_text(encode_prompts(load_tokenizer(made / "model"), encoder, ["a red disc"]), 512))
     latents = vae.encode(jnp.zeros((1, 5, 16, 16, 3)))
     assert transformer(latents, jnp.array([500.0]), text).shape == latents.shape
     index = json.loads((made / "model" / "model_index.json").read_text(encoding="utf-8"))

@@ -42,7 +42,8 @@ def draw_noise(seed: int, videos: int) -> jax.Array:
 @pytest.fixture(scope="module")
 def text() -> jax.Array:
     encoder = load_text_encoder(MODEL, jnp.float32)
-    return jnp.asarray(pad_text(encode_prompts(load_tokenizer(MODEL), encoder, [*PROMPTS, ""])))
+    embeddings = encode_prompts(load_tokenizer(MODEL), encoder, [*PROMPTS, ""])
+    return jnp.asarray(pad_text(embeddings, find_base(RUN.model).config.text_len))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,8 @@ def test_diffusers_makes_the_same_videos(transformer, text, lora):
     def theirs() -> np.ndarray:
         return pipeline(
             PROMPTS[0], height=64, width=64, num_frames=17, num_inference_steps=20, guidance_scale=5.0,
-            output_type="np", latents=torch.from_numpy(np.array(noise)).permute(0, 4, 1, 2, 3),
+            output_type="np", max_sequence_length=text.shape[1],
+            latents=torch.from_numpy(np.array(noise)).permute(0, 4, 1, 2, 3),
         ).frames[0]  # fmt: skip
 
     plain = ours(transformer)

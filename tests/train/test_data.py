@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.paths import WAN_TINY
 from helpers.records import CLIP, SHAPE, make_records, write_dataset
@@ -21,7 +22,7 @@ OTHER = (2, 6, 4, 16)
 
 def opened(folder: Path, model: Path = WAN_TINY, **options):
     """Open the clips in a folder for a run on one device, with two clips per step."""
-    sizes = ModelConfig(path=model, dim=96, ffn_dim=256, heads=4, layers=4)
+    sizes = ModelConfig(path=model, dim=128, ffn_dim=512, heads=4, layers=8)
     return open_batches(DataConfig(path=folder, **options), ClipConfig(**CLIP), sizes, 2, 0, one_device_mesh())
 
 
@@ -63,6 +64,16 @@ def test_a_model_without_encoders_is_noted(folder, tmp_path, capsys):
     (model / "vae").symlink_to(WAN_TINY / "vae")
     opened(folder, model)
     assert f"note: {model} has no text_encoder, so nothing could be compared" in capsys.readouterr().out
+
+
+def test_a_prompt_must_not_have_more_tokens_than_the_transformer_takes(tmp_path):
+    records = make_records(3)
+    text = np.zeros((65, records[0].text.shape[1]), records[0].text.dtype)
+    records[1] = records[1]._replace(text=text)
+    write_dataset(tmp_path / "latents", records, encoders=ENCODERS)
+    message = r"latents: the prompt of clip 1 has 65 tokens; expected at most 64, as many as the transformer takes"
+    with pytest.raises(InputError, match=message):
+        opened(tmp_path / "latents")
 
 
 def test_the_mesh_must_divide_the_tokens_of_every_size(folder, monkeypatch):

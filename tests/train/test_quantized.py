@@ -18,7 +18,7 @@ from tfm_jax.moving_shapes.world import make_scene
 from tfm_jax.objective import draw, objective_loss
 from tfm_jax.sampling.pipeline import SampleRun
 from tfm_jax.train.export import export
-from tfm_jax.wan import load_base, load_text_encoder, load_tokenizer, load_vae
+from tfm_jax.wan import find_base, load_base, load_text_encoder, load_tokenizer, load_vae
 from tfm_jax.wan.quantization import quantize_linears
 from tfm_jax.wan.tokenizer import encode_prompts
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
@@ -80,7 +80,8 @@ def test_accuracy_on_the_embedded_model():
     pixels = np.stack([scene.pixels for scene in scenes]).astype(np.float32) / 127.5 - 1
     clean = jax.jit(lambda vae, x: vae.encode(x))(load_vae(config.path), jnp.asarray(pixels))
     encoder = load_text_encoder(config.path, jnp.float32)
-    text = jnp.asarray(pad_text(encode_prompts(load_tokenizer(config.path), encoder, [s.caption for s in scenes])))
+    embeddings = encode_prompts(load_tokenizer(config.path), encoder, [s.caption for s in scenes])
+    text = jnp.asarray(pad_text(embeddings, find_base(config).config.text_len))
     bases = [load_base(model) for model in (dataclasses.replace(config, quantize="int8"), config)]
     difference, cosine = compare("wan_tiny in int8", *(loss_and_gradient(base, clean, text) for base in bases))
     assert 0 < difference < 0.01

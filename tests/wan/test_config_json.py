@@ -49,6 +49,18 @@ def test_there_and_back(component, layout):
         assert read({key: value for key, value in values.items() if key != "eps"}, component, layout) == defaults
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "original", "tfm_jax"])
+def test_text_len(layout):
+    """A file without it means 512. For diffusers, which does not know the key, only other values are written."""
+    values = write("transformer", layout)
+    assert ("text_len" in values) == (layout != "diffusers")
+    values.pop("text_len", None)
+    assert read(values, "transformer", layout).text_len == 512
+    config = dataclasses.replace(CONFIGS["transformer"], text_len=64)
+    values = json.loads(json.dumps(config_json("transformer", layout, config)))
+    assert read(values, "transformer", layout) == config
+
+
 HUGE = 10**9
 TRANSFORMER = ("transformer", "diffusers")
 ORIGINAL = ("transformer", "original")
@@ -78,7 +90,7 @@ OURS = ("vae", "tfm_jax")
         (TRANSFORMER, "cross_attn_norm", 1, "cross_attn_norm is 1; expected True"),
         (ORIGINAL, "num_heads", 5, "num_heads is 5 for a width of 48; expected an even head"),
         (ORIGINAL, "model_type", "i2v", "model_type is 'i2v'; expected 't2v'"),
-        (ORIGINAL, "text_len", 226, "text_len is 226; expected 512"),
+        (ORIGINAL, "text_len", 513, "text_len is 513; expected less than or equal to 512"),
         (VAE, "latents_std", "1", "latents_std is '1'; expected a valid list"),
         (VAE, "latents_std", [0, 0], r"latents_std\[0\] is 0; expected greater than 0"),
         (VAE, "latents_std", [1, "a"], r"latents_std\[1\] is 'a'; expected a valid number"),

@@ -137,7 +137,7 @@ def test_encode_prompts_equals_the_pipeline(directory, pipeline, encoder):
     _, mask, expected = run_pipeline(pipeline, prompts)
     embeddings = encode_prompts(Tokenizer(directory), encoder, prompts)
     assert [embedding.shape for embedding in embeddings] == [(length, 24) for length in mask.sum(1)]
-    result = pad_text(embeddings)
+    result = pad_text(embeddings, 512)
     assert result.shape == (len(prompts), 512, 24)
     assert np.abs(result - expected).max() <= 1e-5 * np.abs(expected).max()
     assert np.all(result[mask == 0] == 0)
@@ -146,7 +146,7 @@ def test_encode_prompts_equals_the_pipeline(directory, pipeline, encoder):
 def test_encode_prompts_keeps_bfloat16(directory, config, pipeline):
     encoder = from_state_dict(config, diffusers_tensors(pipeline.text_encoder), "diffusers", jnp.bfloat16)
     embeddings = encode_prompts(Tokenizer(directory), encoder, ["a red circle"])
-    assert embeddings[0].dtype == pad_text(embeddings).dtype == jnp.bfloat16
+    assert embeddings[0].dtype == pad_text(embeddings, 512).dtype == jnp.bfloat16
 
 
 def test_tokenizer_of_another_model_is_refused(directory, pipeline):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from tfm_jax.arrays import DTYPES, TEXT_LENGTH, pad_text
+from tfm_jax.arrays import DTYPES, pad_text
 from tfm_jax.data.order import Order
 from tfm_jax.data.records import Records
 from tfm_jax.errors import InputError
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
     latents: Float[np.ndarray | Array, "b f h w c"]
     text: Float[np.ndarray | Array, "b l d"]
-    """Zero-padded to 512 tokens."""
+    """Zero-padded to the `text_len` of the transformer."""
 
 
 class Batches:
@@ -35,6 +35,7 @@ class Batches:
     For given clips and batch size, a batch depends only on the seed and the step.
 
     Args:
+        text_len: number of tokens to which the text is padded. No prompt has more.
         clips: indices of the records to draw from; all by default.
         caption_dropout: probability with which a row of a batch gets the empty prompt instead of its own.
 
@@ -43,7 +44,7 @@ class Batches:
     """
 
     def __init__(
-        self, records: Records, batch_size: int, seed: int, mesh: Mesh, *,
+        self, records: Records, batch_size: int, seed: int, mesh: Mesh, text_len: int, *,
         clips: Sequence[int] | None = None, caption_dropout: float = 0.0,
     ):  # fmt: skip
         self.clips = range(len(records)) if clips is None else clips
@@ -58,6 +59,7 @@ class Batches:
         self._seed = seed
         self._caption_dropout = caption_dropout
         self._mesh = mesh
+        self._text_len = text_len
         self._order = Order([records.index[clip].latents for clip in self.clips], batch_size, seed)
 
     @property
@@ -81,7 +83,7 @@ class Batches:
             self.records.empty_prompt if dropped[row] else record.text
             for row, record in zip(self.rows, records, strict=True)
         ]
-        return Batch(np.stack([record.latents for record in records]), pad_text(prompts)), clips
+        return Batch(np.stack([record.latents for record in records]), pad_text(prompts, self._text_len)), clips
 
     def _dropped(self, step: int) -> Bool[np.ndarray, "b"]:
         """Choose the rows of a whole batch that get the empty prompt."""
@@ -95,7 +97,7 @@ class Batches:
 
     def abstract(self, latents: tuple[int, ...]) -> Batch:
         """Return a placed batch of clips whose latents have this shape, with abstract arrays instead of values."""
-        shapes = (latents, (TEXT_LENGTH, self.records.text_dim))
+        shapes = (latents, (self._text_len, self.records.text_dim))
         dtype, sharding = DTYPES[self.records.manifest.dtype], batch_sharding(self._mesh)
         arrays: Any = [jax.ShapeDtypeStruct((self.batch_size, *s), dtype, sharding=sharding) for s in shapes]
         return Batch(*arrays)
@@ -105,7 +107,7 @@ class Batches:
         return _place(batch, self.batch_size, self.rows, self._mesh)
 
 
-def read_clips(records: Records, clips: Sequence[int], mesh: Mesh) -> Batch:
+def read_clips(records: Records, clips: Sequence[int], mesh: Mesh, text_len: int) -> Batch:
     """Return a batch of the records with these indices, split over the devices of all processes.
 
     The number of clips must be a multiple of the number of parts of a batch, and their latents must have one shape.
@@ -115,7 +117,8 @@ def read_clips(records: Records, clips: Sequence[int], mesh: Mesh) -> Batch:
     """
     rows = _local_rows(len(clips), mesh)
     read = [records[clips[row]] for row in rows]
-    batch = Batch(np.stack([record.latents for record in read]), pad_text([record.text for record in read]))
+    text = pad_text([record.text for record in read], text_len)
+    batch = Batch(np.stack([record.latents for record in read]), text)
     return _place(batch, len(clips), rows, mesh)
 
 

@@ -65,10 +65,11 @@ def _config_of_weights(path: Path, component: Component) -> Any:
 
 
 def transformer_config(model: configs.ModelConfig) -> TransformerConfig:
-    """Return the transformer's configuration. The text width is that of the weights; without weights, of Wan2.1-T2V."""
+    """Return the transformer's configuration. Width and number of text tokens are those of the
+    weights; without weights, of Wan2.1-T2V."""
     found = _config_of_weights(model.path, TRANSFORMER)
     config = TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
-    return dataclasses.replace(config, text_dim=found.text_dim) if found else config
+    return dataclasses.replace(config, text_dim=found.text_dim, text_len=found.text_len) if found else config
 
 
 def latent_shape(run: TrainPlan | SamplePlan) -> tuple[int, int, int, int]:
@@ -126,10 +127,8 @@ def _training_step(run: TrainPlan, mesh: Mesh) -> Program:
         graph, optimizer, run.objective, settings.seed, placement, settings.remat, settings.accumulate,
         settings.ema_decay,
     )  # fmt: skip
-    clips, text_dim = settings.clips_per_step, transformer_config(run.model).text_dim
-    batch = Batch(
-        _abstract_batch((clips, *latent_shape(run)), mesh), _abstract_batch((clips, TEXT_LENGTH, text_dim), mesh)
-    )
+    clips = settings.clips_per_step
+    batch = Batch(_abstract_batch((clips, *latent_shape(run)), mesh), _abstract_text(clips, run.model, mesh))
     args = (_with_shardings(state, placement), _with_shardings(frozen, shardings(frozen, mesh)), batch)
     with jax.set_mesh(mesh):
         return Program(step.lower(*args), _bytes_per_device(args), _bytes_per_device(args[1]))
@@ -141,8 +140,8 @@ def _denoising_step(run: SamplePlan, mesh: Mesh) -> Program:
     if settings.lora:
         attach_lora(model, run.lora)
     model = _placed(model, mesh)
-    videos, text_dim = num_shards("batch", mesh), transformer_config(run.model).text_dim
-    text = _abstract_batch((videos, TEXT_LENGTH, text_dim), mesh)
+    videos = num_shards("batch", mesh)
+    text = _abstract_text(videos, run.model, mesh)
     sigma = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     args = (model, _abstract_batch((videos, *latent_shape(run)), mesh), sigma, text, text)
     program: Any = guided_velocity
@@ -215,6 +214,11 @@ def _initial_state(
 
 def _abstract_batch(shape: tuple[int, ...], mesh: Mesh, dtype: DTypeLike = jnp.float32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
+def _abstract_text(videos: int, model: configs.ModelConfig, mesh: Mesh) -> Any:
+    config = transformer_config(model)
+    return _abstract_batch((videos, config.text_len, config.text_dim), mesh)
 
 
 def _with_shardings(shapes: Any, placement: Any) -> Any:

@@ -259,7 +259,7 @@ def _read_given(samples: Samples) -> Noise | None:
 
 
 def embed(run: SampleRun, prompts: Sequence[str], mesh: Mesh) -> np.ndarray:
-    """Encode the prompts into an array `[n, 512, d]` in host memory, one prompt for each shard of a batch at a time.
+    """Encode the prompts into an array `[n, l, d]` in host memory, one prompt for each shard of a batch at a time.
 
     In a run of several processes, all of them call this, and each gets all embeddings.
 
@@ -268,16 +268,17 @@ def embed(run: SampleRun, prompts: Sequence[str], mesh: Mesh) -> np.ndarray:
     """
     tokenizer = load_tokenizer(run.model.path)
     encoder = load_text_encoder(run.model.path, run.model.dtype, mesh)
+    text_len = find_base(run.model).config.text_len
     embeddings: dict[int, np.ndarray] = {}
     for numbers in make_rounds(len(prompts), num_shards("batch", mesh), set(range(len(prompts)))):
-        encoded = encode_prompts(tokenizer, encoder, [prompts[number] for number in numbers], mesh)
+        encoded = encode_prompts(tokenizer, encoder, [prompts[number] for number in numbers], mesh, text_len)
         embeddings |= zip(numbers, encoded, strict=True)
     for number, embedding in embeddings.items():
         if not np.isfinite(embedding.astype(np.float32)).all():
             raise InputError(
                 f"{run.model.path}: the text encoder's embedding of {prompts[number][:60]!r} is not finite"
             )
-    return pad_text(list(embeddings.values()))
+    return pad_text(list(embeddings.values()), text_len)
 
 
 def read_lora(run: SampleRun) -> Lora | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 
 from jax.sharding import Mesh
 
@@ -13,6 +14,7 @@ from tfm_jax.data.order import is_held_out
 from tfm_jax.data.records import Records, check_encoder, open_records
 from tfm_jax.errors import InputError
 from tfm_jax.sharding import check_split
+from tfm_jax.wan import find_base
 from tfm_jax.wan.components import TEXT_ENCODER, VAE
 from tfm_jax.wan.transformer import TransformerConfig, token_grid
 
@@ -29,7 +31,8 @@ def open_batches(
 
     Raises:
         InputError: the clips are missing or damaged, were prepared with other settings or another model, are fewer
-            than a batch has rows, or have a number of tokens that the mesh cannot divide.
+            than a batch has rows, have prompts that are too long for the model, or have a number of tokens that the
+            mesh cannot divide.
     """
     records = open_records(data.path)
     records[0]  # so that damage that affects all clips is noticed before the model is loaded
@@ -38,7 +41,9 @@ def open_batches(
     clips = [number for number, entry in enumerate(records.index) if not is_held_out(entry.video, data.held_out)]
     if not clips:
         raise InputError(f"data.held_out={data.held_out}: holds out all clips of {data.path}; expected a smaller one")
-    batches = Batches(records, batch_size, seed, mesh, clips=clips, caption_dropout=data.caption_dropout)
+    text_len = find_base(model).config.text_len
+    _check_prompts(records, text_len)
+    batches = Batches(records, batch_size, seed, mesh, text_len, clips=clips, caption_dropout=data.caption_dropout)
     processes.print_once(_describe(batches))
     for shape in batches.buckets:
         check_split(model.heads, math.prod(token_grid(shape)), mesh)
@@ -77,6 +82,14 @@ def _check_clip_settings(records: Records, clip: configs.ClipConfig) -> None:
         if value != before:
             found = f"clip.{field.name}={shown(value)}: data.path={records.folder} was prepared with {shown(before)}"
             raise InputError(f"{found}; expected the same value")
+
+
+def _check_prompts(records: Records, text_len: int) -> None:
+    """Raise InputError if a prompt has more tokens than the transformer takes."""
+    number, longest = max(enumerate(entry.tokens for entry in records.index), key=operator.itemgetter(1))
+    if longest > text_len:
+        found = f"{records.folder}: the prompt of clip {number} has {longest} tokens"
+        raise InputError(f"{found}; expected at most {text_len}, as many as the transformer takes")
 
 
 def _check_encoders(records: Records, model: configs.ModelConfig) -> None:

@@ -95,8 +95,9 @@ class Validation(Watcher):
     def _evaluate(self, model: WanTransformer) -> dict[str, list[float]] | None:
         """Return the mean loss at each level. A single process stops at a signal, and returns None."""
         sums = {kind: np.zeros(len(LEVELS)) for kind in LOSSES}
+        text_len = model.config.text_len
         for clips, count in self._batches:
-            batch, numbers = read_clips(self._records, clips, self._mesh), jnp.asarray(clips, jnp.int32)
+            batch, numbers = read_clips(self._records, clips, self._mesh, text_len), jnp.asarray(clips, jnp.int32)
             for level in range(len(LEVELS)):
                 if interrupts.requested() and not processes.is_distributed():
                     return None

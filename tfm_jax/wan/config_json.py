@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import pydantic
 from pydantic import Field, Strict
 
+from tfm_jax.arrays import TEXT_LENGTH
 from tfm_jax.errors import InputError
 from tfm_jax.inputs import short_repr, validate
 from tfm_jax.wan.names import Layout
@@ -32,6 +33,8 @@ class Schema(NamedTuple):
     """Name of the model class in the file."""
     keys: Mapping[str, str]
     """Our field or property -> key in the file. In the public layouts, all of these keys are required."""
+    optional: Mapping[str, str] = _NOTHING
+    """Field with a default -> key that the file may lack. It is written if the field has another value."""
     copies: Mapping[str, str] = _NOTHING
     """Optional key -> our field, whose value the key must repeat."""
     fixed: Mapping[str, Any] = _NOTHING
@@ -66,6 +69,7 @@ SCHEMAS: dict[tuple[str, Layout], Schema] = {
             "layers": "num_layers",
             "eps": "eps",
         },
+        optional={"text_len": "text_len"},  # not known to diffusers: see `max_sequence_length` of its pipeline
         copies={"out_channels": "channels"},
         fixed=_T2V,
         written=_T2V,
@@ -81,9 +85,10 @@ SCHEMAS: dict[tuple[str, Layout], Schema] = {
             "channels": "in_dim",
             "eps": "eps",
         },
+        optional={"text_len": "text_len"},
         copies={"out_dim": "channels"},
-        fixed={"model_type": "t2v", "text_len": 512},
-        written={"model_type": "t2v", "text_len": 512},
+        fixed={"model_type": "t2v"},
+        written={"model_type": "t2v", "text_len": TEXT_LENGTH},
     ),
     ("vae", "diffusers"): Schema(
         "AutoencoderKLWan",
@@ -148,6 +153,7 @@ _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "max_distance"), Size),
     "layers": Layers,
     "freq_dim": Annotated[Size, Field(multiple_of=2)],
+    "text_len": Annotated[int, Field(ge=1, le=TEXT_LENGTH)],
     "buckets": Annotated[Size, Field(ge=4)],
     "eps": Annotated[PositiveReal, Field(lt=1)],
     "num_res_blocks": Annotated[int, Field(ge=1, le=100)],
@@ -201,11 +207,12 @@ def read_config(
     for key in schema.keys.values():
         if key not in values and not ours:
             raise InputError(f"{file}: {key} is missing; expected it in the config.json of {schema.class_name}")
-    unknown = values.keys() - schema.keys.values() - {"_class_name"}
+    names = {**schema.keys, **schema.optional}
+    unknown = values.keys() - names.values() - {"_class_name"}
     if ours and unknown:
-        raise InputError(f"{file}: unknown field {short_repr(min(unknown))}; expected one of {', '.join(schema.keys)}")
-    named = {field: values[key] for field, key in schema.keys.items() if key in values}
-    config = build_config({**inferred, **named}, file, architecture, schema.keys)
+        raise InputError(f"{file}: unknown field {short_repr(min(unknown))}; expected one of {', '.join(names)}")
+    named = {field: values[key] for field, key in names.items() if key in values}
+    config = build_config({**inferred, **named}, file, architecture, names)
     _check_fixed(values, file, schema)
     return config
 
@@ -281,4 +288,9 @@ def config_json(component: str, layout: Layout, config: Any) -> dict[str, Any]:
         **{key: getattr(config, ours) for ours, key in schema.keys.items()},
         **{key: getattr(config, ours) for key, ours in schema.copies.items()},
         **schema.written,
+        **{
+            key: getattr(config, ours)
+            for ours, key in schema.optional.items()
+            if getattr(config, ours) != getattr(type(config), ours)
+        },
     }

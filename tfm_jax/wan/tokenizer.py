@@ -105,11 +105,13 @@ class Tokenizer:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: Sequence[str], mesh: Mesh | None = None
-) -> list[Float[np.ndarray, "_ d"]]:
+    tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: Sequence[str], mesh: Mesh | None = None,
+    length: int = TEXT_LENGTH,
+) -> list[Float[np.ndarray, "_ d"]]:  # fmt: skip
     """Return the text embedding of each prompt, one row per token, without padding (see `arrays.pad_text`).
 
-    As in Wan, the encoder runs on ids that are padded to 512 tokens.
+    As in Wan, the encoder runs on ids that are padded to `length` tokens. A prompt that is too long is truncated,
+    with a warning.
 
     Args:
         mesh: the devices of the encoder, which divide the prompts evenly; None means the first device alone. All
@@ -118,7 +120,7 @@ def encode_prompts(
     Raises:
         InputError: a token id is outside the vocabulary of the encoder.
     """
-    ids, mask = tokenizer(prompts)
+    ids, mask = tokenizer(prompts, length)
     if ids.max() >= encoder.config.vocab_size:
         size = encoder.config.vocab_size
         raise InputError(

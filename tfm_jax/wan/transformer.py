@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tfm_jax.arrays import Latents, PerVideo, Text
+from tfm_jax.arrays import TEXT_LENGTH, Latents, PerVideo, Text
 from tfm_jax.config import Remat
 from tfm_jax.precision import precision_of
 from tfm_jax.sharding import check_split, constrain
@@ -50,6 +50,8 @@ class TransformerConfig:
     freq_dim: int = 256
     channels: int = 16
     eps: float = 1e-6
+    text_len: int = TEXT_LENGTH
+    """Number of text tokens to which prompts are padded or truncated."""
 
     @property
     def head_dim(self) -> int:
@@ -204,7 +206,7 @@ class WanTransformer(nnx.Module):
         Args:
             latents: noisy normalised latents `[b f h w c]`, with even h and w.
             timestep: `[b]` in 0..1000, 1000 times the noise level.
-            text: embeddings of the prompts `[b l d]`, zero-padded to 512 tokens. Attention includes the padding.
+            text: embeddings of the prompts `[b l d]`, zero-padded to `text_len` tokens. Attention includes the padding.
 
         Raises:
             InputError: the mesh of `jax.set_mesh` cannot split the heads or the tokens evenly.

@@ -33,8 +33,8 @@ class BaseRecipe(NamedTuple):
     vector_lr_factor: float = 0.5
     """Learning rate of norms, biases and embeddings, relative to that of the kernels."""
     padded_every: int = 16
-    """Every how many steps the text is padded to 512 tokens, as in sampling. Such a step takes more than twice the
-    time, and a network that has learned to ignore padding needs few of them."""
+    """Every how many steps the text is padded to 512 tokens, more than in sampling. Such a step takes more than twice
+    the time. With few of them, the network learns to ignore padding, however much there is."""
     caption_dropout: float = 0.1
     """Fraction of the captions that are replaced by the empty caption, so that guidance works."""
     shift: float = 3.0

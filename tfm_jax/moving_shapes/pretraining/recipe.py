@@ -39,7 +39,9 @@ class Recipe(NamedTuple):
     """The sizes and training settings of the three networks, and the numbers of clips."""
 
     vae: VaeConfig = VaeConfig(base_dim=8, dim_mult=(1, 3, 6, 8), num_res_blocks=1)
-    transformer: TransformerConfig = TransformerConfig(dim=128, ffn_dim=512, heads=4, layers=8, text_dim=64)
+    transformer: TransformerConfig = TransformerConfig(
+        dim=128, ffn_dim=512, heads=4, layers=8, text_dim=64, text_len=64
+    )
     text_encoder: TextEncoderConfig = TextEncoderConfig(
         vocab_size=256, dim=64, heads=4, head_dim=16, ffn_dim=128, layers=2
     )

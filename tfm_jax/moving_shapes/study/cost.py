@@ -32,7 +32,7 @@ def measure_cost(run: TrainRun, objectives: Mapping[str, ObjectiveConfig], round
     graph, lora, frozen = split_lora(model)
     records = open_records(run.data.path)
     optimizer = make_optimizer(run.optimizer, run.train.number_of_steps(len(records)))
-    batch, _ = Batches(records, run.train.batch_size, run.train.seed, mesh).read(0)
+    batch, _ = Batches(records, run.train.batch_size, run.train.seed, mesh, model.config.text_len).read(0)
     with jax.set_mesh(mesh):
 
         def make_timed(objective: ObjectiveConfig) -> Callable[[], None]:

@@ -57,7 +57,7 @@ def measure_order(study: Study, world: World, lora: Path | None) -> dict[str, li
     if lora:
         load_adapters(transformer, read_lora(lora))
     count = min(protocol.SENSITIVITY_CLIPS, len(world.held_out))
-    batch, _ = Batches(world.held_out, count, 0, one_device_mesh()).read(0)
+    batch, _ = Batches(world.held_out, count, 0, one_device_mesh(), transformer.config.text_len).read(0)
     latents, text = (np.asarray(values, np.float32) for values in batch)
     return measure_sensitivity(transformer, latents, text, seed=0)
 
