@@ -34,7 +34,7 @@ LAW = "gravity"
 """A law of motion that the embedded model does not know."""
 CLIP_SETS = {"clips": (400, 1), "reference": (64, 2)}
 """Folder -> number and seed of its real clips: the first folder is for training, the second for comparison."""
-WATCHING = ("--data.held_out=0.05", "--train.eval_every=200", "--train.eval_clips=8", "--train.sample_every=500",
+WATCHING = ("--data.held_out=0.05", "--train.eval_every=400", "--train.eval_clips=8", "--train.sample_every=1000",
             f"--sampling.prompts={DEMO}/watched_prompts.txt")  # fmt: skip
 """How the training run is watched: by its loss on clips that are held out, and by samples for a few prompts."""
 NUM_PROMPTS = 32
