@@ -135,7 +135,7 @@ def test_directions_of_every_law(law):
         clip = scene(law, number)
         assert measure_clip(clip.pixels, clip.caption, 16).directions == 1
         if law not in ("bouncing", "collision"):
-            assert measure_clip(clip.pixels[::-1], clip.caption, 16).directions == (law == "still")
+            assert measure_clip(clip.pixels[::-1], clip.caption, 16).directions == (law in ("still", "returning"))
 
 
 def test_noise_has_no_objects():

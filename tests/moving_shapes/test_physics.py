@@ -45,7 +45,8 @@ def test_the_residual_is_the_distance_from_the_law(law):
 
 
 def test_laws_are_distinguished():
-    for law, other in (("uniform", "still"), ("bouncing", "uniform"), ("gravity", "bouncing"), ("orbit", "uniform")):
+    for law, other in (("uniform", "still"), ("bouncing", "uniform"), ("gravity", "bouncing"), ("orbit", "uniform"),
+        ("returning", "uniform"), ("uniform", "returning")):  # fmt: skip
         values = [residual(other, scene(law, number, num_objects=[1]).positions, SPEC) for number in range(8)]
         assert np.median(values) > 0.5, (law, other)
     crash = scene("collision")

@@ -147,8 +147,8 @@ def trained(monkeypatch) -> list[tuple[str, str, int]]:
 def test_the_deciding_runs_go_first_and_some_arms_are_run_on_the_first_law_only(config, tmp_path):
     study = make_small_study(tmp_path, config, seeds=2)
     order = [(run.seed, run.law, run.arm) for run in planned_runs(study)]
-    deciding = [(law, arm) for law in ("gravity", "orbit") for arm in ("base", "fm", "tfm")]
-    others = [("gravity", "tfm_mse"), ("gravity", "tfm_rho2"), ("orbit", "tfm_mse")]
+    deciding = [(law, arm) for law in ("gravity", "returning") for arm in ("base", "fm", "tfm")]
+    others = [("gravity", "tfm_mse"), ("gravity", "tfm_rho2"), ("returning", "tfm_mse")]
     assert order == [(seed, *each) for part in (deciding, others) for seed in (0, 1) for each in part]
 
 
@@ -156,9 +156,10 @@ def test_a_run_trains_once_and_is_measured_after_every_length(config, tmp_path, 
     study = make_small_study(tmp_path, config, seeds=2, lengths=(10, 15, 40))
     results = runs.run_study(study)
     assert len(trained) == len(set(trained)) == 14
-    lengths = [run["steps"] for run in results.all("run", law="orbit", arm="tfm", seed=1)]
+    lengths = [run["steps"] for run in results.all("run", law="returning", arm="tfm", seed=1)]
     assert lengths == [10, 15, 40]
-    assert ["sensitivity" in run for run in results.all("run", law="orbit", arm="tfm", seed=1)] == [False, False, True]
+    measured = ["sensitivity" in run for run in results.all("run", law="returning", arm="tfm", seed=1)]
+    assert measured == [False, False, True]
     kept = {path.parent.parent.name for path in study.output.rglob("samples_step40")}
     assert {path.parts[-2] for path in study.output.rglob("samples_step40")} == {"rate0.001_seed0"}
     assert kept == {"fm", "tfm", "tfm_mse", "tfm_rho2"}
@@ -215,7 +216,7 @@ def test_a_run_that_diverges_is_measured_at_the_lengths_that_it_reached(config, 
 
     monkeypatch.setattr(runs, "train", diverge)
     results = runs.run_study(make_small_study(tmp_path, config, seeds=2))
-    first, second = results.all("run", law="orbit", arm="tfm_mse", seed=1)
+    first, second = results.all("run", law="returning", arm="tfm_mse", seed=1)
     assert first["metrics"]["residual"] == 1.0
     assert (second["steps"], second["diverged"]) == (30, "step 17: the loss is not finite")
 
@@ -264,7 +265,7 @@ def small(tmp_path_factory) -> list[str]:
         ("--arms=[fm, mse]", "--arms=mse: expected one of fm, "),
         ("--seeds=1", "--seeds=1: expected at least 2"),
         ("--laws=[falling]", "--laws=falling: expected one of still, "),
-        ("--laws=[orbit, orbit]", "--laws=[orbit, orbit]: expected different laws"),
+        ("--laws=[returning, returning]", "--laws=[returning, returning]: expected different laws"),
         ("--lengths=[3, 2]", "--lengths=[3, 2]: expected growing numbers of steps"),
         ("--lengths=[]", "--lengths=[]: expected growing numbers of steps"),
         ("--learning_rate=0", "--learning_rate=0: expected more than 0"),
@@ -324,8 +325,8 @@ def test_a_small_study(small, monkeypatch, capsys):
     file = docs / "study" / "results.jsonl"
     first = _records(file)
     measured = {(r["law"], r["arm"], r["seed"], r["steps"]) for r in first if r["kind"] == "run"}
-    trained = itertools.product(("gravity", "orbit"), ("fm", "tfm"), (0, 1), (2, 3))
-    assert measured == {*trained, *itertools.product(("gravity", "orbit"), ("base",), (0, 1), (0,))}
+    trained = itertools.product(("gravity", "returning"), ("fm", "tfm"), (0, 1), (2, 3))
+    assert measured == {*trained, *itertools.product(("gravity", "returning"), ("base",), (0, 1), (0,))}
     assert all(np.isfinite(r["metrics"]["wasserstein"]) for r in first if r["kind"] == "run")
 
     text = (docs / "study.md").read_text(encoding="utf-8")
@@ -339,13 +340,13 @@ def test_a_small_study(small, monkeypatch, capsys):
     assert "None" not in text
 
     # tfm-evaluate measures the same numbers.
-    made = output / "orbit"
+    made = output / "returning"
     execute("evaluate", [
         str(made / "tfm" / "rate0.001_seed0" / "samples_step3"), f"--reference={made / 'reference'}",
         f"--prompts={made / 'prompts.txt'}", f"--json={output / 'one.json'}", "--frames=5", "--height=32", "--width=48",
     ])  # fmt: skip
     again = json.loads((output / "one.json").read_text(encoding="utf-8"))["metrics"]
-    kept = Run("orbit", "tfm", 0, (3,), 1e-3).keys
+    kept = Run("returning", "tfm", 0, (3,), 1e-3).keys
     results = Results(file, {name: value for name, value in first[0].items() if name != "kind"})
     assert results.one("run", **kept, steps=3)["metrics"] == {name: row["samples_step3"] for name, row in again.items()}
 

@@ -48,7 +48,7 @@ def test_the_verdict_follows_from_the_numbers(study, effects, verdict, sentence,
     found = invent_findings(study, **effects)
     assert {found.verdict(cell) for cell in found.cells} == {verdict}
     text = conclusions(found)
-    for cell in ("*gravity*, 10 steps", "*gravity*, 30 steps", "*orbit*, 10 steps", "*orbit*, 30 steps"):
+    for cell in ("*gravity*, 10 steps", "*gravity*, 30 steps", "*returning*, 10 steps", "*returning*, 30 steps"):
         assert f"- {cell}: " in text
     assert text.count(sentence) >= 4
     assert summary in text
@@ -66,13 +66,13 @@ def test_the_verdict_of_a_single_law_and_length(study):
         for run in found.results.records
     ]  # fmt: skip
     assert found.verdict(Cell("gravity", 30)) == "better"
-    assert found.verdict(Cell("orbit", 30)) == "partly better"
+    assert found.verdict(Cell("returning", 30)) == "partly better"
     assert "moves better than `fm` in 2 of 4 cases." in conclusions(found)
 
 
 def test_only_the_confirmatory_family_is_corrected(study):
     found = invent_findings(study)
-    cell = Cell("orbit", 10)
+    cell = Cell("returning", 10)
 
     def width(arm: str, metric: str) -> float:
         difference = found.difference(cell, arm, "fm", metric)
@@ -89,7 +89,7 @@ def test_an_incomplete_study_says_so_and_decides_nothing(study):
     found = invent_findings(study, runs=first, residual=-0.2, frechet=-0.2)
     text = write_report(found, "python scripts/study.py").read_text(encoding="utf-8")
     assert f"**Incomplete: {first} of {len(runs)} planned runs are done.**" in text[:200]
-    assert "*orbit*, 30 steps: not decided yet; 2 of 5 seeds are done." in text
+    assert "*returning*, 30 steps: not decided yet; 2 of 5 seeds are done." in text
     assert "moves better than `fm`**" not in text
 
 
@@ -118,7 +118,7 @@ def test_the_report_of_a_complete_study(study):
     assert "`tfm` less `fm` " in contrasts
     assert "`fm_direction`" not in contrasts  # was not run
     assert "`tfm_rho2`" in tables.law_section(found, "gravity")
-    assert "`tfm_rho2`" not in tables.law_section(found, "orbit")
+    assert "`tfm_rho2`" not in tables.law_section(found, "returning")
     for name in ("lengths", "differences"):
         assert 5_000 < (study.docs / "study" / f"{name}.png").stat().st_size < 300_000
 
@@ -134,7 +134,7 @@ def test_costs_that_differ_are_named(study):
 def test_sensitivity_is_compared_at_each_noise_level(study):
     text = tables.sensitivity(invent_findings(study))
     levels = ", ".join(f"{sigma:g}" for sigma in protocol.SIGMAS[1:-1])
-    assert f"On *orbit*, `tfm` is less sensitive than `fm` at {levels} and 0.9 (exploratory" in text
+    assert f"On *returning*, `tfm` is less sensitive than `fm` at {levels} and 0.9 (exploratory" in text
     assert "| 0.1 | +0.02 [" in text
     assert re.search(r"\| 0\.2 \| \*\*-0\.22 \[", text)
 
@@ -142,12 +142,12 @@ def test_sensitivity_is_compared_at_each_noise_level(study):
 def test_the_pilot_shows_whether_it_supports_the_choice(study, config, tmp_path):
     found = invent_findings(study, runs=0)
     text = pilot_section(study, found.pilot)
-    choice = "On *orbit*, the study uses a learning rate of 0.001 and up to 30 steps: the fine-tuned model is better"
-    assert choice in text
+    choice = "On *returning*, the study uses a learning rate of 0.001 and up to 30 steps: "
+    assert choice + "the fine-tuned model is better" in text
     assert "From 30 to 50 steps, physics residual R, median, pixels changes by +0%" in text
     assert len([line for line in text.splitlines() if line.startswith("| gravity | ")]) == 10
     assert text.count("| yes |") == 18
-    for run in found.pilot.all("run", law="orbit", steps=30):
+    for run in found.pilot.all("run", law="returning", steps=30):
         run["metrics"]["frechet"] = 2.0
     assert "is **not** better than the base model" in pilot_section(study, found.pilot)
     other = make_small_study(tmp_path / "other", config, learning_rate=0.5)

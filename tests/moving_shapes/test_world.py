@@ -94,7 +94,8 @@ def test_captions_tell_the_truth(law):
                 assert np.allclose(velocities(path)[:, 0], DIRECTIONS[obj.direction][0] * pixels_a_frame)
             else:
                 wanted = np.array(DIRECTIONS[obj.direction])
-                assert np.allclose(first, wanted / np.linalg.norm(wanted) * pixels_a_frame)
+                lost = SPEC.deceleration / 2 if law == "returning" else 0  # within the first frame
+                assert np.allclose(first, wanted / np.linalg.norm(wanted) * (pixels_a_frame - lost))
 
 
 def test_captions_read_like_this():
@@ -129,7 +130,7 @@ def test_objects_keep_clear_of_each_other():
 
 
 def test_held_out_speeds_are_never_drawn_otherwise():
-    for law in ("uniform", "bouncing", "gravity", "orbit", "collision"):
+    for law in ("uniform", "bouncing", "gravity", "orbit", "collision", "returning"):
         for held_out in (False, True):
             for scene in scenes(law, held_out=held_out):
                 for obj, speed in zip(scene.objects, scene.speeds, strict=True):
@@ -224,6 +225,19 @@ def test_falling_keeps_energy_and_meets_the_floor():
         assert 1 <= bounce.sum() <= 2
         assert falls[bounce].sum() < -5
         assert y.max() <= 64 - SPEC.radius + 1e-9
+
+
+def test_returning_is_a_constant_deceleration():
+    for scene in scenes("returning"):
+        for path in scene.positions:
+            bends = np.diff(path, n=2, axis=0)
+            assert np.allclose(bends, bends[0])
+            assert np.isclose(np.linalg.norm(bends[0]), 1.2 * 64 / 16**2)
+            inside = path - SPEC.radius
+            assert (inside >= -1e-9).all()
+            assert (inside <= SPEC.extent + 1e-9).all()
+            first, last = velocities(path)[[0, -1]]
+            assert first @ last < 0 or scene.speeds[0] > 0.55  # a fast object may not have turned by more
 
 
 def test_orbits_have_a_radius():

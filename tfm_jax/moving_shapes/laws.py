@@ -15,6 +15,13 @@ def uniform(start: Numbers | float, velocity: Numbers | float, times: Numbers) -
     return start + velocity * times
 
 
+def accelerated(
+    start: Numbers | float, velocity: Numbers | float, acceleration: Numbers | float, times: Numbers
+) -> Numbers:
+    """Return the position under constant acceleration: start + velocity * times + acceleration * times^2 / 2."""
+    return start + velocity * times + acceleration * times**2 / 2
+
+
 def reflect(position: Numbers, extent: Numbers | float) -> Numbers:
     """Fold free motion along an axis into 0..extent, as two walls do with a ball (a triangle wave)."""
     return extent - abs(position % (2 * extent) - extent)

@@ -127,8 +127,19 @@ def _orbit(rng: np.random.Generator, spec: ClipSpec, motion: Motion) -> Float[np
     return laws.orbit(centre, radius * np.array([np.cos(angle), np.sin(angle)]), angular_speed, spec.times)
 
 
+def _returning(rng: np.random.Generator, spec: ClipSpec, motion: Motion) -> Float[np.ndarray, "t 2"]:
+    velocity = _velocity(spec, motion)
+    acceleration = -velocity / np.linalg.norm(velocity) * spec.deceleration
+    path = laws.accelerated(0.0, velocity, acceleration, spec.times[:, None])
+    free = spec.extent - np.ptp(path, axis=0)
+    if (free < 0).any():
+        raise _too_long(spec, f"a path of {np.ptp(path, axis=0).max():.0f} pixels")
+    return path - path.min(0) + rng.uniform(size=2) * free
+
+
 _PATHS: dict[str, Callable[[np.random.Generator, ClipSpec, Motion], Float[np.ndarray, "t 2"]]] = {
     "still": _still, "uniform": _uniform, "bouncing": _bouncing, "gravity": _gravity, "orbit": _orbit,
+    "returning": _returning,
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ LAWS = {
     "gravity": "falls and bounces off the floor, drifting",
     "orbit": "circles",
     "collision": "moves",
+    "returning": "turns back after moving",
 }
 """Law of motion -> its verb phrase in captions."""
 COLLISION_CLAUSE = ", and collides with "
@@ -59,6 +60,9 @@ GRAVITY = 1.5
 """In units per second squared: a fall from the ceiling to the floor takes 0.95 seconds."""
 DROP_HEIGHTS = (0.35, 0.8)
 """Range of the height from which an object falls, as a fraction of the space between floor and ceiling."""
+RETURN = 1.2
+"""Deceleration of an object that turns back, against its first direction, in units per second squared: it turns within
+0.55 seconds."""
 ORBIT_RADII = (0.20, 0.34)
 """Range of the radius of an orbit, in units."""
 CONTACT_TIMES = (0.25, 0.75)
@@ -127,6 +131,11 @@ class ClipSpec(NamedTuple):
     def gravity(self) -> float:
         """GRAVITY in pixels per frame squared."""
         return GRAVITY * self.unit / self.fps**2
+
+    @property
+    def deceleration(self) -> float:
+        """RETURN in pixels per frame squared."""
+        return RETURN * self.unit / self.fps**2
 
     @property
     def times(self) -> Float[np.ndarray, "t"]:

@@ -88,7 +88,8 @@ def moves_in_direction(centres: Float[np.ndarray, "t 2"], law: str, direction: s
     """Whether an object moves in the direction that its caption gives or, if it gives none, stands still.
 
     Uniform motion, orbits and, under gravity, horizontal motion are judged over the whole clip. Bouncing and colliding
-    objects are judged over the first quarter of the clip, before the contact.
+    objects are judged over the first quarter of the clip, before the contact. An object that turns back is judged by
+    the change of its velocity from the last quarter to the first.
     """
     steps = np.diff(centres, axis=0)
     if not direction:
@@ -97,8 +98,11 @@ def moves_in_direction(centres: Float[np.ndarray, "t 2"], law: str, direction: s
         before, after = steps[:-1], steps[1:]
         turn = (before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]).sum()
         return bool(np.linalg.norm(steps, axis=-1).mean() > thresholds.MOVING and turn * ROTATIONS[direction] > 0)
+    quarter = max(1, len(steps) // 4)
+    if law == "returning":
+        steps = steps[:quarter] - steps[-quarter:]
     if law in ("bouncing", "collision"):
-        steps = steps[: max(1, len(steps) // 4)]
+        steps = steps[:quarter]
     mean, wanted = steps.mean(0), np.array(DIRECTIONS[direction])
     if law == "gravity":
         mean = mean * [1, 0]

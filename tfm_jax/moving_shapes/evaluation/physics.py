@@ -100,6 +100,20 @@ def _orbit(target: Float[np.ndarray, "t 2"], spec: ClipSpec) -> float:
     return min(2 * float(least_squares(lambda q: gap(q[0]), start).cost) for start in best)
 
 
+def _returning(target: Float[np.ndarray, "t 2"], spec: ClipSpec) -> float:
+    """Fit start and velocity freely, and the direction of an acceleration whose size is given.
+
+    The part of t^2 / 2 that is orthogonal to uniform motion adds a vector to the path. Of the vectors of the given
+    length, the closest to the vector of the target has its direction.
+    """
+    bend = spec.times**2 / 2
+    line = np.vander(spec.times, 2)
+    bend -= line @ np.linalg.lstsq(line, bend)[0]
+    size = np.linalg.norm(bend)
+    found = np.linalg.norm(bend @ target) / size
+    return _polynomial(target, 2, spec) + float((found - spec.deceleration * size) ** 2)
+
+
 def _collision(target: Float[np.ndarray, "2 t 2"], spec: ClipSpec) -> float:
     """Fit both objects together, starting from the best continuous two-segment paths over all contact times."""
     flat = np.moveaxis(target, 1, 0).reshape(spec.frames, 4)
@@ -119,5 +133,6 @@ def _collision(target: Float[np.ndarray, "2 t 2"], spec: ClipSpec) -> float:
 
 FITS: dict[str, Callable[[Float[np.ndarray, "t 2"], ClipSpec], float]] = {
     "still": _still, "uniform": _uniform, "bouncing": _bouncing, "gravity": _gravity, "orbit": _orbit,
+    "returning": _returning,
 }  # fmt: skip
 """Law, except collision -> function that returns the smallest sum of squares for one object."""

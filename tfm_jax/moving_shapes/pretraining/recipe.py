@@ -16,8 +16,7 @@ from tfm_jax.files import replacing
 from tfm_jax.moving_shapes.pretraining.autoencoder import Phase, VaeRecipe, encode_clips, psnr, train_vae
 from tfm_jax.moving_shapes.pretraining.base import BaseRecipe, CaptionTokens, train_base
 from tfm_jax.moving_shapes.pretraining.quality import evaluate_model
-from tfm_jax.moving_shapes.pretraining.scenes import BASE_LAWS, Purpose, draw_clips
-from tfm_jax.moving_shapes.scene import LAWS
+from tfm_jax.moving_shapes.pretraining.scenes import BASE_LAWS, KNOWN_LAWS, Purpose, draw_clips
 from tfm_jax.moving_shapes.tokenizer import write_tokenizer
 from tfm_jax.wan import load_vae
 from tfm_jax.wan.components import TEXT_ENCODER, TRANSFORMER, VAE
@@ -31,7 +30,7 @@ from tfm_jax.wan.vae import VaeConfig
 RECIPE_FILE = "recipe.txt"
 LATENTS_FILE = "latents.npz"
 NUM_CAPTIONS = 2000
-"""Number of captions of all laws from which the tokenizer is built, besides those of the transformer's clips. They
+"""Number of captions of KNOWN_LAWS from which the tokenizer is built, besides those of the transformer's clips. They
 contain the words for motions that fine-tuning teaches."""
 
 
@@ -89,11 +88,11 @@ def pretrain(output: Path, recipe: Recipe, seed: int = 0) -> None:
         trained = train_vae(recipe.vae, recipe.train_vae, seed, output)
         save(source_from_module(trained, VAE), output, "diffusers", jnp.float32)
     vae = load_vae(output)
-    quality = psnr(vae, draw_clips(Purpose.HELD_OUT, seed, recipe.held_out, tuple(LAWS), held_out=True)[0])
+    quality = psnr(vae, draw_clips(Purpose.HELD_OUT, seed, recipe.held_out, KNOWN_LAWS, held_out=True)[0])
     print(f"autoencoder: {quality:.2f} dB on clips at held-out speeds", flush=True)
     if not model.exists():
         latents, captions = _base_clips(output, recipe, seed)
-        _, others = draw_clips(Purpose.TOKENIZER, seed, NUM_CAPTIONS, tuple(LAWS))
+        _, others = draw_clips(Purpose.TOKENIZER, seed, NUM_CAPTIONS, KNOWN_LAWS)
         write_tokenizer(output / "tokenizer", [*captions, *others], recipe.text_encoder.vocab_size)
         transformer, text_encoder = train_base(
             latents, _tokenise(output, captions), (recipe.transformer, recipe.text_encoder), recipe.train_base, seed,

@@ -7,12 +7,15 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from tfm_jax.moving_shapes.scene import LAWS, Scene
+from tfm_jax.moving_shapes.scene import Scene
 from tfm_jax.moving_shapes.world import make_scene
 
-VAE_LAWS = (*LAWS, "gravity", "gravity")
-"""Laws that the autoencoder sees, drawn with equal probability: all laws, also those of later fine-tuning. Gravity has
-the fastest motion and occurs three times as often as the others."""
+KNOWN_LAWS = ("still", "uniform", "bouncing", "gravity", "orbit", "collision")
+"""Laws that the autoencoder sees and whose words the tokenizer is built from, also those of later fine-tuning. A law
+that was added to the world after the training of the shipped model is not among them."""
+VAE_LAWS = (*KNOWN_LAWS, "gravity", "gravity")
+"""Laws of the autoencoder's clips, drawn with equal probability. Gravity has the fastest motion and occurs three times
+as often as the others."""
 BASE_LAWS = (*["uniform"] * 7, "still")
 """Laws that the transformer learns, drawn with equal probability, so that seven clips of eight show motion. The other
 laws are left to fine-tuning."""
