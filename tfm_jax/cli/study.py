@@ -18,6 +18,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tfm_jax import compile_cache
 from tfm_jax.cli import command
 from tfm_jax.config import NonEmptyPath, section
 from tfm_jax.errors import InputError
@@ -75,6 +76,7 @@ class Options:
 
 def execute(argv: Sequence[str]) -> None:
     line = command.parse(Options, argv, "python scripts/study.py", __doc__)
+    compile_cache.enable()
     for name, value in line.fields.items():
         if name in SET_BY_STUDY:
             raise InputError(f"--{name}={value}: the study sets this field; remove the option")
