@@ -151,6 +151,8 @@ def test_the_pilot_shows_whether_it_supports_the_choice(study, config, tmp_path)
         run["metrics"]["frechet"] = 2.0
     assert "is **not** better than the base model" in pilot_section(study, found.pilot)
     other = make_small_study(tmp_path / "other", config, learning_rate=0.5)
+    longest = make_small_study(tmp_path / "longest", config, lengths=(10, 30, 50))
+    assert "From 30 to 50 steps, physics residual" in pilot_section(longest, found.pilot)
     assert "the pilot did not measure these" in pilot_section(other, found.pilot)
 
 

@@ -1,6 +1,7 @@
 """Writes the section of docs/study.md on the pilot, in which steps and learning rate were chosen."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -77,8 +78,8 @@ def _choice(study: Study, pilot: Results, law: str) -> str:
         return f"{start} the pilot did not measure these."
     better = "better" if _beats_base(pilot, law, rate, last) else "**not** better"
     text = f"{start} the fine-tuned model is {better} than the base model on both deciding metrics with every seed."
-    longer = [steps for steps in measured if steps > last]
-    return f"{text} {_change(pilot, law, rate, (last, longer[0]))}" if longer else text
+    changes = [_change(pilot, law, rate, pair) for pair in pairwise(measured) if last in pair]
+    return f"{text} {changes[-1]}" if changes else text  # to the next longer training, if there is one
 
 
 def _change(pilot: Results, law: str, rate: float, steps: Sequence[int]) -> str:
