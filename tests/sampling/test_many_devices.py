@@ -60,11 +60,11 @@ def decode_on_four(vae, latents, *rest):
     used.add("decode")
     return decode(vae, latents, *rest)
 
-def encode_on_eight(tokenizer, encoder, prompts, mesh):
+def encode_on_eight(tokenizer, encoder, prompts, mesh, length):
     assert len(prompts) == 4
     assert encoder.blocks.ffn.up.kernel.addressable_shards[0].data.shape == (2, 64 // 4, 128)
     used.add("encode")
-    return encode(tokenizer, encoder, prompts, mesh)
+    return encode(tokenizer, encoder, prompts, mesh, length)
 
 writing.decode, pipeline.encode_prompts = decode_on_four, encode_on_eight
 sample.execute(arguments)

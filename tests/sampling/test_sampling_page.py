@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -34,13 +35,13 @@ def program(heading: str, language: str) -> str:
 
 
 SMALL = {
-    '"weights/Wan2.1-T2V-1.3B-Diffusers"': repr(str(WAN_TINY)),
+    '"weights/Wan2.1-T2V-1.3B-Diffusers"': repr("model"),
     '"euler", 50': "SOLVER, 4",
     "81, 480, 832": "5, 32, 48",
     '"cuda", torch.bfloat16': '"cpu", torch.float32',
     '"A red kite dives over the dunes."': repr(PROMPT),
 }
-"""What the test changes in the program for diffusers, to run it with the tiny model."""
+"""What the test changes in the program for diffusers, to run it with the folder `model`."""
 
 SMALL_DIFFSYNTH = {
     "torch.bfloat16": "torch.float32",
@@ -69,6 +70,7 @@ def our_video(solver: str, negative: str) -> np.ndarray:
         "clip.frames": 5, "clip.height": 32, "clip.width": 48, "sampling.solver": solver, "sampling.steps": 4,
         "sampling.guidance": 5.0, "sampling.negative_prompt": negative, "sampling.prompt": PROMPT,
         "sampling.lora": "kites.safetensors", "sampling.latents": "noise.safetensors", "sampling.output": "samples",
+        "model.path": "model",
     }  # fmt: skip
     run = load(SampleRun, "wan_tiny", options)
     samples = sample(run)
@@ -85,8 +87,13 @@ def assert_same_pixels(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 @pytest.fixture
 def lora(tmp_path, monkeypatch):
-    """Work in a folder with the file of a LoRA."""
+    """Work in a folder with the file of a LoRA and the tiny model, which here takes 512 text tokens, like Wan2.1."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(WAN_TINY, tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    del values["text_len"]
+    file.write_text(json.dumps(values), encoding="utf-8")
     rng = np.random.default_rng(0)
     draw = [np.float32(rng.normal(size=shape) / 12) for shape in ((4, 128), (128, 4))]
     adapters = {BlockLinear(layer, "self_attn.q"): Adapter(*draw) for layer in range(8)}

@@ -170,7 +170,7 @@ def test_the_folder_has_what_comfyui_reads(tiny):
     assert bytes(stored["text_encoder"]["spiece_model"].numpy()) == b"pieces"
     assert {"encoder.conv1.weight", "conv2.bias"} < stored["vae"].keys()
     sidecar = json.loads((tiny / "diffusion_models" / "wan2.1_t2v.tfm_jax.json").read_text())
-    assert sidecar == {"heads": 4}  # the width of the heads is not Wan2.1's
+    assert sidecar == {"heads": 4, "text_len": 64}  # which are not Wan2.1's
 
 
 @pytest.mark.parametrize("flat", [False, True])
