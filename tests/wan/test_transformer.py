@@ -11,7 +11,7 @@ from tfm_jax.wan import load_transformer
 from tfm_jax.wan.attention import attention, chunked
 from tfm_jax.wan.components import TRANSFORMER, abstract_model, named_parameters
 from tfm_jax.wan.names import transformer_rows
-from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, rotary_tables
+from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, apply_rotary, rotary_tables
 
 run = jax.jit(WanTransformer.__call__)
 
@@ -120,6 +120,21 @@ def test_attention_in_chunks_is_exact(queries, monkeypatch):
         return jax.grad(lambda q: jnp.sum(attention(q, jnp.asarray(k), jnp.asarray(v)) ** 2))(jnp.asarray(q))
 
     assert relative(of_chunks(64, 2 * 64 * 70), of_chunks(4096, 1 << 30)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotary_multiplies_pairs_as_complex_numbers(dtype):
+    """And its gradient turns them back."""
+    rotary = rotary_tables((2, 3, 2), 16)
+    turn = np.asarray(rotary[0]) + 1j * np.asarray(rotary[1])
+    x, gradient = (jax.random.normal(jax.random.key(n), (2, 12, 3, 16), dtype) for n in range(2))
+    result, pull_back = jax.vjp(lambda x: apply_rotary(x, rotary), x)
+    for ours, given, factor in ((result, x, turn), (pull_back(gradient)[0], gradient, turn.conj())):
+        pairs = np.asarray(given, np.float32).reshape(2, 12, 3, 8, 2)
+        expected = (pairs[..., 0] + 1j * pairs[..., 1]) * factor[:, None]
+        assert ours.dtype == dtype
+        expected = np.stack([expected.real, expected.imag], -1).reshape(x.shape)
+        assert relative(np.asarray(ours, np.float32), expected) < (1e-6 if dtype == jnp.float32 else 4e-3)
 
 
 def test_rotary_positions_split_the_head_as_wan_does():
