@@ -65,8 +65,8 @@ def _config_of_weights(path: Path, component: Component) -> Any:
 
 
 def transformer_config(model: configs.ModelConfig) -> TransformerConfig:
-    """Return the transformer's configuration. Width and number of text tokens are those of the
-    weights; without weights, of Wan2.1-T2V."""
+    """Return the transformer's configuration. The width and the number of the text tokens are those of the weights;
+    without weights, those of Wan2.1-T2V."""
     found = _config_of_weights(model.path, TRANSFORMER)
     config = TransformerConfig(model.dim, model.ffn_dim, model.heads, model.layers)
     return dataclasses.replace(config, text_dim=found.text_dim, text_len=found.text_len) if found else config
