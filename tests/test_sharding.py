@@ -20,6 +20,7 @@ from tfm_jax.errors import InputError
 from tfm_jax.sharding import MESH_AXES, check_batch, check_split, make_mesh, partition_spec, shardings
 from tfm_jax.wan.attention import chunked, self_attention
 from tfm_jax.wan.remat import POLICIES
+from tfm_jax.wan.rotary import rotary_tables
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
 TOKENS, WIDTH = 40, 96
@@ -334,7 +335,8 @@ def test_split_attention_compiles_for_tpu(monkeypatch):
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 
     def run(query, key, value, gradient):
-        out, pullback = jax.vjp(self_attention, query, key, value)
+        rotary = rotary_tables((5, 26, 32), 128)
+        out, pullback = jax.vjp(lambda *arrays: self_attention(*arrays, rotary), query, key, value)
         return out, *pullback(gradient)
 
     for settings, kind in (({"sequence": 4}, "all-to-all"), ({"sequence": 8}, "collective-permute")):

@@ -23,6 +23,7 @@ from tfm_jax.train.optimizer import make_optimizer
 from tfm_jax.train.step import init_state, make_step
 from tfm_jax.wan.attention import cross_attention, self_attention
 from tfm_jax.wan.quantization import quantize_linears
+from tfm_jax.wan.rotary import rotary_tables
 from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
 # There are 40 tokens; no other axis has this length. A token has fewer outputs (16) than activations.
@@ -195,7 +196,7 @@ def attentions():
 
         def both(query, key, value, text_key, text_value, gradient):
             def attend(query, key, value, text_key, text_value):
-                out = self_attention(query, key, value)
+                out = self_attention(query, key, value, rotary_tables((2, 4, 17), 8))
                 return out, cross_attention(out, text_key, text_value)
 
             outs, pullback = jax.vjp(attend, query, key, value, text_key[:, :50], text_value[:, :50])

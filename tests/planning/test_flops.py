@@ -87,10 +87,12 @@ def test_steps_without_guidance_take_half(tiny_run):
     assert video_flops(network, dataclasses.replace(run.sampling, guidance=1), tokens) == 10 * once
 
 
-def test_the_text_width_is_read_from_the_weights_if_they_exist():
+def test_the_size_of_the_text_is_read_from_the_weights_if_they_exist():
     model = ModelConfig(path=WAN_TINY, dim=128, ffn_dim=512, heads=4, layers=8)
-    assert programs.transformer_config(model).text_dim == 64
-    assert programs.transformer_config(dataclasses.replace(model, path=ROOT / "none")).text_dim == 4096
+    tiny = programs.transformer_config(model)
+    without_weights = programs.transformer_config(dataclasses.replace(model, path=ROOT / "none"))
+    assert (tiny.text_dim, tiny.text_len) == (64, 64)
+    assert (without_weights.text_dim, without_weights.text_len) == (4096, 512)
 
 
 def test_operations_of_14b_equal_a_short_formula():

@@ -49,6 +49,18 @@ def test_only_the_part_between_the_lines_is_written(rows, tmp_path):
     assert max(len(line) for line in text.splitlines() if "|" not in line) <= 120
 
 
+def test_edits_of_the_page_while_plans_are_compiled_are_kept(rows, tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{BEGIN}old\n{END}after\n")
+
+    def edited():
+        page.write_text(f"edited\n{BEGIN}old\n{END}after\n")
+        yield from rows
+
+    roofline_page.write_section(edited(), page)
+    assert page.read_text().startswith(f"edited\n{BEGIN}")
+
+
 def test_a_page_without_the_lines_is_refused_before_anything_is_compiled(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text(f"{BEGIN}\n")

@@ -11,7 +11,8 @@ from tfm_jax.wan import load_transformer
 from tfm_jax.wan.attention import attention, chunked
 from tfm_jax.wan.components import TRANSFORMER, abstract_model, named_parameters
 from tfm_jax.wan.names import transformer_rows
-from tfm_jax.wan.transformer import TransformerConfig, WanTransformer, apply_rotary, rotary_tables
+from tfm_jax.wan.rotary import apply_rotary, rotary_tables
+from tfm_jax.wan.transformer import TransformerConfig, WanTransformer
 
 run = jax.jit(WanTransformer.__call__)
 
@@ -126,7 +127,7 @@ def test_attention_in_chunks_is_exact(queries, monkeypatch):
 def test_rotary_multiplies_pairs_as_complex_numbers(dtype):
     """And its gradient turns them back."""
     rotary = rotary_tables((2, 3, 2), 16)
-    turn = np.asarray(rotary[0]) + 1j * np.asarray(rotary[1])
+    turn = np.asarray(rotary[0])[:, ::2] + 1j * np.asarray(rotary[1])[:, ::2]
     x, gradient = (jax.random.normal(jax.random.key(n), (2, 12, 3, 16), dtype) for n in range(2))
     result, pull_back = jax.vjp(lambda x: apply_rotary(x, rotary), x)
     for ours, given, factor in ((result, x, turn), (pull_back(gradient)[0], gradient, turn.conj())):
@@ -139,8 +140,10 @@ def test_rotary_multiplies_pairs_as_complex_numbers(dtype):
 
 def test_rotary_positions_split_the_head_as_wan_does():
     cos, sin = rotary_tables((3, 5, 7), 128)
-    assert cos.shape == sin.shape == (3 * 5 * 7, 64)
-    angle = np.arctan2(np.asarray(sin), np.asarray(cos)).reshape(3, 5, 7, 64)
+    assert cos.shape == sin.shape == (3 * 5 * 7, 128)
+    angle = np.arctan2(np.asarray(sin), np.asarray(cos)).reshape(3, 5, 7, 64, 2)
+    assert np.array_equal(angle[..., 0], angle[..., 1])  # both channels of a pair
+    angle = angle[..., 0]
     assert np.allclose(angle[2, 0, 0, 0], 2)  # time takes 44 channels, 22 pairs
     assert np.allclose(angle[0, 3, 0, 22], 3)  # then height, 42
     assert np.allclose(angle[0, 0, 3, 43], 3)  # then width, 42

@@ -106,13 +106,21 @@ def write_section(rows: Rows, page: Path) -> None:
     Raises:
         InputError: the page does not exist, or lacks one of the two lines.
     """
+    _split(page)  # before the plans are compiled, so that a wrong page is reported at once
+    section = _section(list(rows))
+    before, after = _split(page)  # again, because compiling takes long, and somebody may have edited the page
+    with replacing(page) as partial_file:
+        partial_file.write_text(f"{before}{BEGIN}\n{section}\n{END}{after}", encoding="utf-8")
+
+
+def _split(page: Path) -> tuple[str, str]:
+    """Return the text before `BEGIN` and after `END`."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
-    before, begin, rest = text.partition(BEGIN)
+    before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         raise InputError(f"{page}: expected a page with the lines {BEGIN.strip()} and {END.strip()}")
-    with replacing(page) as partial_file:
-        partial_file.write_text(f"{before}{begin}\n{_section(list(rows))}\n{end}{after}", encoding="utf-8")
+    return before, after
 
 
 def _section(rows: list[tuple[Case, Plan | None]]) -> str:

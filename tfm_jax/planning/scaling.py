@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, get_args
 
 from tfm_jax import config
 from tfm_jax.config import Remat
+from tfm_jax.console import log
 from tfm_jax.errors import CompilerError, InputError
 from tfm_jax.planning.chips import Topology, find_topology
 from tfm_jax.planning.plan import Plan
@@ -124,6 +125,7 @@ class PlanCache:
         if key not in self.plans:
             if not self.compile_missing:
                 raise LookupError(key)
+            log(f"compiling {key}")
             self.plans[key] = Plan.from_json(_compile(MODELS[model], options))
             self._save()
         return self.plans[key]

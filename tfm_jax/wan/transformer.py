@@ -29,13 +29,12 @@ from tfm_jax.sharding import check_split, constrain
 from tfm_jax.wan.attention import cross_attention, self_attention
 from tfm_jax.wan.layers import LayerNorm, Linear, RMSNorm, constant, gathered, param
 from tfm_jax.wan.remat import POLICIES
+from tfm_jax.wan.rotary import Rotary, rotary_tables
 
 PATCH = (1, 2, 2)
-ROTARY_THETA = 10_000.0
 
 Tokens = Float[Array, "b s d"]
 ACTIVATION = ("batch", "tokens", None)
-Rotary = Float[Array, "s k"]
 
 
 @dataclass(frozen=True)
@@ -64,57 +63,6 @@ def token_grid(shape: Sequence[int]) -> tuple[int, int, int]:
     return f, h, w
 
 
-def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Rotary, Rotary]:
-    """Return cos and sin, each `[f h w, head_dim / 2]`, of the rotary angles for a grid of tokens.
-
-    Height and width use `2 (head_dim // 6)` channels each, and time uses the rest. Positions are integers from 0.
-    Angles are computed in float64, because float32 rounding errors would grow with the position in long clips.
-    """
-    side = 2 * (head_dim // 6)
-    angles = []
-    for length, width in zip(grid, (head_dim - 2 * side, side, side), strict=True):
-        frequencies = ROTARY_THETA ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-        angles.append(np.outer(np.arange(length), frequencies))
-    f, h, w = grid
-    time, height, width = angles
-    table = np.concatenate(
-        [
-            np.broadcast_to(time[:, None, None], (f, h, w, time.shape[-1])),
-            np.broadcast_to(height[None, :, None], (f, h, w, height.shape[-1])),
-            np.broadcast_to(width[None, None, :], (f, h, w, width.shape[-1])),
-        ],
-        axis=-1,
-    )
-    table = rearrange(table, "f h w k -> (f h w) k")
-    return jnp.asarray(np.cos(table), jnp.float32), jnp.asarray(np.sin(table), jnp.float32)
-
-
-@jax.custom_vjp
-def apply_rotary(x: Float[Array, "b s n d"], rotary: tuple[Rotary, Rotary]) -> Float[Array, "b s n d"]:
-    """Rotate the channel pairs (0, 1), (2, 3), ... of every head by the angles of their token.
-
-    The partner of a channel comes from a copy of `x` that is shifted by one channel. On TPUs this is cheaper than
-    strided slices, and so is the gradient below, which is written out because JAX's own would shift in float32.
-    """
-    cos, sin = (jnp.repeat(table, 2, axis=-1)[None, :, None, :] for table in rotary)
-    left, right = (jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 3 + [(shift, -shift, 0)]) for shift in (-1, 1))
-    turned = jnp.where(np.arange(x.shape[-1]) % 2 == 0, -left, right)
-    return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
-
-
-def _rotary_forward(x: Array, rotary: tuple[Rotary, Rotary]) -> tuple[Array, tuple[Rotary, Rotary]]:
-    return apply_rotary(x, rotary), rotary
-
-
-def _rotary_backward(rotary: tuple[Rotary, Rotary], gradient: Array) -> tuple[Array, None]:
-    """Rotate back: the transpose of a rotation is its inverse."""
-    cos, sin = rotary
-    return apply_rotary(gradient, (cos, -sin)), None
-
-
-apply_rotary.defvjp(_rotary_forward, _rotary_backward)
-
-
 def sinusoidal_embedding(timestep: PerVideo, width: int) -> Float[Array, "b d"]:
     """Return `[cos, sin]` of the timestep (0..1000) at `width / 2` frequencies."""
     half = width // 2
@@ -137,13 +85,11 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(config.dim, stack=stack, eps=config.eps)
         self.norm_k = RMSNorm(config.dim, stack=stack, eps=config.eps)
 
-    def __call__(self, x: Tokens, context: Float[Array, "b t d"], rotary: tuple[Rotary, Rotary] | None) -> Tokens:
+    def __call__(self, x: Tokens, context: Float[Array, "b t d"], rotary: Rotary | None) -> Tokens:
         """Let `x` attend to `context`. In self-attention, `context` is `x`; in cross-attention, `rotary` is None."""
         query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         query, key, value = (rearrange(y, "b s (n k) -> b s n k", n=self.heads) for y in (query, key, value))
-        if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        out = self_attention(query, key, value) if rotary is not None else cross_attention(query, key, value)
+        out = cross_attention(query, key, value) if rotary is None else self_attention(query, key, value, rotary)
         return self.o(rearrange(out, "b s n k -> b s (n k)"))
 
 
@@ -170,9 +116,7 @@ class Block(nnx.Module):
         self.norm_ffn = LayerNorm(config.dim, affine=False, eps=config.eps)
         self.ffn = FeedForward(config, rngs=rngs, stack=stack, dtype=dtype)
 
-    def __call__(
-        self, x: Tokens, time: Float[Array, "b six d"], text: Float[Array, "b l d"], rotary: tuple[Rotary, Rotary]
-    ) -> Tokens:
+    def __call__(self, x: Tokens, time: Float[Array, "b six d"], text: Float[Array, "b l d"], rotary: Rotary) -> Tokens:
         x = constrain(x, ACTIVATION)
         modulation = self.modulation[...][None] + time  # float32, like the norms and the gated sums
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)

@@ -78,7 +78,10 @@ def _summary(verdicts: dict[Cell, Verdict]) -> str:
         return (
             f"On this model, {TFM} never moves better than {FM}, and moves worse in {worse} of {len(verdicts)} cases."
         )
-    return f"By the rule, {TFM} does not move better than {FM} in any of the {len(verdicts)} cases, nor worse."
+    answer = f"By the rule, {TFM} moves neither better nor worse than {FM} in any of the {len(verdicts)} cases."
+    counts = {word: list(verdicts.values()).count(f"partly {word}") for word in ("better", "worse")}
+    partly = [f"{word} in {count}" for word, count in counts.items() if count]
+    return f"{answer} On one of the two deciding metrics, it is {enumerate_words(partly)}." if partly else answer
 
 
 def _bounds(found: Findings, verdicts: dict[Cell, Verdict]) -> str:

@@ -86,6 +86,7 @@ def _draw_length_panel(axis: Axes, found: Findings, law: str, metric: str) -> No
             axis.axhline(level, color="grey", linestyle=style)
     axis.set_xscale("log")
     axis.set_xticks(found.study.size.lengths, map(str, found.study.size.lengths))
+    axis.minorticks_off()
     axis.set_xlabel("training steps")
 
 

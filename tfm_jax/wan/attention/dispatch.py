@@ -15,6 +15,7 @@ has neither.
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
@@ -68,9 +69,18 @@ def _platform_kernels(query: Queries, key: Keys) -> dict[str, Kernel]:
 
 
 def _attention_fwd(query: Queries, key: Keys, value: Keys) -> tuple[Queries, tuple[Array, Array, Array, Array, Array]]:
-    # The names are given outside `platform_dependent`, because a remat policy does not see names inside it.
-    out, lse = (checkpoint_name(x, ATTENTION_OUTPUT) for x in forward(query, key, value))
+    out, lse = save_output(*forward(query, key, value))
     return out, (query, key, value, out, lse)
+
+
+def save_output(out: Queries, lse: LogSumExp) -> tuple[Queries, LogSumExp]:
+    """Name `out` and `lse`, so that a remat policy can save them.
+
+    The names are given outside `platform_dependent`, because a remat policy does not see names inside it. `out` is
+    saved with all heads in one axis, as TPUs have it in memory, because they would copy it otherwise.
+    """
+    flat = checkpoint_name(rearrange(out, "b s n k -> b s (n k)"), ATTENTION_OUTPUT)
+    return rearrange(flat, "b s (n k) -> b s n k", n=out.shape[2]), checkpoint_name(lse, ATTENTION_OUTPUT)
 
 
 def _attention_bwd(

@@ -10,14 +10,13 @@ pass recomputes the scores block by block, and the weights from scores and `lse`
 2.3 and 3.1). `out` and `lse` may come from a softmax over more keys than those passed to `backward`, which then returns
 the gradients of these keys and values, and their contribution to the gradient of the queries.
 
-The axes are b: videos, s: queries, t: keys, n: heads, k: head width, u: tokens after padding.
+The axes are b: videos, s: queries, t: keys, n: heads, k: head width.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Float, Float32
 
 Queries = Float[Array, "b s n k"]
 Keys = Float[Array, "b t n k"]
@@ -29,8 +28,3 @@ class Kernel(NamedTuple):
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., tuple[Array, Array, Array]]
-
-
-def pad_tokens(x: Shaped[Array, "b n s ..."], length: int) -> Shaped[Array, "b n u ..."]:
-    """Pad the tokens with zeros to `length`."""
-    return jnp.pad(x, [(0, length - size if axis == 2 else 0) for axis, size in enumerate(x.shape)])

@@ -16,21 +16,25 @@ Keys and values of self-attention have as many tokens as the queries, and theref
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
 from tfm_jax.sharding import RULES, num_shards, per_device
-from tfm_jax.wan.attention.dispatch import ATTENTION_OUTPUT, attention, backward, forward
+from tfm_jax.wan.attention.dispatch import attention, backward, forward, save_output
 from tfm_jax.wan.attention.kernel import Keys, LogSumExp, Queries
+from tfm_jax.wan.rotary import Rotary, apply_rotary
 
 (SEQUENCE,) = RULES["tokens"]
 SPLIT_TOKENS = ("batch", "tokens", "heads", None)
 ALL_TOKENS = ("batch", None, "heads", None)
 
 
-def self_attention(query: Queries, key: Queries, value: Queries) -> Queries:
-    """Let the tokens of a video attend to each other. Every device holds its part of all three arrays."""
-    return per_device(_sequence_attention, (query, key, value), (SPLIT_TOKENS, SPLIT_TOKENS, SPLIT_TOKENS))
+def self_attention(query: Queries, key: Queries, value: Queries, rotary: Rotary) -> Queries:
+    """Let the tokens of a video attend to each other, after the rotary embedding of queries and keys.
+
+    Every device holds its part of the first three arrays, and the rotary angles of all tokens.
+    """
+    axes = (SPLIT_TOKENS, SPLIT_TOKENS, SPLIT_TOKENS, (None, None))
+    return per_device(_sequence_attention, (query, key, value, rotary), axes)
 
 
 def cross_attention(query: Queries, key: Keys, value: Keys) -> Queries:
@@ -38,21 +42,30 @@ def cross_attention(query: Queries, key: Keys, value: Keys) -> Queries:
     return per_device(attention, (query, key, value), (SPLIT_TOKENS, ALL_TOKENS, ALL_TOKENS))
 
 
-def _sequence_attention(query: Queries, key: Queries, value: Queries) -> Queries:
+def _sequence_attention(query: Queries, key: Queries, value: Queries, rotary: Rotary) -> Queries:
     """Self-attention from one device's tokens and heads to the tokens of all devices along `sequence`."""
     shards = num_shards("tokens")
     if shards == 1:
-        return attention(query, key, value)
-    return all_to_all(query, key, value) if query.shape[2] % shards == 0 else ring(query, key, value)
+        return _rotated_attention(query, key, value, rotary)
+    if query.shape[2] % shards == 0:
+        return all_to_all(query, key, value, rotary)
+    tokens = query.shape[1]
+    start = jax.lax.axis_index(SEQUENCE) * tokens
+    own = tuple(jax.lax.dynamic_slice_in_dim(table, start, tokens) for table in rotary)
+    return ring(apply_rotary(query, own), apply_rotary(key, own), value)
 
 
-def all_to_all(query: Queries, key: Queries, value: Queries) -> Queries:
+def _rotated_attention(query: Queries, key: Queries, value: Queries, rotary: Rotary) -> Queries:
+    return attention(apply_rotary(query, rotary), apply_rotary(key, rotary), value)
+
+
+def all_to_all(query: Queries, key: Queries, value: Queries, rotary: Rotary) -> Queries:
     """Attend to the tokens of all devices along `sequence`.
 
     Requires that the number of these devices divides the number of local heads.
     """
     query, key, value = (jax.lax.all_to_all(x, SEQUENCE, 2, 1, tiled=True) for x in (query, key, value))
-    return jax.lax.all_to_all(attention(query, key, value), SEQUENCE, 1, 2, tiled=True)
+    return jax.lax.all_to_all(_rotated_attention(query, key, value, rotary), SEQUENCE, 1, 2, tiled=True)
 
 
 @jax.custom_vjp
@@ -76,7 +89,7 @@ def _ring_scan(query: Queries, key: Queries, value: Queries) -> tuple[Queries, L
 
 
 def _ring_fwd(query: Queries, key: Queries, value: Queries) -> tuple[Queries, tuple[Array, ...]]:
-    out, lse = (checkpoint_name(x, ATTENTION_OUTPUT) for x in _ring_scan(query, key, value))
+    out, lse = save_output(*_ring_scan(query, key, value))
     return out, (query, key, value, out, lse)
 
 

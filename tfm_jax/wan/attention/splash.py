@@ -1,11 +1,12 @@
-"""Splash attention, JAX's Pallas kernels for TPUs: blocks and padding for the calls in `splash_kernels.py`."""
+"""Splash attention, JAX's Pallas kernels for TPUs: blocks and layouts for the calls in `splash_kernels.py`."""
 
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
 
 from tfm_jax.wan.attention import splash_kernels
-from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries, pad_tokens
+from tfm_jax.wan.attention.kernel import Kernel, Keys, LogSumExp, Queries
 from tfm_jax.wan.attention.splash_kernels import LANES, Blocks, Interpret
 
 FORWARD, BACKWARD = Blocks(queries=1024, keys=2048, compute=1024), Blocks(queries=1024, keys=2048, compute=512)
@@ -18,21 +19,19 @@ of a block of queries and `compute` keys, in the backward pass several such arra
 """
 
 SMALLEST = 512
-"""A sequence of at most SMALLEST tokens is one block, padded to a multiple of LANES. A longer one is padded to a
-multiple of SMALLEST, and has the largest blocks that divide it."""
+"""A sequence of at most SMALLEST tokens is one block. A longer one has the largest blocks that divide its length, after
+that was rounded up to a multiple of SMALLEST."""
 
 
 def splash_forward(
     query: Queries, key: Keys, value: Keys, *, interpret: Interpret = False
 ) -> tuple[Queries, LogSumExp]:
     """Compute `out` and `lse`. If `interpret` is set, emulate the kernel on any platform, slowly, for tests."""
-    batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
-    all_queries, all_keys = padded(queries), padded(keys)
-    q = _rows(_scale(query), all_queries)
-    k, v = (_rows(x, all_keys) for x in (key, value))
-    blocks = fit(FORWARD, all_queries, all_keys)
-    out, lse = splash_kernels.forward(q, k, v, _is_padding(keys, all_keys), _heads_per_row(query), blocks, interpret)
-    return _videos(out, query), rearrange(lse[:, :queries], "(b n) s -> b n s", b=batch)
+    scale, heads = query.shape[-1] ** -0.5, _heads_per_row(query)
+    q, k, v = (_rows(x) for x in (query, key, value))
+    blocks = fit(FORWARD, query.shape[1], key.shape[1])
+    out, lse = splash_kernels.forward(_scale(q, scale), k, v, heads, blocks, interpret)
+    return _videos(out, query), rearrange(lse, "(b n) s -> b n s", b=query.shape[0])
 
 
 def splash_backward(
@@ -45,45 +44,29 @@ def splash_backward(
     *,
     interpret: Interpret = False,
 ) -> tuple[Queries, Keys, Keys]:
-    queries, keys, heads = query.shape[1], key.shape[1], _heads_per_row(query)
-    all_queries, all_keys = padded(queries), padded(keys)
-    shift = jnp.einsum("bsnk,bsnk->bns", out.astype(jnp.float32), out_gradient.astype(jnp.float32))
-    lse, shift = (rearrange(pad_tokens(x, all_queries), "b n u -> (b n) u") for x in (lse, shift))
-    # The output gradients of padded queries are zero, so they add nothing to the gradients of keys and values.
-    q, dout = (_rows(x, all_queries) for x in (_scale(query), out_gradient))
-    k, v = (_rows(x, all_keys) for x in (key, value))
-    blocks = fit(BACKWARD, all_queries, all_keys)
-    is_padding = _is_padding(keys, all_keys)
-    dq, dk, dv = splash_kernels.backward(q, k, v, is_padding, lse, dout, shift, heads, blocks, interpret)
-    dquery = _scale(_videos(dq, query)).astype(query.dtype)
-    return dquery, _videos(dk, key), _videos(dv, value)
+    scale, heads = query.shape[-1] ** -0.5, _heads_per_row(query)
+    lse = rearrange(lse, "b n s -> (b n) s")
+    q, k, v, out, dout = (_rows(x) for x in (query, key, value, out, out_gradient))
+    blocks = fit(BACKWARD, query.shape[1], key.shape[1])
+    dq, dk, dv = splash_kernels.backward(_scale(q, scale), k, v, out, lse, dout, heads, blocks, interpret)
+    dq = _scale(dq, scale).astype(query.dtype)
+    return _videos(dq, query), _videos(dk, key), _videos(dv, value)
 
 
 SPLASH = Kernel(splash_forward, splash_backward)
 
 
-def padded(length: int) -> int:
-    """Return the number of tokens after padding."""
-    step = LANES if length <= SMALLEST else SMALLEST
-    return -(-length // step) * step
-
-
 def fit(largest: Blocks, queries: int, keys: int) -> Blocks:
-    """Return blocks that divide these padded numbers of tokens."""
+    """Return blocks for these numbers of tokens. The last block may extend beyond the last token."""
 
     def size(length: int, size: int) -> int:
         if length <= SMALLEST:
-            return length
-        while length % size:
+            return pl.cdiv(length, LANES) * LANES
+        while pl.cdiv(length, SMALLEST) * SMALLEST % size:
             size //= 2
         return size
 
     return Blocks(size(queries, largest.queries), size(keys, largest.keys), size(keys, largest.compute))
-
-
-def _is_padding(keys: int, padded: int) -> Bool[Array, " u"] | None:
-    """Tell which keys are padding, or return None if none are."""
-    return None if keys == padded else jnp.arange(padded) >= keys
 
 
 def _heads_per_row(x: Float[Array, "b s n k"]) -> int:
@@ -91,18 +74,16 @@ def _heads_per_row(x: Float[Array, "b s n k"]) -> int:
     return x.shape[2] if x.shape[3] % LANES == 0 else 1
 
 
-def _rows(x: Float[Array, "b s n k"], length: int) -> Float[Array, "r u m"]:
-    """Arrange the heads in rows, and pad the tokens with zeros to `length`."""
-    rows = rearrange(x, "b s (i n) k -> (b i) s (n k)", n=_heads_per_row(x))
-    return jnp.pad(rows, ((0, 0), (0, length - x.shape[1]), (0, 0)))
+def _rows(x: Float[Array, "b s n k"]) -> Float[Array, "r s m"]:
+    """Arrange the heads in rows."""
+    return rearrange(x, "b s (i n) k -> (b i) s (n k)", n=_heads_per_row(x))
 
 
-def _videos(x: Float[Array, "r u m"], like: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
+def _videos(x: Float[Array, "r s m"], like: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
     """Undo `_rows` for an array that had the shape of `like`."""
-    heads = _heads_per_row(like)
-    return rearrange(x[:, : like.shape[1]], "(b i) s (n k) -> b s (i n) k", b=like.shape[0], n=heads)
+    return rearrange(x, "(b i) s (n k) -> b s (i n) k", b=like.shape[0], n=_heads_per_row(like))
 
 
-def _scale(x: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
+def _scale(x: Float[Array, "r s m"], scale: float) -> Float[Array, "r s m"]:
     """Scale the queries or their gradients, since splash does not scale the scores. The result has the dtype of `x`."""
-    return (x.astype(jnp.float32) * x.shape[-1] ** -0.5).astype(x.dtype)
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
