@@ -79,7 +79,7 @@ def _summary(verdicts: dict[Cell, Verdict]) -> str:
             f"On this model, {TFM} never moves better than {FM}, and moves worse in {worse} of {len(verdicts)} cases."
         )
     answer = f"By the rule, {TFM} moves neither better nor worse than {FM} in any of the {len(verdicts)} cases."
-    counts = {word: list(verdicts.values()).count(f"partly {word}") for word in ("better", "worse")}
+    counts = {word: sum(kind == f"partly {word}" for kind in verdicts.values()) for word in ("better", "worse")}
     partly = [f"{word} in {count}" for word, count in counts.items() if count]
     return f"{answer} On one of the two deciding metrics, it is {enumerate_words(partly)}." if partly else answer
 
