@@ -104,7 +104,7 @@ def test_two_blocks_of_keys_combine_to_the_whole():
 
 @pytest.mark.parametrize(("queries", "keys", "width"), [(130, 200, 16), (1100, 1030, 128), (7, 128, 16)])
 def test_splash_is_exact(queries, keys, width):
-    """`lse` is exact too, also where the last block extends beyond the keys: 200 of 256, and 1030 of three blocks of 512.
+    """`lse` is exact too, also where the last block extends beyond the keys (200 of 256, 1030 of 1536).
 
     Heads of width 128 stay side by side, in one row; other heads are transposed, and have rows of their own.
     """
