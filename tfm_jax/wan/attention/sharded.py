@@ -62,7 +62,8 @@ def _rotated_attention(query: Queries, key: Queries, value: Queries, rotary: Rot
 def all_to_all(query: Queries, key: Queries, value: Queries, rotary: Rotary) -> Queries:
     """Attend to the tokens of all devices along `sequence`.
 
-    Requires that the number of these devices divides the number of local heads.
+    Requires that the number of these devices divides the number of local heads. The rotary embedding comes after the
+    exchange, because all tokens of a video are more likely to fill the tiles of a TPU than a part of them.
     """
     query, key, value = (jax.lax.all_to_all(x, SEQUENCE, 2, 1, tiled=True) for x in (query, key, value))
     return jax.lax.all_to_all(_rotated_attention(query, key, value, rotary), SEQUENCE, 1, 2, tiled=True)
