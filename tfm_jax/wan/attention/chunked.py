@@ -60,6 +60,8 @@ def chunked_backward(
     # The padding of the last chunk adds nothing to the gradients of keys and values, because `q` and `dout` are zero.
     parts = tuple(_split_chunks(x) for x in (query, out_gradient, lse, shift))
     (dkey, dvalue), dquery = jax.lax.scan(chunk, (zeros, zeros), parts)
+    # Without the barrier, XLA would merge the transposition with the products if there is only one chunk.
+    dkey, dvalue = jax.lax.optimization_barrier((dkey, dvalue))
     dkey, dvalue = (rearrange(x, "r k t -> r t k") for x in (dkey * scale, dvalue))
     return _join_chunks(dquery, query.shape[1]), dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
