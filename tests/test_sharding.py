@@ -371,6 +371,6 @@ def test_memory_of_the_policies_on_a_tpu(monkeypatch):
         device[policy], host[policy] = memory.temp_size_in_bytes, memory.host_temp_size_in_bytes
     assert device["attention"] - device["full"] > 1.5 * activation
     assert device["attention_offload"] - device["full"] < 0.7 * activation
-    assert device["none"] - device["attention"] > 6 * activation
+    assert device["none"] - device["attention"] > 5 * activation  # q, k, v, the queries of the text, and ffn.0
     assert host["attention_offload"] > 1.9 * activation
     assert host["full"] == host["attention"] == host["none"] == 0

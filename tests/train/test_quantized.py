@@ -80,8 +80,9 @@ def test_accuracy_on_the_embedded_model():
     pixels = np.stack([scene.pixels for scene in scenes]).astype(np.float32) / 127.5 - 1
     clean = jax.jit(lambda vae, x: vae.encode(x))(load_vae(config.path), jnp.asarray(pixels))
     encoder = load_text_encoder(config.path, jnp.float32)
-    embeddings = encode_prompts(load_tokenizer(config.path), encoder, [s.caption for s in scenes])
-    text = jnp.asarray(pad_text(embeddings, find_base(config).config.text_len))
+    length = find_base(config).config.text_len
+    embeddings = encode_prompts(load_tokenizer(config.path), encoder, [s.caption for s in scenes], length=length)
+    text = jnp.asarray(pad_text(embeddings, length))
     bases = [load_base(model) for model in (dataclasses.replace(config, quantize="int8"), config)]
     difference, cosine = compare("wan_tiny in int8", *(loss_and_gradient(base, clean, text) for base in bases))
     assert 0 < difference < 0.01
