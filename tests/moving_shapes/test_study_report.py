@@ -8,6 +8,7 @@ from helpers.small_study import invent_findings, make_small_study, write_config
 from tfm_jax.moving_shapes.study import protocol, tables
 from tfm_jax.moving_shapes.study.conclusions import conclusions
 from tfm_jax.moving_shapes.study.findings import Cell
+from tfm_jax.moving_shapes.study.formats import format_spread
 from tfm_jax.moving_shapes.study.pilot import pilot_section
 from tfm_jax.moving_shapes.study.plan import planned_runs
 from tfm_jax.moving_shapes.study.power import foresee
@@ -101,6 +102,19 @@ def test_the_report_of_a_study_without_results(study):
     assert "There are no results of a pilot" in text
     assert "nan" not in text
     assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "text"),
+    [
+        ({0: 2.0, 1: 4.0}, "3 ± 1.4"),
+        ({0: 2.0, 1: 4.0, 2: None}, "3 ± 1.4 (1 of 3 -)"),
+        ({0: 2.0}, "2 (one seed)"),  # one number has no standard deviation
+        ({0: None}, "-"),
+    ],
+)
+def test_means_over_the_seeds(by_seed, text):
+    assert format_spread(by_seed) == text
 
 
 def test_the_report_of_a_complete_study(study):

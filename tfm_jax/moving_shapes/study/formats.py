@@ -11,12 +11,16 @@ from tfm_jax.numbers import format_number
 
 
 def format_spread(by_seed: Mapping[int, float | None]) -> str:
-    """Format the mean ± standard deviation over the seeds, and how many seeds have no number."""
+    """Format the mean ± standard deviation over the seeds, and how many seeds have no number.
+
+    A single number has no standard deviation.
+    """
     numbers = [value for value in by_seed.values() if value is not None]
     if not numbers:
         return format_number(None)
     missing = len(by_seed) - len(numbers)
-    text = f"{np.mean(numbers):.3g} ± {np.std(numbers, ddof=min(1, len(numbers) - 1)):.2g}"
+    spread = f" ± {np.std(numbers, ddof=1):.2g}" if len(numbers) > 1 else " (one seed)"
+    text = f"{np.mean(numbers):.3g}{spread}"
     return f"{text} ({missing} of {len(by_seed)} {format_number(None)})" if missing else text
 
 
